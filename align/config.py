@@ -1,0 +1,272 @@
+"""Recipes as frozen dataclasses: every key of every YAML file, its unit and its default.
+
+Reading YAML and overrides into these lives in ``recipes_io.py``. Nothing here is changed after it
+was read, and nothing is repaired: what a stage runs is what ``config.yaml`` in its folder says.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from align.types import DataSource, GenerationOptions, LoraOptions, RewardTerm
+
+Precision = Literal["auto", "bf16", "fp32"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where rows come from and what is done with bad ones.
+
+    In a recipe ``data: file.jsonl`` and ``data: [a.jsonl, {path: b.jsonl, weight: 0.5}]`` are short
+    for ``data: {train: ...}``.
+    """
+
+    train: tuple[DataSource, ...] = ()
+    test: tuple[DataSource, ...] = ()
+    # our field -> the file's column, for every source that does not say so itself
+    columns: dict[str, str] = field(default_factory=dict)
+    on_bad_row: Literal["stop", "skip"] = "stop"
+    # tokens, prompt and response together; longer rows are bad rows, never cut
+    max_tokens: int = 1024
+    # share of the prompts held out when `test` is empty; 0 holds out nothing
+    test_fraction: float = 0.05
+    # rows used at most, after the split, picked by seed; null uses all
+    max_train_rows: int | None = None
+    max_test_rows: int | None = None
+    # tokens that SFT learns from: auto = completions in dialogue, everything in plain text
+    loss_on: Literal["auto", "completion", "all"] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW and its schedule."""
+
+    lr: float = 1e-5
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    # share of all optimizer steps over which lr rises from 0
+    warmup_fraction: float = 0.05
+    # lr at the end as a share of the peak
+    final_lr_fraction: float = 0.0
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    # global gradient norm, applied once before every optimizer step
+    max_grad_norm: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How often the optimizer steps, on how much, and what is written when."""
+
+    # passes over the data
+    epochs: float = 1.0
+    # optimizer steps; null = as many as `epochs` says
+    max_steps: int | None = None
+    # sequences (SFT) or pairs (RM, DPO) per optimizer step, over all processes
+    minibatch: int = 16
+    # tokens of one forward and backward on one device: sets the memory, changes no result
+    tokens_per_microbatch: int = 4096
+    # optimizer steps between lines of metrics.jsonl
+    log_every: int = 1
+    # optimizer steps between held-out evaluations; 0 = at the start and the end only
+    eval_every: int = 0
+    # optimizer steps between checkpoints; 0 = none, the model is saved at the end
+    save_every: int = 0
+    keep_checkpoints: int = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommonRecipe:
+    """What every stage's recipe has."""
+
+    # folder or hub id of the model to start from
+    model: str
+    output_dir: str
+    data: DataConfig = field(default_factory=DataConfig)
+    seed: int = 0
+    # auto = bf16 autocast over fp32 weights where the hardware multiplies bf16 natively
+    precision: Precision = "auto"
+    # recompute activations in the backward pass: about a third slower, far less memory
+    gradient_checkpointing: bool = False
+    trust_remote_code: bool = False
+    # never refuses a folder that holds a run; auto goes on from its newest whole checkpoint
+    resume: Literal["never", "auto"] = "never"
+    overwrite: bool = False
+    # Accelerate's live trackers: tensorboard, wandb, trackio
+    trackers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTRecipe(CommonRecipe):
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    lora: LoraOptions | None = None
+    # make the model anew from the `config.json` in `model` (random weights) instead of loading it
+    from_scratch: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardModelConfig:
+    # subtract the pair's `margin` inside the sigmoid, where the data have one
+    use_margin: bool = False
+    # weight of (r_chosen + r_rejected)^2, which keeps scores near 0
+    center_coef: float = 0.0
+    # after training, scale the head so that scores on the training pairs have variance 1
+    normalize: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardRecipe(CommonRecipe):
+    reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    lora: LoraOptions | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPOConfig:
+    # temperature of the implicit reward, reward units per nat
+    beta: float = 0.1
+    # a name from align.losses.dpo
+    loss_type: str = "sigmoid"
+    # probability that a label is wrong (sigmoid: cDPO; robust; exo_pair)
+    label_smoothing: float = 0.0
+    f_divergence: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = (
+        "reverse_kl"
+    )
+    # alpha of the alpha divergence
+    f_alpha: float = 0.5
+    # weight of the token-mean NLL on chosen (RPO); 0 = off
+    sft_coef: float = 0.0
+    # target margin of simpo, weight of orpo's odds-ratio term
+    simpo_gamma: float = 0.5
+    orpo_coef: float = 0.1
+    # weight pairs by how likely the policy would write them (WPO)
+    wpo_weights: bool = False
+    # where reference log-probs come from: a second model, the policy with its adapter off, or disk
+    reference: Literal["online", "adapter_off", "cached"] = "cached"
+    # folder or hub id of the reference; null = the model that training starts from
+    reference_model: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPORecipe(CommonRecipe):
+    dpo: DPOConfig = field(default_factory=DPOConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    lora: LoraOptions | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class KLConfig:
+    # reward units per nat
+    coef: float = 0.05
+    estimator: Literal["k1", "k2", "k3"] = "k1"
+    # reward = charged on every token's reward; loss = a term of the policy loss
+    charge: Literal["reward", "loss"] = "reward"
+    # move coef so that KL per response stays near `target` nats, over `horizon` sequences
+    adaptive: bool = False
+    target: float = 6.0
+    horizon: int = 10000
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOConfig:
+    # samples of prompts, each trained on for `epochs` passes
+    iterations: int = 100
+    # sequences per iteration, over all processes
+    rollout_batch: int = 64
+    epochs: int = 4
+    # optimizer steps per epoch
+    num_minibatches: int = 1
+    clip_range: float = 0.2
+    # 0 = no clipping of the value loss
+    value_clip_range: float = 0.2
+    value_coef: float = 0.1
+    # weight of the entropy bonus, reward units per nat
+    entropy_coef: float = 0.0
+    gamma: float = 1.0
+    gae_lambda: float = 0.95
+    whiten_advantages: bool = True
+    # variance 1, mean kept: changes the effective KL coefficient
+    whiten_rewards: bool = False
+    # score of a response that did not end in EOS; null = its own score
+    missing_eos_score: float | None = -1.0
+    # iterations in which the critic alone learns
+    critic_warmup: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriticConfig:
+    # folder or hub id of a one-label model; null = the first reward model, else the actor's trunk
+    model: str | None = None
+    # peak learning rate; null = the actor's
+    lr: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPORecipe(CommonRecipe):
+    # one reward or a weighted sum
+    reward: tuple[RewardTerm, ...] = ()
+    # folder or hub id; null = the model that training starts from
+    reference_model: str | None = None
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+    kl: KLConfig = field(default_factory=KLConfig)
+    generation: GenerationOptions = field(default_factory=GenerationOptions)
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    lora: LoraOptions | None = None
+    tokens_per_microbatch: int = 4096
+    # iterations between checkpoints and between held-out evaluations; 0 = none
+    save_every: int = 0
+    eval_every: int = 0
+    keep_checkpoints: int = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairsConfig:
+    """How scored samples of one prompt become preference pairs."""
+
+    # best_worst = one pair per prompt; all = every pair that differs enough
+    choose: Literal["best_worst", "all"] = "best_worst"
+    # score units by which chosen must beat rejected
+    min_margin: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateRecipe(CommonRecipe):
+    """Sample responses, score them if there is a reward, and write pairs if there is `pairs`."""
+
+    generation: GenerationOptions = field(default_factory=GenerationOptions)
+    reward: tuple[RewardTerm, ...] = ()
+    pairs: PairsConfig | None = None
+    tokens_per_microbatch: int = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalRecipe:
+    """One table over one or several checkpoints, on held-out prompts."""
+
+    output_dir: str
+    # a checkpoint, or several as name -> folder, hub id, GGUF file or JSONL of outputs
+    model: str | None = None
+    models: dict[str, str] = field(default_factory=dict)
+    data: DataConfig = field(default_factory=DataConfig)
+    # KL is measured against it; null = no KL
+    reference_model: str | None = None
+    reward: tuple[RewardTerm, ...] = ()
+    # the outputs that BLEU, chrF and reward are measured on
+    generation: GenerationOptions = field(
+        default_factory=lambda: GenerationOptions(temperature=0.0)
+    )
+    # samples that KL and the sampled chrF are measured on; null = the outputs themselves
+    sampling: GenerationOptions | None = None
+    # resamplings of every paired test
+    num_resamples: int = 1000
+    seed: int = 0
+    precision: Precision = "auto"
+    tokens_per_microbatch: int = 4096
+    trust_remote_code: bool = False
+    overwrite: bool = False

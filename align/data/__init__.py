@@ -1,0 +1,1 @@
+"""Files or hub data sets -> records -> token groups -> token batches."""

@@ -1,0 +1,287 @@
+"""Text -> token ids: the one file that decides which tokens are trained, scored and sampled.
+
+A prompt and what follows it are always tokenised apart, because that is what sampling does: the
+model continues tok(prompt), and no merge ever crosses the boundary. A response that is decoded and
+encoded again gives the same tokens (for canonical tokenisations), so a reward model scores what
+training saw. No row is ever shortened: what is too long is a bad row.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Literal, TypeAlias
+
+import numpy as np
+
+from align.data.template import (
+    Tokenizer,
+    after,
+    close_turn,
+    encode_text,
+    end_token_ids,
+    eos_id,
+    render,
+)
+from align.types import (
+    AlignError,
+    Message,
+    PreferencePair,
+    PromptExample,
+    SFTExample,
+    Text,
+    TokenGroup,
+    TokenSequence,
+)
+
+__all__ = [
+    "decode_response",
+    "encode_completion",
+    "encode_examples",
+    "encode_pair",
+    "encode_prompt",
+    "encode_sft",
+    "end_token_ids",
+]
+
+Example: TypeAlias = SFTExample | PreferencePair | PromptExample
+LossOn: TypeAlias = Literal["auto", "completion", "all"]
+
+_NOTHING = np.zeros(0, dtype=np.int32)
+_SKIP = "or set data.on_bad_row=skip"
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: Text) -> np.ndarray:
+    """Token ids, int32, of what the model is asked to continue.
+
+    A string gets the tokenizer's own BOS, once even if the text spells it out, and no EOS. Turns
+    are rendered by the chat template up to the start of the assistant's turn; the template decides
+    about BOS.
+    """
+    if not isinstance(prompt, str):
+        return _array(encode_text(tokenizer, render(tokenizer, prompt, open_turn=True)))
+    ids = _encode_from_start(tokenizer, prompt)
+    plain = encode_text(tokenizer, prompt)
+    if plain and ids[-1] == tokenizer.eos_token_id and ids[-1 - len(plain) : -1] == plain:
+        ids.pop()  # the tokenizer closes every text with EOS, but this one goes on
+    return _array(ids)
+
+
+def encode_completion(
+    tokenizer: Tokenizer, prompt: Text, completion: Text, *, finished: bool = True
+) -> np.ndarray:
+    """Token ids, int32, of an answer to ``prompt``, ending in an end token where it is finished.
+
+    A string answer to a prompt of turns is one assistant turn. What a template writes after the
+    end token (``<|im_end|>\\n``) is left out: training, scoring and sampling all stop at it.
+    Without a template that closes its turns, EOS is appended.
+
+    Args:
+        tokenizer: A ``transformers`` tokenizer with an EOS token.
+        prompt: What is answered: a template may need it to render the answer.
+        completion: A string, or assistant turns.
+        finished: False for a response that hit the length limit: no end token then.
+    """
+    if isinstance(prompt, str):
+        if not isinstance(completion, str):
+            raise AlignError(
+                "the answer is a list of turns although the prompt is a string; "
+                "give both as strings or both as turns"
+            )
+        ends: tuple[int, ...] = (eos_id(tokenizer),)
+        text = completion
+    else:
+        whole = render(tokenizer, (*prompt, *_turns(completion)))
+        turn = after(render(tokenizer, prompt, open_turn=True), whole)
+        text, ends = close_turn(tokenizer, turn), end_token_ids(tokenizer)
+    return _ending(tokenizer, encode_text(tokenizer, text), ends, finished=finished)
+
+
+def decode_response(tokenizer: Tokenizer, ids: Sequence[int] | np.ndarray) -> str:
+    """The text of a sampled response: its final end token removed, everything else kept."""
+    tokens = [int(i) for i in ids]
+    if tokens and tokens[-1] in end_token_ids(tokenizer):
+        tokens.pop()
+    return tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def encode_sft(
+    tokenizer: Tokenizer, example: SFTExample, *, loss_on: LossOn = "auto"
+) -> TokenGroup:
+    """One continuation without a prefix, with a mask of the tokens to learn from.
+
+    ``auto`` learns from completions in dialogue and in prompt + completion, from everything in
+    plain text. In a dialogue every assistant turn counts, its end token included, nothing else.
+    """
+    if example.text is not None:
+        if loss_on == "completion":
+            raise AlignError(
+                "plain text has no completion; set data.loss_on=all, or give prompt + completion "
+                "or messages"
+            )
+        ids = _encode_from_start(tokenizer, example.text)
+        pieces = [(_ending(tokenizer, ids, (eos_id(tokenizer),)), True)]
+    elif example.messages is not None:
+        pieces = _dialogue_pieces(tokenizer, example.messages)
+    else:
+        prompt, completion = example.prompt or "", example.completion or ""
+        pieces = [
+            (encode_prompt(tokenizer, prompt), False),
+            (encode_completion(tokenizer, prompt, completion), True),
+        ]
+    input_ids = np.concatenate([ids for ids, _ in pieces])
+    counts = [np.full(len(ids), count or loss_on == "all") for ids, count in pieces]
+    sequence = TokenSequence(input_ids, np.concatenate(counts))
+    return TokenGroup(_NOTHING, (sequence,), id=example.id)
+
+
+def encode_pair(tokenizer: Tokenizer, pair: PreferencePair) -> TokenGroup:
+    """The prompt once, continued by chosen and by rejected, every token of which counts."""
+    chosen = encode_completion(tokenizer, pair.prompt, pair.chosen)
+    rejected = encode_completion(tokenizer, pair.prompt, pair.rejected)
+    if np.array_equal(chosen, rejected):
+        raise AlignError("chosen and rejected are the same tokens; remove the row")
+    return TokenGroup(
+        encode_prompt(tokenizer, pair.prompt),
+        tuple(TokenSequence(ids, np.ones(len(ids), dtype=bool)) for ids in (chosen, rejected)),
+        id=pair.id,
+        margin=pair.margin,
+    )
+
+
+def encode_examples(
+    tokenizer: Tokenizer,
+    examples: Sequence[Example],
+    *,
+    max_tokens: int,
+    on_bad_row: Literal["stop", "skip"] = "stop",
+    loss_on: LossOn = "auto",
+) -> tuple[list[TokenGroup], dict[str, int]]:
+    """Tokenise examples of any kind; a prompt becomes a group without continuations.
+
+    Plain text over ``max_tokens`` is cut into consecutive pieces that lose no token and no
+    prediction. Anything else that is longer, prompt and longest answer together, is a bad row.
+
+    Returns:
+        The groups in order (``group.id`` says whose it is), and bad rows counted by reason.
+    """
+    groups: list[TokenGroup] = []
+    dropped: Counter[str] = Counter()
+    first = ""
+    for example in examples:
+        try:
+            group = _encode_one(tokenizer, example, loss_on)
+            if isinstance(example, SFTExample) and example.text is not None:
+                groups += _cut(group, max_tokens)
+                continue
+            too_long = _too_long(group, max_tokens)
+        except AlignError as error:
+            too_long, reason = str(error), str(error).partition(";")[0].partition("(")[0].strip()
+        else:
+            reason = "longer than data.max_tokens"
+        if not too_long:
+            groups.append(group)
+            continue
+        first = first or f"{example.id}: {too_long}"
+        dropped[reason] += 1
+        if on_bad_row == "stop":
+            raise AlignError(f"{first}; {_SKIP}")
+    if examples and not groups:
+        raise AlignError(f"no usable row among {len(examples)}; the first: {first}")
+    return groups, dict(dropped)
+
+
+def _encode_one(tokenizer: Tokenizer, example: Example, loss_on: LossOn) -> TokenGroup:
+    if isinstance(example, SFTExample):
+        return encode_sft(tokenizer, example, loss_on=loss_on)
+    if isinstance(example, PreferencePair):
+        return encode_pair(tokenizer, example)
+    return TokenGroup(encode_prompt(tokenizer, example.prompt), (), id=example.id)
+
+
+def _too_long(group: TokenGroup, max_tokens: int) -> str:
+    """Why the group does not fit, or nothing."""
+    len_prompt = len(group.prefix_ids)
+    len_answer = max((len(c.input_ids) for c in group.continuations), default=0)
+    if len_prompt + len_answer <= max_tokens:
+        return ""
+    if len_prompt == 0:
+        what = f"has {len_answer} tokens"
+    elif not group.continuations:
+        what = f"prompt has {len_prompt} tokens"
+    else:
+        what = f"prompt has {len_prompt} tokens and its longest answer {len_answer}"
+    return f"{what}, more than data.max_tokens={max_tokens}; shorten it, raise data.max_tokens"
+
+
+def _cut(group: TokenGroup, max_tokens: int) -> list[TokenGroup]:
+    """Consecutive pieces; each but the first continues the last token of the one before.
+
+    That one token of prefix is there so that no piece's first token goes unpredicted.
+    """
+    sequence = group.continuations[0]
+    ids, mask = sequence.input_ids, sequence.loss_mask
+    if len(ids) <= max_tokens:
+        return [group]
+    starts = [0, *range(max_tokens, len(ids), max_tokens - 1)]
+    stops = [*starts[1:], len(ids)]
+    return [
+        TokenGroup(
+            ids[start - 1 : start] if start else _NOTHING,
+            (TokenSequence(ids[start:stop], mask[start:stop]),),
+            id=f"{group.id}[{start}:{stop}]",
+        )
+        for start, stop in zip(starts, stops, strict=True)
+    ]
+
+
+def _dialogue_pieces(
+    tokenizer: Tokenizer, messages: Sequence[Message]
+) -> list[tuple[np.ndarray, bool]]:
+    """(ids, counts) of what lies between and in the assistant's turns, by growing prefixes.
+
+    Each piece is tokenised apart, so that every turn has the tokens that sampling it would give.
+    Turns after the last of the assistant teach nothing and are left out.
+    """
+    pieces: list[tuple[list[int], bool]] = []
+    done = ""
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = render(tokenizer, messages[:i], open_turn=True)
+        pieces.append((encode_text(tokenizer, after(done, before)), False))
+        turn = close_turn(tokenizer, after(before, render(tokenizer, messages[: i + 1])))
+        pieces.append((encode_text(tokenizer, turn), True))
+        done = before + turn
+    if not pieces:
+        raise AlignError("no assistant turn to learn from; give messages an answer")
+    last = _ending(tokenizer, pieces[-1][0], end_token_ids(tokenizer))
+    return [*((_array(ids), counts) for ids, counts in pieces[:-1]), (last, True)]
+
+
+def _turns(completion: Text) -> tuple[Message, ...]:
+    if isinstance(completion, str):
+        return ({"role": "assistant", "content": completion},)
+    return completion
+
+
+def _encode_from_start(tokenizer: Tokenizer, text: str) -> list[int]:
+    """With the tokenizer's special tokens, but a BOS that the text spells out is not doubled."""
+    ids = list(tokenizer(text, add_special_tokens=True)["input_ids"])
+    bos = tokenizer.bos_token_id
+    return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
+
+
+def _ending(
+    tokenizer: Tokenizer, ids: list[int], ends: Sequence[int], *, finished: bool = True
+) -> np.ndarray:
+    has_end = bool(ids) and ids[-1] in ends
+    if finished and not has_end:
+        ids = [*ids, eos_id(tokenizer)]
+    elif not finished and has_end:
+        ids = ids[:-1]
+    return _array(ids)
+
+
+def _array(ids: Sequence[int]) -> np.ndarray:
+    return np.array(ids, dtype=np.int32)

@@ -1,0 +1,97 @@
+"""Rows -> examples: which columns mean what.
+
+Which format a row is in is decided by its columns alone. Preference rows are ``pairs.py``'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
+
+from align.data.fields import Fields, Kind, renamed
+from align.data.formats import Row
+from align.data.pairs import alpaca, chosen_rejected, matched, read_pair
+from align.types import PreferencePair, PromptExample, SFTExample, Text
+
+Example: TypeAlias = SFTExample | PreferencePair | PromptExample
+
+
+def read_example(row: Row, kind: Kind, *, columns: Mapping[str, str], source: str) -> Example:
+    """What one row says.
+
+    Args:
+        row: As read from the file.
+        kind: What it is to be read as.
+        columns: Our field -> the file's column; ``info.post`` and ``texts.0`` reach inside.
+        source: Name of the data set, kept with a pair.
+
+    Raises:
+        BadRow: A field is missing, empty or of the wrong type, or the pair is no preference.
+    """
+    fields = Fields(renamed(row, columns), row.where, kind)
+    if kind == "sft":
+        return _sft(fields)
+    if kind == "prompt":
+        return _prompt(fields)
+    return read_pair(fields, source)
+
+
+def _sft(fields: Fields) -> SFTExample:
+    for name in ("messages", "conversations"):
+        if name in fields:
+            messages = fields.turns(name)
+            if not any(t["role"] == "assistant" for t in messages):
+                fields.bad(name, "no assistant turn to learn from")
+            return SFTExample(id=fields.where, messages=messages)
+    if "completion" in fields or ("prompt" in fields and "text" not in fields):
+        prompt, (completion,) = matched(fields, fields.text("prompt"), "completion")
+        return SFTExample(id=fields.where, prompt=prompt, completion=completion)
+    if "instruction" in fields:
+        answer = {"role": "assistant", "content": fields.string("output")}
+        return SFTExample(id=fields.where, messages=(*alpaca(fields), answer))
+    if "text" in fields:
+        return SFTExample(id=fields.where, text=fields.string("text"))
+    raise fields.missing("messages")
+
+
+def _prompt(fields: Fields) -> PromptExample:
+    prompt, references = _prompt_and_references(fields)
+    if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
+        fields.bad("prompt", "its last turn is the assistant's", "end it with the user's turn")
+    source_text = next((n for n in ("source_text", "source") if n in fields), None)
+    return PromptExample(
+        id=fields.where,
+        prompt=prompt,
+        references=references,
+        source_text=fields.string(source_text) if source_text else None,
+    )
+
+
+def _prompt_and_references(fields: Fields) -> tuple[Text, tuple[str, ...]]:
+    if "prompt" in fields:
+        return fields.text("prompt"), _references(fields)
+    for name in ("messages", "conversations"):
+        if name in fields and "chosen" not in fields:
+            turns = fields.turns(name)
+            if turns[-1]["role"] == "assistant" and len(turns) > 1:
+                return turns[:-1], (turns[-1]["content"],)
+            return turns, _references(fields)
+    if "chosen" in fields:
+        return chosen_rejected(fields)[0], _references(fields)
+    if "instruction" in fields:
+        output = fields.values.get("output")
+        return alpaca(fields), (fields.string("output"),) if output else ()
+    raise fields.missing("prompt")
+
+
+def _references(fields: Fields) -> tuple[str, ...]:
+    for name in ("references", "reference", "completion"):
+        if name not in fields:
+            continue
+        value = fields.get(name)
+        if isinstance(value, str):
+            return (fields.string(name),)
+        if isinstance(value, Sequence) and all(isinstance(v, str) for v in value):
+            return tuple(fields.string(name, v) for v in value)
+        return (fields.turns(name)[-1]["content"],)
+    return ()

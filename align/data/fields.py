@@ -1,0 +1,127 @@
+"""One row's values under our names, and what may be asked of them: words, turns, numbers.
+
+Nothing is repaired: a value that is missing, empty or of the wrong kind is a ``BadRow``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NoReturn, TypeAlias
+
+from align.data.formats import BadRow, Row
+from align.data.turns import NotTurns, read_turns
+from align.types import Message, Text
+
+Kind: TypeAlias = Literal["sft", "preference", "prompt"]
+Turns: TypeAlias = tuple[Message, ...]
+
+_NEEDED = {
+    "sft": "messages, prompt + completion, instruction + output, or text",
+    "preference": "prompt + chosen + rejected, or chosen + rejected as whole conversations",
+    "prompt": "prompt, or messages",
+}
+_NOT_TEXT = ("tools", "images", "videos", "audios")  # columns whose loss would change the task
+
+
+@dataclass(frozen=True)
+class Fields:
+    """A row's values under our names, those that are null left out."""
+
+    values: Mapping[str, Any]
+    where: str
+    kind: Kind
+
+    def __contains__(self, field: str) -> bool:
+        return field in self.values
+
+    def bad(self, field: str, reason: str, advice: str = "mend the row") -> NoReturn:
+        raise BadRow(self.where, field, reason, advice)
+
+    def missing(self, field: str) -> BadRow:
+        there = ", ".join(map(str, self.values)) or "none"
+        advice = f"needed: {_NEEDED[self.kind]}; there: {there}; set data.columns"
+        return BadRow(self.where, field, "missing", advice)
+
+    def get(self, field: str) -> Any:
+        if field not in self.values:
+            raise self.missing(field)
+        return self.values[field]
+
+    def string(self, field: str, value: Any = None) -> str:
+        value = self.get(field) if value is None else value
+        if not isinstance(value, str):
+            self.bad(field, f"not a string but {type(value).__name__}")
+        self.check_words(field, value)
+        return value
+
+    def turns(self, field: str, value: Any = None) -> Turns:
+        """A conversation, ``system`` of the row in front of it if there is one."""
+        try:
+            turns = read_turns(self.get(field) if value is None else value)
+        except NotTurns as error:
+            self.bad(field, str(error))
+        for name in _NOT_TEXT:
+            if self.values.get(name):
+                self.bad(name, "not supported", "only text is: remove the row")
+        for turn in turns:
+            if turn["role"] != "system":
+                self.check_words(field, turn["content"])
+        system = self.values.get("system")
+        if field in ("conversations", "instruction") and system:
+            return ({"role": "system", "content": self.string("system")}, *turns)
+        return turns
+
+    def text(self, field: str) -> Text:
+        """A string, or a conversation."""
+        value = self.get(field)
+        if isinstance(value, Mapping) or (
+            isinstance(value, Sequence) and not isinstance(value, str)
+        ):
+            return self.turns(field)
+        return self.string(field)
+
+    def check_words(self, field: str, value: str) -> None:
+        if not value.strip():
+            self.bad(field, "empty", "give it a text or remove the row")
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError:
+            self.bad(field, "half of a surrogate pair (\\ud800...), which is no character")
+
+    def number(self, field: str) -> float:
+        value = self.get(field)
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            self.bad(field, "not a number", f"it is {value!r:.40}")
+        if not math.isfinite(number):
+            self.bad(field, "not a finite number", f"it is {value!r:.40}")
+        return number
+
+
+def renamed(row: Row, columns: Mapping[str, str]) -> dict[str, Any]:
+    values = dict(row.values)
+    for ours, theirs in columns.items():
+        found, value = _dig(row.values, theirs)
+        if not found:
+            there = ", ".join(map(str, row.values)) or "none"
+            advice = f"there: {there}; correct data.columns.{ours}"
+            raise BadRow(row.where, ours, f"column {theirs!r} is missing", advice)
+        values[ours] = value
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _dig(values: Any, path: str) -> tuple[bool, Any]:
+    """(found, value) of a column, or of ``a.b.0`` inside nested ones."""
+    if isinstance(values, Mapping) and path in values:
+        return True, values[path]
+    for key in path.split("."):
+        if isinstance(values, Mapping) and key in values:
+            values = values[key]
+        elif isinstance(values, Sequence) and key.isdecimal() and int(key) < len(values):
+            values = values[int(key)]
+        else:
+            return False, None
+    return True, values

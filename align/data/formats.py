@@ -1,0 +1,248 @@
+"""Files and hub data sets -> rows that know where they stand. What rows mean is ``columns.py``'s.
+
+A row that cannot be read does not end the reading: it comes out as a ``BadRow``, so that the
+caller may stop or skip. A file that cannot be read at all is an error.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import gzip
+import hashlib
+import io
+import json
+import re
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, cast
+
+from align.types import AlignError, DataSource
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet", ".arrow")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row as the file has it; ``where`` is ``path:line``, or ``path:row N`` without lines."""
+
+    values: Mapping[str, Any]
+    where: str
+
+
+class BadRow(Exception):
+    """A row that cannot be used: ``field`` and ``reason`` are few, so that they can be counted."""
+
+    def __init__(self, where: str, field: str, reason: str, advice: str) -> None:
+        super().__init__(f"{where}: {field}: {reason}; {advice}")
+        self.where, self.field, self.reason, self.advice = where, field, reason, advice
+
+
+def read_rows(source: DataSource) -> Iterator[Row | BadRow]:
+    """All rows of a source, in the order of its files."""
+    files = find_files(source)
+    if not files:
+        yield from read_hub(source)
+    for file in files:
+        yield from read_file(file)
+
+
+def find_files(source: DataSource) -> list[Path]:
+    """The local files of a source, sorted; empty means a hub data set.
+
+    Raises:
+        AlignError: There is no such file or folder, and it cannot be the name of a hub data set.
+    """
+    path = Path(source.path).expanduser()
+    if path.is_dir():
+        return _files_of_folder(path, source.split)
+    if path.is_file():
+        if not path.name.endswith(SUFFIXES):
+            raise AlignError(
+                f"{path}: not a data file by its name; allowed: {', '.join(SUFFIXES)}; rename it"
+            )
+        return [path]
+    is_hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", source.path) and not path.parent.is_dir()
+    if is_hub_name and not path.name.endswith(SUFFIXES):
+        return []
+    raise AlignError(f"{source.path}: no such file or folder; {nearest(path)}")
+
+
+def read_file(path: Path) -> Iterator[Row | BadRow]:
+    """Rows of one local file."""
+    kind = next(s for s in SUFFIXES if path.name.endswith(s)).removesuffix(".gz")
+    try:
+        if kind in (".parquet", ".arrow"):
+            rows = _read_parquet(path) if kind == ".parquet" else _read_arrow(path)
+            yield from _numbered(rows, str(path))
+            return
+        with _open(path) as stream:
+            if kind == ".csv":
+                yield from _read_csv(stream, path)
+            elif kind == ".json":
+                yield from _read_json(stream, path)
+            else:
+                yield from _read_lines(stream, path)
+    except (OSError, EOFError, csv.Error, zlib.error) as error:
+        raise AlignError(f"{path}: cannot be read: {_one_line(error)}; fetch it again") from error
+
+
+def read_hub(source: DataSource) -> Iterator[Row | BadRow]:
+    """Rows of a data set from the hub or its cache."""
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(source.path, source.name, split=source.split)
+    except Exception as error:  # the library raises a dozen kinds, all of them the user's matter
+        raise AlignError(
+            f"{source.path}: no such file, and not loaded from the hub ({_one_line(error)}); "
+            f"{nearest(Path(source.path))}"
+        ) from error
+    yield from _numbered(rows, f"{source.path}/{source.split}")
+
+
+def file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        for block in iter(lambda: stream.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def nearest(path: Path) -> str:
+    """What to do about a missing path: the likeliest existing one, or what there is."""
+    parent = path.parent
+    while not parent.is_dir():
+        path, parent = parent, parent.parent
+    names = sorted(p.name for p in parent.iterdir() if p.is_dir() or p.name.endswith(SUFFIXES))
+    names = [name for name in names if not name.startswith(".")]
+    close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
+    if close:
+        return f"did you mean {parent / close[0]}?"
+    there = ", ".join(names[:5]) or "no data files"
+    return f"{parent.resolve()} has {there}; correct the path"
+
+
+def _files_of_folder(folder: Path, split: str) -> list[Path]:
+    if (folder / "dataset_dict.json").is_file() and (folder / split).is_dir():
+        folder = folder / split
+    saved = (folder / "dataset_info.json").is_file()  # written by datasets.save_to_disk
+    suffixes = (".arrow",) if saved else SUFFIXES
+    files = sorted(p for p in folder.iterdir() if p.is_file() and p.name.endswith(suffixes))
+    files = [p for p in files if not p.name.startswith(".")]
+    if not files:
+        inside = sorted(p.name for p in folder.iterdir() if p.is_dir())
+        hint = f"its folders: {', '.join(inside[:5])}" if inside else "name another folder"
+        raise AlignError(f"{folder}: no data file in it ({', '.join(SUFFIXES)}); {hint}")
+    return files
+
+
+def _open(path: Path) -> IO[bytes]:
+    return cast(IO[bytes], gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
+
+
+def _read_lines(stream: IO[bytes], path: Path) -> Iterator[Row | BadRow]:
+    """One JSON object a line; blank lines are no rows."""
+    for number, raw in enumerate(stream, start=1):
+        where = f"{path}:{number}"
+        try:
+            line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            if line.strip():
+                yield _object(json.loads(line), where)
+        except UnicodeDecodeError as error:
+            yield _not_utf8(where, f"byte 0x{raw[error.start]:02x} at column {error.start + 1}")
+        except json.JSONDecodeError as error:
+            advice = f"{error.msg} at column {error.colno}: mend the line"
+            yield BadRow(where, "row", "malformed JSON", advice)
+        except RecursionError:
+            yield BadRow(where, "row", "malformed JSON", "nested too deeply: mend the line")
+
+
+def _read_json(stream: IO[bytes], path: Path) -> Iterator[Row | BadRow]:
+    """A JSON array of objects; a file that holds one object a line is read as such."""
+    raw = stream.read()
+    if not raw.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+        yield from _read_lines(io.BytesIO(raw), path)
+        return
+    try:
+        values = json.loads(raw.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        byte = f"0x{raw[error.start]:02x}"
+        raise AlignError(f"{path}:{line}: not UTF-8 (byte {byte}); save it as UTF-8") from error
+    except json.JSONDecodeError as error:
+        raise AlignError(
+            f"{path}:{error.lineno}: malformed JSON: {error.msg} at column {error.colno}; "
+            "mend the line (an array is read as a whole, so on_bad_row cannot skip it)"
+        ) from error
+    for number, value in enumerate(values, start=1):
+        yield _object(value, f"{path}:row {number}")
+
+
+def _read_csv(stream: IO[bytes], path: Path) -> Iterator[Row | BadRow]:
+    text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.reader(text)
+    header = next(reader, [])
+    start = reader.line_num + 1
+    for cells in reader:
+        where, start = f"{path}:{start}", reader.line_num + 1
+        if not cells:
+            continue
+        if len(cells) != len(header):
+            advice = f"it has {len(cells)} cells and the header {len(header)}: quote the commas"
+            yield BadRow(where, "row", "wrong number of cells", advice)
+        elif any("\udc80" <= c <= "\udcff" for c in "".join(cells)):
+            yield _not_utf8(where, "a byte that no character has")
+        else:
+            yield Row(dict(zip(header, cells, strict=True)), where)
+
+
+def _read_parquet(path: Path) -> Iterator[Mapping[str, Any]]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        for batch in parquet.ParquetFile(path).iter_batches():
+            yield from batch.to_pylist()
+    except pyarrow.ArrowException as error:
+        raise OSError(error) from error
+
+
+def _read_arrow(path: Path) -> Iterator[Mapping[str, Any]]:
+    """Both of Arrow's formats: the stream, which ``datasets`` writes, and the file."""
+    import pyarrow
+
+    with pyarrow.memory_map(str(path)) as stream:
+        try:
+            batches: Iterable[Any] = pyarrow.ipc.open_stream(stream)
+        except pyarrow.ArrowInvalid:
+            try:
+                reader = pyarrow.ipc.open_file(stream)
+            except pyarrow.ArrowException as error:
+                raise OSError(error) from error
+            batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+        for batch in batches:
+            yield from batch.to_pylist()
+
+
+def _numbered(rows: Iterable[Mapping[str, Any]], path: str) -> Iterator[Row]:
+    for number, values in enumerate(rows, start=1):
+        yield Row(values, f"{path}:row {number}")
+
+
+def _object(value: Any, where: str) -> Row | BadRow:
+    if isinstance(value, dict):
+        return Row(value, where)
+    kind = type(value).__name__
+    return BadRow(where, "row", "not a JSON object", f"it is a {kind}: give {{...}} with columns")
+
+
+def _not_utf8(where: str, detail: str) -> BadRow:
+    return BadRow(where, "row", "not UTF-8", f"{detail}: save the file as UTF-8")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

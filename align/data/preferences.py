@@ -1,0 +1,151 @@
+"""The one loader: sources -> examples, bad rows stopped at or counted, prompts split honestly."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias, TypeVar
+
+from align.data.columns import Example, read_example
+from align.data.fields import Kind
+from align.data.formats import BadRow, Row, file_sha256, find_files, read_file, read_hub
+from align.types import AlignError, DataSource, SFTExample, SourceReport, Text
+
+OnBadRow: TypeAlias = Literal["stop", "skip"]
+AnyExample = TypeVar("AnyExample", bound=Example)
+
+_NUM_SHOWN = 5  # bad rows that a report tells in full
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Examples of all sources in order, and what became of every file's rows."""
+
+    examples: tuple[Example, ...]
+    reports: tuple[SourceReport, ...]
+
+
+def load_examples(
+    sources: Sequence[DataSource], *, kind: Kind, on_bad_row: OnBadRow = "stop", seed: int = 0
+) -> Loaded:
+    """Read every row of every source.
+
+    Args:
+        sources: Files, folders, hub data sets; ``weight`` says how many copies of each are used.
+        kind: What rows are read as: ``sft``, ``preference`` or ``prompt``.
+        on_bad_row: ``stop`` at the first bad row, or ``skip`` it and count it by reason.
+        seed: Picks the rows of a source whose weight has a fraction.
+
+    Raises:
+        AlignError: A bad row (``stop``), a file without one good row, a source that is not there.
+    """
+    examples: list[Example] = []
+    reports: list[SourceReport] = []
+    for source in sources:
+        if source.weight <= 0:
+            raise AlignError(f"{source.path}: weight is {source.weight}, must be above 0")
+        for path, sha256, rows in _open(source):
+            kept, bad = _read(rows, source, kind, on_bad_row)
+            if not kept:
+                raise AlignError(_no_row(path, bad))
+            used = _weighted(kept, source.weight, f"{seed} {path}")
+            dropped = Counter(f"{b.field}: {b.reason}" for b in bad)
+            if len(used) < len(kept):
+                dropped[f"left out by weight {source.weight}"] = len(kept) - len(used)
+            examples += used
+            reports.append(
+                SourceReport(
+                    path=path,
+                    sha256=sha256,
+                    rows_read=len(kept) + len(bad),
+                    rows_kept=min(len(kept), len(used)),
+                    dropped=dict(dropped),
+                    first_dropped=tuple(str(b) for b in bad[:_NUM_SHOWN]),
+                )
+            )
+    return Loaded(tuple(examples), tuple(reports))
+
+
+def split_by_prompt(
+    examples: Sequence[AnyExample], *, test_fraction: float, seed: int
+) -> tuple[tuple[AnyExample, ...], tuple[AnyExample, ...]]:
+    """(train, test), decided by a hash of each prompt.
+
+    Rows of one prompt never fall on both sides, and a prompt stays on its side when rows are added
+    or reordered. The fraction holds for prompts, on average.
+    """
+    train: list[AnyExample] = []
+    test: list[AnyExample] = []
+    for example in examples:
+        digest = hashlib.sha256(f"{seed} {prompt_key(example)}".encode()).digest()
+        is_test = int.from_bytes(digest[:8], "big") < test_fraction * 2**64
+        (test if is_test else train).append(example)
+    return tuple(train), tuple(test)
+
+
+def prompt_key(example: Example) -> str:
+    """What makes two rows rows of one prompt.
+
+    The prompt itself; of a whole conversation its first user turn; of plain text all of it.
+    """
+    if not isinstance(example, SFTExample):
+        return _text_key(example.prompt)
+    if example.messages is not None:
+        users = [m for m in example.messages if m["role"] == "user"]
+        return _text_key((users or list(example.messages))[0]["content"])
+    return _text_key(example.prompt if example.prompt is not None else example.text or "")
+
+
+def _text_key(text: Text) -> str:
+    if isinstance(text, str):
+        return text.strip()
+    if len(text) == 1:  # the same question, as a string or as a turn
+        return text[0]["content"].strip()
+    return "\n\n".join(f"{m['role']}: {m['content'].strip()}" for m in text)
+
+
+def _open(source: DataSource) -> Iterator[tuple[str, str | None, Iterator[Row | BadRow]]]:
+    """(path, sha256, rows) of each file of a source."""
+    files = find_files(source)
+    if not files:
+        yield f"{source.path}/{source.split}", None, read_hub(source)
+    for file in files:
+        yield str(file), file_sha256(file), read_file(file)
+
+
+def _read(
+    rows: Iterator[Row | BadRow], source: DataSource, kind: Kind, on_bad_row: OnBadRow
+) -> tuple[list[Example], list[BadRow]]:
+    kept: list[Example] = []
+    bad: list[BadRow] = []
+    for row in rows:
+        try:
+            if isinstance(row, BadRow):
+                raise row
+            kept.append(read_example(row, kind, columns=source.columns, source=source.path))
+        except BadRow as error:
+            if on_bad_row == "stop":
+                raise AlignError(f"{error}; or set data.on_bad_row=skip") from None
+            bad.append(error)
+    return kept, bad
+
+
+def _no_row(path: str, bad: Sequence[BadRow]) -> str:
+    if not bad:
+        return f"{path}: no row in it; give a file with rows"
+    return f"{path}: none of {len(bad)} rows can be used; the first: {bad[0]}"
+
+
+def _weighted(kept: list[Example], weight: float, seed: str) -> list[Example]:
+    """``weight`` copies of the rows, a fraction of a copy picked by seed, order kept."""
+    used: list[Example] = []
+    for copy in range(1, int(weight) + 1):
+        used += kept if copy == 1 else [replace(e, id=f"{e.id}#{copy}") for e in kept]
+    num_extra = round((weight - int(weight)) * len(kept))
+    extra = sorted(random.Random(seed).sample(range(len(kept)), num_extra))
+    copy = int(weight) + 1
+    used += [kept[i] if copy == 1 else replace(kept[i], id=f"{kept[i].id}#{copy}") for i in extra]
+    return used

@@ -1,0 +1,1 @@
+"""BLEU and reward scores that can be believed: metrics, paired tests, the table."""

@@ -1,0 +1,76 @@
+"""Corpus BLEU and chrF by sacreBLEU, with the signature that makes a figure comparable.
+
+Nothing is tokenised, lower-cased or smoothed here: sacreBLEU does that, and its signature says how.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+
+from sacrebleu.metrics import BLEU, CHRF
+from sacrebleu.metrics.base import Metric
+
+from align.types import AlignError
+
+CORPUS_METRICS: dict[str, Callable[[], Metric]] = {
+    "bleu": BLEU,
+    "chrf": CHRF,
+    "chrf++": lambda: CHRF(word_order=2),
+}
+
+
+@dataclass(frozen=True)
+class MetricResult:
+    """A corpus score, 0-100, and sacreBLEU's signature of how it was measured."""
+
+    score: float
+    signature: str
+
+
+def corpus_bleu(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> MetricResult:
+    """BLEU-4 of the whole corpus, tokenizer 13a, mixed case, exponential smoothing.
+
+    Args:
+        hypotheses: One text for each prompt.
+        references: For each prompt one or more texts; they may differ in number.
+    """
+    return corpus_score("bleu", hypotheses, references)
+
+
+def corpus_chrf(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> MetricResult:
+    """chrF2 of the whole corpus: F-score of character 1- to 6-grams, recall weighted double."""
+    return corpus_score("chrf", hypotheses, references)
+
+
+def corpus_score(
+    metric: str, hypotheses: Sequence[str], references: Sequence[Sequence[str]]
+) -> MetricResult:
+    """Score by a key of ``CORPUS_METRICS``."""
+    # a new one each time: its signature remembers the number of references it last saw
+    scorer = CORPUS_METRICS[metric]()
+    score = scorer.corpus_score(hypotheses, reference_streams(hypotheses, references)).score
+    return MetricResult(float(score), str(scorer.get_signature()))
+
+
+def reference_streams(
+    hypotheses: Sequence[str], references: Sequence[Sequence[str]]
+) -> list[list[str | None]]:
+    """References as sacreBLEU wants them: the first of every row, the second of every row, ...
+
+    Raises:
+        AlignError: There is nothing to score, or a row has no reference.
+    """
+    if not hypotheses:
+        raise AlignError("BLEU and chrF: no outputs to score; check data.test")
+    if len(hypotheses) != len(references):
+        raise AlignError(f"BLEU and chrF: {len(hypotheses)} outputs, {len(references)} references")
+    missing = [row for row, row_references in enumerate(references) if not row_references]
+    if missing:
+        raise AlignError(
+            f"BLEU and chrF: row {missing[0]} has no reference ({len(missing)} such rows of "
+            f"{len(references)}); add a `references` column or name it in data.columns"
+        )
+    # None marks a row that has fewer references than another
+    return [list(stream) for stream in zip_longest(*references)]

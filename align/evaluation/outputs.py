@@ -1,0 +1,144 @@
+"""A model's answers to the evaluation prompts: generated, or read from somebody's JSONL."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from align.data.chat import decode_response, encode_prompt, end_token_ids
+from align.models import Policy, load_policy, load_tokenizer
+from align.rollout.experience import over_rollout, rollout_groups
+from align.rollout.sampler import sample
+from align.types import AlignError, GenerationOptions, PromptExample, Rollout
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Answers to each prompt, ``samples_per_prompt`` neighbours for one prompt.
+
+    Attributes:
+        responses: Text, end token removed.
+        lengths: Tokens of each response, end token included; characters / 4 is never guessed, so
+            it is None for outputs read from a file.
+        finished: Whether each ended by itself; None for outputs read from a file.
+        kl: Log-ratio to the reference of each response, nats; None without a reference.
+    """
+
+    responses: list[str]
+    lengths: list[int] | None = None
+    finished: list[bool] | None = None
+    kl: list[float] | None = None
+
+
+class Answerer:
+    """One model under evaluation, loaded once."""
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        device: torch.device,
+        precision: str,
+        trust_remote_code: bool,
+        tokens_per_microbatch: int,
+    ) -> None:
+        self.tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+        self.policy = load_policy(
+            model, device=device, precision=precision, trust_remote_code=trust_remote_code
+        )
+        self.policy.requires_grad_(False).eval()
+        self.tokens_per_microbatch = tokens_per_microbatch
+
+    def answer(
+        self,
+        examples: Sequence[PromptExample],
+        options: GenerationOptions,
+        *,
+        seed: int,
+        reference: Reference | None = None,
+        on_tokens: Callable[[int], None] | None = None,
+    ) -> Outputs:
+        rollout = sample(
+            self.policy,
+            [encode_prompt(self.tokenizer, e.prompt) for e in examples],
+            options,
+            end_ids=end_token_ids(
+                self.tokenizer, self.policy.inner.generation_config.eos_token_id
+            ),
+            seed=seed,
+            prefill_tokens=self.tokens_per_microbatch,
+            on_tokens=on_tokens,
+        )
+        responses = [
+            decode_response(self.tokenizer, ids[mask].tolist())
+            for ids, mask in zip(rollout.input_ids, rollout.response_mask, strict=True)
+        ]
+        return Outputs(
+            responses,
+            lengths=rollout.response_mask.sum(1).tolist(),
+            finished=rollout.finished.tolist(),
+            kl=None if reference is None else reference.kl(rollout, options, self),
+        )
+
+
+class Reference:
+    """The model that KL is measured against."""
+
+    def __init__(self, answerer: Answerer) -> None:
+        self._policy: Policy = answerer.policy
+        self._vocabulary = answerer.tokenizer.get_vocab()
+
+    def kl(
+        self, rollout: Rollout, options: GenerationOptions, answerer: Answerer
+    ) -> list[float] | None:
+        """Sum of log pi - log pi_ref over each response, both at the sampling temperature.
+
+        None where the vocabularies differ: the two models then do not speak of the same tokens.
+        """
+        if answerer.tokenizer.get_vocab() != self._vocabulary:
+            return None
+        temperature = options.temperature or 1.0
+        ref_logprobs = over_rollout(
+            rollout,
+            rollout_groups(rollout, options.samples_per_prompt),
+            lambda batch: self._policy(batch, temperature=temperature).logprobs,
+            tokens_per_microbatch=answerer.tokens_per_microbatch,
+        )
+        return (rollout.logprobs - ref_logprobs).sum(1).tolist()
+
+
+def read_outputs(path: str, examples: Sequence[PromptExample]) -> Outputs:
+    """Somebody else's answers: JSONL rows with ``prompt`` and ``response``, in any order."""
+    answers: dict[str, str] = {}
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise AlignError(f"models: {path}: cannot be read: {error}") from error
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            answers[_key(row["prompt"])] = str(row["response"])
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise AlignError(
+                f"{path}:{number}: not a row with `prompt` and `response` ({error})"
+            ) from error
+    missing = [e.id for e in examples if _key(e.prompt) not in answers]
+    if missing:
+        raise AlignError(
+            f"{path}: no response for {len(missing)} of {len(examples)} prompts, the first is "
+            f"{missing[0]}; every prompt of `data` needs one"
+        )
+    return Outputs([answers[_key(e.prompt)] for e in examples])
+
+
+def mean(values: Sequence[float] | Sequence[int] | Sequence[bool] | None) -> float | None:
+    return None if values is None else float(np.mean(values))
+
+
+def _key(prompt: object) -> str:
+    return json.dumps(prompt, sort_keys=True, ensure_ascii=False)

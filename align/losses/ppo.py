@@ -1,0 +1,162 @@
+"""PPO's clipped objectives, what is logged about them, and the adaptive KL coefficient.
+
+Every function averages over all counted tokens that it is given. With ``denominator`` (the counted
+tokens of the minibatch) the results of microbatches are summed instead of averaged.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from align.losses.advantages import kl_estimate
+from align.losses.masked import Number, masked_mean, masked_var, upcast, where_counted
+
+
+def _policy_losses(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    clip_range: Number,
+) -> tuple[Tensor, Tensor]:
+    """-A rho and -A clip(rho), per token."""
+    if clip_range <= 0:
+        raise ValueError(f"clip_range={clip_range}: must be positive")
+    # masked before exp: an overflow there would come back as 0 * inf in the gradient
+    log_ratio = where_counted(upcast(logprobs) - upcast(old_logprobs).detach(), response_mask)
+    advantages = where_counted(advantages, response_mask).detach()
+    ratio = log_ratio.exp()
+    return -advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
+
+
+def ppo_policy_loss(
+    logprobs: Float[Tensor, "batch response"],
+    old_logprobs: Float[Tensor, "batch response"],
+    advantages: Float[Tensor, "batch response"],
+    response_mask: Bool[Tensor, "batch response"],
+    *,
+    clip_range: Number,
+    denominator: Number | None = None,
+) -> Float[Tensor, ""]:
+    """Clipped surrogate, to be minimised.
+
+        mean of max(-A rho, -A clip(rho, 1 - clip_range, 1 + clip_range)),   rho = p / p_old
+
+    Args:
+        logprobs: Sampled tokens under the policy that learns; the gradient flows here only.
+        old_logprobs: The same under the policy that sampled them, at the same temperature.
+        advantages: From ``gae``, whitened or not.
+        response_mask: True on sampled tokens.
+        clip_range: How far the ratio may leave 1 before it earns nothing more.
+        denominator: Counted tokens of the minibatch, if this is one microbatch of it.
+
+    Source: Schulman et al. 2017, eq. 7 (arXiv:1707.06347).
+    """
+    unclipped, clipped = _policy_losses(
+        logprobs, old_logprobs, advantages, response_mask, clip_range
+    )
+    return masked_mean(torch.maximum(unclipped, clipped), response_mask, denominator=denominator)
+
+
+def value_loss(
+    values: Float[Tensor, "batch response"],
+    old_values: Float[Tensor, "batch response"],
+    returns: Float[Tensor, "batch response"],
+    response_mask: Bool[Tensor, "batch response"],
+    *,
+    clip_range: Number | None,
+    denominator: Number | None = None,
+) -> Float[Tensor, ""]:
+    """Squared error of the critic, the worse of plain and clipped.
+
+        0.5 * mean of max((V - R)^2, (clip(V, V_old - clip_range, V_old + clip_range) - R)^2)
+
+    Args:
+        values: The critic now; the gradient flows here only.
+        old_values: The critic at the time of the rollout.
+        returns: From ``gae``.
+        response_mask: True on sampled tokens.
+        clip_range: Reward units by which a value may move per rollout; None = no clipping.
+        denominator: Counted tokens of the minibatch, if this is one microbatch of it.
+    """
+    if clip_range is not None and clip_range <= 0:
+        raise ValueError(f"clip_range={clip_range}: must be positive, or None for no clipping")
+    values = where_counted(values, response_mask)
+    returns = where_counted(returns, response_mask).detach()
+    error = (values - returns) ** 2
+    if clip_range is not None:
+        old_values = where_counted(old_values, response_mask).detach()
+        clipped = values.clamp(old_values - clip_range, old_values + clip_range)
+        error = torch.maximum(error, (clipped - returns) ** 2)
+    return 0.5 * masked_mean(error, response_mask, denominator=denominator)
+
+
+@torch.no_grad()
+def clip_fraction(
+    logprobs: Float[Tensor, "batch response"],
+    old_logprobs: Float[Tensor, "batch response"],
+    advantages: Float[Tensor, "batch response"],
+    response_mask: Bool[Tensor, "batch response"],
+    *,
+    clip_range: Number,
+    denominator: Number | None = None,
+) -> Float[Tensor, ""]:
+    """Share of tokens that teach nothing because the clipped branch is the larger one."""
+    unclipped, clipped = _policy_losses(
+        logprobs, old_logprobs, advantages, response_mask, clip_range
+    )
+    return masked_mean((clipped > unclipped).float(), response_mask, denominator=denominator)
+
+
+@torch.no_grad()
+def approx_kl(
+    logprobs: Float[Tensor, "batch response"],
+    old_logprobs: Float[Tensor, "batch response"],
+    response_mask: Bool[Tensor, "batch response"],
+    *,
+    denominator: Number | None = None,
+) -> Float[Tensor, ""]:
+    """KL(old || now) in nats per token by k3: how far this update went, never negative."""
+    # the samples come from the old policy, which is why it takes the policy's place here
+    kl = kl_estimate(old_logprobs, logprobs, "k3")
+    return masked_mean(kl, response_mask, denominator=denominator)
+
+
+@torch.no_grad()
+def explained_variance(
+    values: Float[Tensor, "batch response"],
+    returns: Float[Tensor, "batch response"],
+    response_mask: Bool[Tensor, "batch response"],
+) -> Float[Tensor, ""]:
+    """1 - var(returns - values) / var(returns): 1 = perfect, 0 = no better than a constant.
+
+    Returns that do not vary give 0: there was nothing to explain.
+    """
+    variance = masked_var(returns, response_mask)
+    residual = masked_var(upcast(returns) - upcast(values), response_mask)
+    return torch.where(variance > 0, 1 - residual / variance, 0.0)
+
+
+def adapt_kl_coef(
+    coef: Number, *, observed_kl: Number, target: Number, batch: int, horizon: int
+) -> float:
+    """Move the KL coefficient so that KL drifts to its target.
+
+        coef * (1 + clip(observed_kl / target - 1, -0.2, 0.2) * batch / horizon)
+
+    Args:
+        coef: Reward units per nat.
+        observed_kl: Mean KL of this rollout's responses to the reference, nats per response.
+        target: The same unit.
+        batch: Sequences in this rollout.
+        horizon: Sequences over which the coefficient may change by a fifth, about.
+
+    Source: Ziegler et al. 2019, section 2.2 (arXiv:1909.08593).
+    """
+    for name, number in (("target", target), ("horizon", horizon)):
+        if number <= 0:
+            raise ValueError(f"{name}={number}: must be positive")
+    error = min(max(observed_kl / target - 1, -0.2), 0.2)
+    return coef * (1 + error * batch / horizon)

@@ -1,0 +1,87 @@
+"""Load the four roles (policy, reference, reward model, critic) and run them over packed rows."""
+
+from __future__ import annotations
+
+import torch
+
+from align.models.load import load_causal_lm, load_classifier, load_tokenizer
+from align.models.lora import add_lora
+from align.models.policy import Policy, ScalarModel, check_packable
+from align.models.precision import resolve_precision
+from align.types import AlignError, LoraOptions
+
+__all__ = ["Policy", "ScalarModel", "load_policy", "load_scalar_model", "load_tokenizer"]
+
+
+def load_policy(
+    model: str,
+    *,
+    device: torch.device,
+    precision: str = "auto",
+    lora: LoraOptions | None = None,
+    gradient_checkpointing: bool = False,
+    trust_remote_code: bool = False,
+    from_scratch: bool = False,
+) -> Policy:
+    """The language model at ``model``, on ``device``, checked to be packable."""
+    precision = resolve_precision(precision, device)
+    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    loaded = load_causal_lm(
+        model,
+        tokenizer,
+        dtype=_dtype(precision, device, trained_whole=lora is None),
+        trust_remote_code=trust_remote_code,
+        from_scratch=from_scratch,
+    )
+    if lora is not None:
+        loaded = add_lora(loaded, task="causal_lm", options=lora)
+    policy = Policy(loaded.to(device), precision=precision, name=model)
+    if gradient_checkpointing:
+        policy.enable_gradient_checkpointing()
+    check_packable(policy)
+    return policy
+
+
+def load_scalar_model(
+    model: str,
+    *,
+    device: torch.device,
+    precision: str = "auto",
+    lora: LoraOptions | None = None,
+    gradient_checkpointing: bool = False,
+    trust_remote_code: bool = False,
+    head_required: bool = False,
+) -> ScalarModel:
+    """The one-label model at ``model``; its head is new where the checkpoint has none.
+
+    Raises:
+        AlignError: ``head_required`` and the checkpoint has no ``score`` head: it was never
+            trained as a reward model, and its scores would be noise.
+    """
+    precision = resolve_precision(precision, device)
+    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    loaded, fresh = load_classifier(
+        model,
+        tokenizer,
+        dtype=_dtype(precision, device, trained_whole=lora is None and not head_required),
+        trust_remote_code=trust_remote_code,
+    )
+    if fresh and head_required:
+        raise AlignError(f"reward model {model}: no `score` head; train one with `align rm`")
+    if lora is not None:
+        loaded = add_lora(loaded, task="classifier", options=lora)
+    scalar = ScalarModel(loaded.to(device), precision=precision, name=model)
+    scalar.fresh_head = fresh
+    if gradient_checkpointing:
+        scalar.enable_gradient_checkpointing()
+    check_packable(scalar)
+    return scalar
+
+
+def _dtype(precision: str, device: torch.device, *, trained_whole: bool) -> torch.dtype:
+    """float32 master weights for what is trained; a frozen trunk on a GPU is held in bf16.
+
+    On a CPU bf16 weights are slower than bf16 autocast over float32 ones.
+    """
+    frozen_bf16 = precision == "bf16" and device.type == "cuda" and not trained_whole
+    return torch.bfloat16 if frozen_bf16 else torch.float32

@@ -1,0 +1,38 @@
+"""GGUF -> a folder of safetensors with tokenizer and chat template: ``python -m align.models.gguf``.
+
+A GGUF file is read directly wherever a recipe takes a model, but dequantising it takes seconds
+every time; a folder is also what other tools read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from align.models.load import load_causal_lm, load_tokenizer
+from align.types import AlignError
+
+
+def convert(gguf_file: str, folder: str) -> None:
+    """Dequantise to float32 and save."""
+    tokenizer = load_tokenizer(gguf_file)
+    model = load_causal_lm(gguf_file, tokenizer)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=convert.__doc__)
+    parser.add_argument("gguf_file")
+    parser.add_argument("folder")
+    args = parser.parse_args()
+    try:
+        convert(args.gguf_file, args.folder)
+    except AlignError as error:
+        print(f"align: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

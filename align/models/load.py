@@ -1,0 +1,199 @@
+"""Folders, hub ids and GGUF files -> tokenizers and transformers models, float32, ready to pack.
+
+Weights come from safetensors (or GGUF, which is converted): a checkpoint that holds only pickles is
+refused. Remote code runs only where the recipe says so.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from align.models.attention import BACKEND
+from align.types import AlignError
+
+log = logging.getLogger(__name__)
+
+
+def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model, with a pad token that is not an end token.
+
+    Padding hardly occurs here, but ``pad_token_id`` is written into the saved config, and plain
+    transformers reads a classifier's score at the last token that is *not* padding: with pad = EOS
+    that would be the token before EOS.
+    """
+    where, options = _locate(model)
+    tokenizer = _guarded(
+        model, AutoTokenizer.from_pretrained, where, trust_remote_code=trust_remote_code, **options
+    )
+    if tokenizer.eos_token_id is None:
+        raise AlignError(f"{model}: the tokenizer has no EOS token; set eos_token in its config")
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        tokenizer.pad_token = _spare_token(tokenizer)
+    return tokenizer
+
+
+def _spare_token(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A special token that exists and is not an end token; a new ``<|pad|>`` if there is none."""
+    template = tokenizer.chat_template or ""
+    taken = {tokenizer.eos_token, tokenizer.bos_token}
+    vocabulary = tokenizer.get_vocab()
+    specials = [t for t in tokenizer.all_special_tokens if t not in taken and t not in template]
+    for name in ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", *specials):
+        if name in vocabulary:
+            return name
+    return "<|pad|>"
+
+
+def load_causal_lm(
+    model: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+    from_scratch: bool = False,
+) -> PreTrainedModel:
+    """A decoder with its language-model head."""
+    where, options = _locate(model)
+    if from_scratch:
+        config = _guarded(model, AutoConfig.from_pretrained, where, **options)
+        loaded = AutoModelForCausalLM.from_config(
+            config, attn_implementation=BACKEND, dtype=torch.float32
+        )
+    else:
+        loaded = _guarded(
+            model,
+            AutoModelForCausalLM.from_pretrained,
+            where,
+            attn_implementation=BACKEND,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            **options,
+        )
+    return _settle(loaded, tokenizer)
+
+
+def load_classifier(
+    model: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, bool]:
+    """A decoder with a one-label head, and whether that head is new (not in the checkpoint)."""
+    where, options = _locate(model)
+    loaded, info = _guarded(
+        model,
+        AutoModelForSequenceClassification.from_pretrained,
+        where,
+        num_labels=1,
+        attn_implementation=BACKEND,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        output_loading_info=True,
+        **options,
+    )
+    if not hasattr(loaded, "score"):
+        raise AlignError(f"{model}: {type(loaded).__name__} has no `score` head; use a decoder")
+    fresh = any(key.startswith("score") for key in info["missing_keys"])
+    if fresh:
+        # Stiennon et al. 2020; "N+ details" (arXiv:2403.17031), section 4.1
+        torch.nn.init.normal_(loaded.score.weight, std=(loaded.score.in_features + 1) ** -0.5)
+        if loaded.score.bias is not None:
+            torch.nn.init.zeros_(loaded.score.bias)
+    return _settle(loaded, tokenizer), fresh
+
+
+def weights_hash(model: torch.nn.Module) -> str:
+    """sha256 over names, shapes and bytes of all parameters: what a cache of outputs is keyed by."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.state_dict().items()):
+        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _settle(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """Dropout off, no cache, no quantisation record, one pad token, room for every token.
+
+    Dropout stays off in training too (the policy's ratio must be 1 at the first step, and the
+    reward must not depend on the mode): "N+ details", section 3. LoRA's own dropout is separate.
+    """
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    text = model.config.get_text_config()
+    text.pad_token_id = tokenizer.pad_token_id
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+    # a GGUF's quantisation is gone once its weights are float32
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+        model.hf_quantizer = None  # else save_pretrained refuses
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    return model
+
+
+def _locate(model: str) -> tuple[str, dict[str, Any]]:
+    """What ``from_pretrained`` takes for a folder, a GGUF file or a hub id."""
+    path = Path(model)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise AlignError(f"model: {model}: no such file{_nearest(path)}")
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise AlignError(f"model: {model}: the folder has no config.json, so it holds no model")
+        if list(path.glob("pytorch_model*.bin")) and not list(path.glob("*.safetensors")):
+            raise AlignError(
+                f"model: {model}: only pickled weights (pytorch_model.bin), which are never loaded; "
+                "convert them to safetensors first"
+            )
+        return str(path), {}
+    looks_local = model.startswith((".", "/", "~", "runs/")) or model.count("/") != 1
+    if looks_local and "/" in model or path.exists():
+        raise AlignError(f"model: {model}: no such folder{_nearest(path)}")
+    return model, {"use_safetensors": True}
+
+
+def _nearest(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f" ({path.parent} does not exist either)"
+    close = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], n=1)
+    return f"; did you mean {path.parent / close[0]}?" if close else ""
+
+
+def _guarded(model: str, load: Any, *args: Any, **options: Any) -> Any:
+    """Whatever goes wrong inside ``from_pretrained`` becomes one line about this model."""
+    if load.__self__ is AutoTokenizer or load.__self__ is AutoConfig:
+        options.pop("use_safetensors", None)
+    try:
+        return load(*args, **options)
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise AlignError(
+            f"model: {model}: cannot be loaded: {reason} "
+            "(give a folder that exists, or a hub id `org/name` that this machine can reach)"
+        ) from error
+    except Exception as error:
+        if type(error).__name__ in ("SafetensorError", "HFValidationError", "GatedRepoError"):
+            raise AlignError(f"model: {model}: cannot be loaded: {error}".split("\n")[0]) from error
+        raise

@@ -1,0 +1,215 @@
+"""The two shapes that every role takes: a language model, and a model with one scalar output.
+
+Actor and reference are `Policy`; critic and reward model are `ScalarModel`. Both take a
+`TokenBatch`, run the trunk once over packed rows, and return flat float32 tensors for the counted
+tokens (row-major) or the sequences: nothing of the size ``[B, T, V]``, and no padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from align.losses.logprobs import TokenStatistics, token_logprobs, token_statistics
+from align.models.lora import unwrapped
+from align.models.precision import autocast
+from align.types import AlignError, Segment, TokenBatch
+
+
+class _Packed(nn.Module):
+    """A transformers model whose trunk runs over packed rows."""
+
+    def __init__(self, model: nn.Module, *, precision: str, name: str) -> None:
+        super().__init__()
+        self.model = model
+        self.precision = precision
+        self.name = name
+
+    @property
+    def inner(self) -> Any:
+        return unwrapped(self.model)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def trunk(self) -> nn.Module:
+        return getattr(self.inner, self.inner.base_model_prefix)
+
+    def hidden_states(self, batch: TokenBatch) -> Tensor:
+        """Final hidden states ``[B,T,H]``, after the last norm."""
+        with autocast(self.precision, self.device):
+            out = self.trunk(
+                input_ids=batch.input_ids,
+                position_ids=batch.position_ids,
+                use_cache=False,
+                segments=batch.segments,
+            )
+        return out.last_hidden_state
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Acts in training mode only, as transformers' does."""
+        self.inner.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def save(self, folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Weights as safetensors with tokenizer and chat template beside them; LoRA merged in.
+
+        The adapter is kept beside the merged model, in ``<folder>_adapter``.
+        """
+        folder = Path(folder)
+        model = self.model
+        if model is not self.inner:
+            model.save_pretrained(f"{folder}_adapter")
+            model = model.merge_and_unload()
+            self.model = model
+        model.save_pretrained(str(folder))
+        tokenizer.save_pretrained(str(folder))
+
+
+class Policy(_Packed):
+    """A causal language model that answers with log-probabilities of the tokens it is given."""
+
+    def forward(
+        self, batch: TokenBatch, *, temperature: float = 1.0, statistics: bool = False
+    ) -> TokenStatistics:
+        """Log-probabilities of the counted tokens, row-major, float32 nats.
+
+        Logits are divided by ``temperature``, as they were when sampling. Entropy and collision
+        cost one more pass over the logits and are 0 unless ``statistics``.
+        """
+        hidden = self.hidden_states(batch)
+        predicting = hidden.reshape(-1, hidden.shape[-1])[_flat(batch, batch.predictor)]
+        targets = batch.input_ids[batch.loss_mask]
+        with autocast(self.precision, self.device):
+            weight, options = self.head_weight(), self._head()
+            if statistics:
+                return token_statistics(
+                    predicting, weight, targets, temperature=temperature, **options
+                )
+            logprobs = token_logprobs(
+                predicting, weight, targets, temperature=temperature, **options
+            )
+        nothing = torch.zeros_like(logprobs)
+        return TokenStatistics(logprobs, nothing, nothing)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Float32 logits ``[N,V]`` of a few hidden states: for sampling only."""
+        options = self._head()
+        with autocast(self.precision, self.device):
+            logits = nn.functional.linear(hidden, self.head_weight()).float()
+        if options["bias"] is not None:
+            logits = logits + options["bias"]
+        if options["softcap"] is not None:
+            logits = options["softcap"] * torch.tanh(logits / options["softcap"])
+        return logits
+
+    def head_weight(self) -> Tensor:
+        """Output embedding ``[V,H]``, with its LoRA update where the head has one."""
+        head = self.inner.get_output_embeddings()
+        if not hasattr(head, "lora_A") or head.disable_adapters:
+            return head.weight
+        updates = [head.get_delta_weight(name) for name in head.active_adapters]
+        return head.base_layer.weight + sum(updates)
+
+    def _head(self) -> dict[str, Any]:
+        head = self.inner.get_output_embeddings()
+        bias = getattr(getattr(head, "base_layer", head), "bias", None)
+        config = self.inner.config.get_text_config()
+        return {"bias": bias, "softcap": getattr(config, "final_logit_softcapping", None)}
+
+
+class ScalarModel(_Packed):
+    """A reward model (read at each sequence's last token) or a critic (read before each token).
+
+    ``fresh_head`` says that the checkpoint had no head, so that its scores are noise until trained.
+    """
+
+    fresh_head = False
+
+    def forward(self, batch: TokenBatch, *, at: Literal["last", "counted"]) -> Tensor:
+        """Float32 ``[sequences]`` in the caller's order within this batch, or ``[N]``.
+
+        ``last``: the score of each sequence at its own last token. ``counted``: the value of the
+        state in which each counted token was chosen, read at that token's predictor.
+        """
+        hidden = self.hidden_states(batch)
+        if at == "last":
+            columns = [s.row * batch.input_ids.shape[1] + s.stop - 1 for s in batch.sequences]
+            index = torch.tensor(columns, device=hidden.device)
+        else:
+            index = _flat(batch, batch.predictor)
+        rows = hidden.reshape(-1, hidden.shape[-1])[index]
+        with torch.autocast(self.device.type, enabled=False):
+            return self.inner.score(rows.float()).squeeze(-1)
+
+    def scale_head(self, gain: float) -> None:
+        """Multiply every future score by ``gain``, exactly, by scaling the head."""
+        parameters = list(self.inner.score.parameters())
+        # under LoRA the trained copy of the head is what counts, not the frozen original
+        with torch.no_grad():
+            for parameter in [p for p in parameters if p.requires_grad] or parameters:
+                parameter.mul_(gain)
+
+
+def _flat(batch: TokenBatch, columns: Tensor) -> Tensor:
+    """Index into ``[B*T]`` of ``columns`` at the counted tokens, row-major."""
+    rows, times = batch.loss_mask.nonzero(as_tuple=True)
+    return rows * batch.input_ids.shape[1] + columns[rows, times]
+
+
+def check_packable(model: _Packed) -> None:
+    """Refuse a model that cannot be packed, by trying: eight tokens, two sequences, one prefix.
+
+    The hidden states of a packed row must be those of the sequences alone. This catches models
+    that are not on the attention interface, recurrent ones, and position embeddings that ignore
+    ``position_ids``; and, for a `Policy`, heads that do more than a linear map.
+    """
+    vocabulary = model.inner.get_input_embeddings().num_embeddings
+    tokens = torch.arange(8, device=model.device)[None] % vocabulary
+    where = torch.tensor([[0, 1, 2, 3, 4, 3, 4, 5]], device=model.device)
+    packed = _probe(tokens, where, (Segment(0, 0, 3), Segment(0, 3, 5, 0, 3), Segment(0, 5, 8, 0, 3)))
+    alone = torch.cat([tokens[:, :3], tokens[:, 5:]], dim=1)
+    single = _probe(alone, torch.arange(6, device=model.device)[None], (Segment(0, 0, 6),))
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            got, want = model.hidden_states(packed)[0, 5:], model.hidden_states(single)[0, 3:]
+            if isinstance(model, Policy):
+                with autocast(model.precision, model.device):
+                    plain = model.model(
+                        input_ids=alone, position_ids=single.position_ids, segments=single.segments
+                    ).logits[0, 3:]
+                got = torch.cat([got.float(), model.logits(want).float()], dim=-1)
+                want = torch.cat([want.float(), plain.float()], dim=-1)
+    except (RuntimeError, NotImplementedError, TypeError) as error:
+        raise AlignError(
+            f"{model.name}: {type(model.inner).__name__} cannot be packed: {error}"
+        ) from error
+    finally:
+        model.train(training)
+    tolerance = 1e-3 if model.precision == "fp32" else 0.1
+    if not torch.allclose(got, want, rtol=tolerance, atol=tolerance * want.abs().max().item()):
+        raise AlignError(
+            f"{model.name}: {type(model.inner).__name__} gives other numbers when packed "
+            f"(by {(got - want).abs().max():.3g}), so align cannot train it"
+        )
+
+
+def _probe(tokens: Tensor, positions: Tensor, segments: Sequence[Segment]) -> TokenBatch:
+    zeros = torch.zeros_like(tokens)
+    return TokenBatch(
+        tokens, positions, zeros + 1, zeros, zeros, zeros.bool(), segments=tuple(segments)
+    )
+
+
+def batch_sequences(batch: TokenBatch) -> np.ndarray:
+    """The caller's number of each sequence, in the order in which ``at="last"`` scores them."""
+    return np.array([s.sequence for s in batch.sequences], dtype=np.int64)

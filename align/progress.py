@@ -1,0 +1,63 @@
+"""Progress bars and closing tables: there on a terminal, quiet in a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from types import TracebackType
+
+from tqdm import tqdm
+
+
+class Progress:
+    """A bar over steps with ETA and tokens per second; nothing at all when not on a terminal."""
+
+    def __init__(self, total: int, what: str, *, unit: str = "step", shown: bool = True) -> None:
+        self._bar = tqdm(
+            total=total,
+            desc=what,
+            unit=unit,
+            disable=not (shown and sys.stderr.isatty()),
+            leave=False,
+            dynamic_ncols=True,
+            delay=1.0,
+        )
+        self._tokens = 0
+        self._start = time.monotonic()
+
+    def advance(self, *, steps: int = 1, tokens: int = 0, **shown: float) -> None:
+        self._tokens += tokens
+        if self._tokens:
+            rate = self._tokens / max(time.monotonic() - self._start, 1e-9)
+            shown = {**shown, "tokens/s": rate}
+        self._bar.set_postfix({k: f"{v:.4g}" for k, v in shown.items()}, refresh=False)
+        self._bar.update(steps)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.close()
+
+
+def table(rows: Sequence[Sequence[str]], *, title: str) -> str:
+    """Aligned plain text: the first row is the heading, the first column the names."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+
+    def line(row: Sequence[str]) -> str:
+        cells = [row[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        return "  " + "  ".join(cells).rstrip()
+
+    return "\n".join([title, *(line(row) for row in rows)])
+
+
+def say(text: str) -> None:
+    """A line for the user, on stdout, at once."""
+    print(text, flush=True)

@@ -1,0 +1,101 @@
+"""A trained reward model as a reward source, with its own tokenizer and chat template.
+
+A score is a function of the text: the prompt and the response are tokenised the way the reward
+model was trained, end token included, whatever tokens the policy sampled. So a response has one
+score, in training, in PPO, in evaluation and through plain transformers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from align.data.chat import encode_completion, encode_prompt
+from align.data.packing import pack
+from align.models import load_scalar_model, load_tokenizer
+from align.models.policy import ScalarModel, batch_sequences
+from align.types import Text, TokenGroup, TokenSequence
+
+
+class ModelReward:
+    """Scores in the reward model's unit; ``mean`` is that of its training data, 0 if unknown."""
+
+    def __init__(
+        self,
+        model: ScalarModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        tokens_per_microbatch: int = 4096,
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.tokens_per_microbatch = tokens_per_microbatch
+        self.name = f"model:{model.name}"
+        self.mean = _recorded_mean(Path(model.name))
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompts: Sequence[Text],
+        responses: Sequence[str],
+        references: Sequence[Sequence[str]],
+    ) -> list[float]:
+        if not responses:
+            return []
+        training = self.model.training
+        self.model.eval()
+        scores = np.zeros(len(responses))
+        for batch in pack(
+            self._groups(prompts, responses), tokens_per_microbatch=self.tokens_per_microbatch
+        ):
+            found = self.model(batch.to(self.model.device), at="last")
+            scores[batch_sequences(batch)] = found.double().cpu().numpy()
+        self.model.train(training)
+        return scores.tolist()
+
+    def _groups(self, prompts: Sequence[Text], responses: Sequence[str]) -> list[TokenGroup]:
+        """Neighbouring responses to one prompt share it."""
+        groups: list[TokenGroup] = []
+        start = 0
+        for stop in range(1, len(prompts) + 1):
+            if stop == len(prompts) or prompts[stop] != prompts[start]:
+                prompt = prompts[start]
+                answers = tuple(self._response(prompt, r) for r in responses[start:stop])
+                groups.append(TokenGroup(encode_prompt(self.tokenizer, prompt), answers))
+                start = stop
+        return groups
+
+    def _response(self, prompt: Text, response: str) -> TokenSequence:
+        ids = encode_completion(self.tokenizer, prompt, response)
+        return TokenSequence(ids, np.ones(len(ids), dtype=bool))
+
+
+def reward_model_loader(
+    device: torch.device, *, precision: str, trust_remote_code: bool, tokens_per_microbatch: int
+) -> Callable[[str], ModelReward]:
+    """``load(folder or hub id)``, frozen, for `build_reward`."""
+
+    def load(model: str) -> ModelReward:
+        scalar = load_scalar_model(
+            model,
+            device=device,
+            precision=precision,
+            trust_remote_code=trust_remote_code,
+            head_required=True,
+        )
+        scalar.requires_grad_(False)
+        tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+        return ModelReward(scalar.eval(), tokenizer, tokens_per_microbatch=tokens_per_microbatch)
+
+    return load
+
+
+def _recorded_mean(folder: Path) -> float:
+    path = folder / "reward_stats.json"
+    if not path.is_file():
+        return 0.0
+    return float(json.loads(path.read_text(encoding="utf-8"))["mean"])

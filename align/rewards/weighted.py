@@ -1,0 +1,37 @@
+"""A weighted sum of reward sources; an ensemble is a sum whose weights are 1 / n."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from align.types import RewardSource, Text
+
+
+@dataclass
+class WeightedReward:
+    """sum over the terms of weight * score; ``name`` reads ``0.5*chrf + 2*my_rewards:brevity``."""
+
+    terms: Sequence[tuple[float, RewardSource]]
+    name: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.name = " + ".join(f"{weight:g}*{source.name}" for weight, source in self.terms)
+
+    @property
+    def mean(self) -> float:
+        """What an average training response of the reward models scores, 0 for other sources."""
+        return sum(weight * getattr(source, "mean", 0.0) for weight, source in self.terms)
+
+    def __call__(
+        self,
+        prompts: Sequence[Text],
+        responses: Sequence[str],
+        references: Sequence[Sequence[str]],
+    ) -> list[float]:
+        weights = [weight for weight, _ in self.terms]
+        columns = [source(prompts, responses, references) for _, source in self.terms]
+        return [
+            sum(weight * score for weight, score in zip(weights, row, strict=True))
+            for row in zip(*columns, strict=True)
+        ]

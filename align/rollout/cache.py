@@ -1,0 +1,136 @@
+"""Keys and values of the sequences being decoded, side by side in slots.
+
+All slots share one write column. A prompt's keys lie right before the column at which its slot was
+filled, so a slot can be refilled at any time and a row's keys are always one contiguous run that
+ends at the write column. Rotary positions are in the keys already; the column means nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from align.models.attention import DecodeState
+from align.types import Segment
+
+
+class _RecordLayer(CacheLayerMixin):
+    """Hands keys and values through and remembers them: a prefill over packed prompts."""
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *_: object, **__: object
+    ) -> tuple[Tensor, Tensor]:
+        self.keys, self.values = key_states, value_states
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        return -1
+
+
+class _SlotLayer(_RecordLayer):
+    """Preallocated ``[slots, kv_heads, columns, D]``; a step writes one column in place."""
+
+    length = 0
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *_: object, **__: object
+    ) -> tuple[Tensor, Tensor]:
+        self.keys[:, :, self.length] = key_states[:, :, 0]
+        self.values[:, :, self.length] = value_states[:, :, 0]
+        self.length += 1
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+    def reserve(self, columns: int) -> None:
+        shape = (*self.keys.shape[:2], columns, self.keys.shape[3])
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            new = old.new_zeros(shape)
+            new[:, :, : self.length] = old[:, :, : self.length]
+            setattr(self, name, new)
+
+
+def recording_cache() -> Cache:
+    return Cache(layer_class_to_replicate=_RecordLayer)
+
+
+class SlotCache(Cache):
+    """A cache with slots that are filled, refilled and given up one by one.
+
+    Attributes:
+        starts: int64 ``[slots]``, first column of each slot's sequence.
+    """
+
+    GROW = 64
+
+    def __init__(self, num_slots: int, prefill: Cache, columns: int) -> None:
+        layers = []
+        for recorded in prefill.layers:
+            layer = _SlotLayer()
+            shape = (num_slots, recorded.keys.shape[1], columns, recorded.keys.shape[3])
+            layer.keys = recorded.keys.new_zeros(shape)
+            layer.values = recorded.values.new_zeros(shape)
+            layer.length = columns
+            layers.append(layer)
+        super().__init__(layers=layers)
+        self.starts = torch.full((num_slots,), columns, dtype=torch.int64)
+
+    @property
+    def length(self) -> int:
+        return self.layers[0].length
+
+    def fill(self, slots: list[int], prefill: Cache, prompts: list[Segment]) -> None:
+        """Put prompt ``prompts[i]`` of a packed prefill into ``slots[i]``, before the column."""
+        longest = max(p.stop - p.start for p in prompts)
+        if longest > self.length:
+            self._shift(longest - self.length)
+        end = self.length
+        for layer, recorded in zip(self.layers, prefill.layers, strict=True):
+            for slot, prompt in zip(slots, prompts, strict=True):
+                columns = slice(end - (prompt.stop - prompt.start), end)
+                layer.keys[slot, :, columns] = recorded.keys[0, :, prompt.start : prompt.stop]
+                layer.values[slot, :, columns] = recorded.values[0, :, prompt.start : prompt.stop]
+        for slot, prompt in zip(slots, prompts, strict=True):
+            self.starts[slot] = end - (prompt.stop - prompt.start)
+
+    def keep(self, slots: Tensor) -> None:
+        """Give up every slot that is not listed, and the columns that none of the rest uses."""
+        self.starts = self.starts[slots]
+        unused = int(self.starts.min())
+        for layer in self.layers:
+            layer.keys = layer.keys[slots][:, :, unused:]
+            layer.values = layer.values[slots][:, :, unused:]
+            layer.length -= unused
+        self.starts -= unused
+
+    def next_step(self) -> DecodeState:
+        """Make room for one more column and say which columns each slot may look at."""
+        if self.length == self.layers[0].keys.shape[2]:
+            for layer in self.layers:
+                layer.reserve(self.length + self.GROW)
+        columns = torch.arange(self.length + 1)
+        mask = columns[None] >= self.starts[:, None]
+        return DecodeState(mask.to(self.layers[0].keys.device))
+
+    def _shift(self, by: int) -> None:
+        """Move everything right by ``by`` columns, so that a longer prompt fits in front."""
+        for layer in self.layers:
+            for name in ("keys", "values"):
+                old = getattr(layer, name)
+                new = old.new_zeros(*old.shape[:2], old.shape[2] + by, old.shape[3])
+                new[:, :, by:] = old
+                setattr(layer, name, new)
+            layer.length += by
+        self.starts += by

@@ -1,0 +1,83 @@
+"""A rollout -> what an update needs: reference log-probs, values, shaped rewards, advantages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from align.data.packing import counted_coordinates, pack
+from align.losses import gae, masked_whiten, shape_rewards
+from align.types import Experience, Rollout, TokenBatch, TokenGroup, TokenSequence
+
+
+def rollout_groups(rollout: Rollout, samples_per_prompt: int) -> list[TokenGroup]:
+    """Each prompt once with its responses; response j of prompt i is row ``i * k + j``."""
+    lengths = rollout.response_mask.sum(1).tolist()
+    tokens = rollout.input_ids.cpu().numpy().astype(np.int32)
+    answers = [
+        TokenSequence(row[:length], np.ones(length, dtype=bool))
+        for row, length in zip(tokens, lengths, strict=True)
+    ]
+    k = samples_per_prompt
+    return [
+        TokenGroup(rollout.prompt_ids[i], tuple(answers[i : i + k]))
+        for i in range(0, len(answers), k)
+    ]
+
+
+@torch.no_grad()
+def over_rollout(
+    rollout: Rollout,
+    groups: Sequence[TokenGroup],
+    compute: Callable[[TokenBatch], Tensor],
+    *,
+    tokens_per_microbatch: int,
+) -> Tensor:
+    """``compute`` gives a number for each counted token of a batch; back to ``[B,R]``."""
+    out = torch.zeros_like(rollout.logprobs)
+    for batch in pack(groups, tokens_per_microbatch=tokens_per_microbatch):
+        batch = batch.to(out.device)
+        out[counted_coordinates(batch)] = compute(batch).float()
+    return out
+
+
+def make_experience(
+    rollout: Rollout,
+    *,
+    scores: Tensor,
+    ref_logprobs: Tensor,
+    values: Tensor,
+    kl_coef: float,
+    kl_kind: str,
+    gamma: float,
+    gae_lambda: float,
+    whiten_rewards: bool,
+    whiten_advantages: bool,
+) -> Experience:
+    """Charge KL, pay the scores, and estimate advantages over one whole rollout.
+
+    Args:
+        scores: What is paid on each response's last token, reward units ``[B]``.
+        kl_coef: Reward units per nat charged in the reward; 0 where KL is a loss term.
+    """
+    mask = rollout.response_mask
+    rewards = shape_rewards(
+        scores, rollout.logprobs, ref_logprobs, mask, kl_coef=kl_coef, kl_kind=kl_kind
+    )
+    if whiten_rewards:
+        rewards = masked_whiten(rewards, mask, keep_mean=True)
+    advantages, returns = gae(rewards, values, mask, gamma=gamma, gae_lambda=gae_lambda)
+    if whiten_advantages:
+        advantages = masked_whiten(advantages, mask)
+    return Experience(
+        rollout=rollout,
+        ref_logprobs=ref_logprobs,
+        values=values,
+        rewards=rewards,
+        advantages=advantages,
+        returns=returns,
+        scores=scores,
+    )

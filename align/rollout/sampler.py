@@ -1,0 +1,226 @@
+"""Sample responses: prompts prefilled once, finished sequences dropped, their slots refilled.
+
+A prompt's keys and values are computed once for all of its samples, over packed rows without
+padding. The log-probability of every sampled token is recorded from the very logits that it was
+drawn from, at the sampling temperature: these are PPO's old log-probabilities.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from align.data.packing import collate
+from align.models.policy import Policy
+from align.models.precision import autocast
+from align.rollout.cache import SlotCache, recording_cache
+from align.types import GenerationOptions, Rollout, TokenGroup
+
+REFILL_SHARE = 0.25
+"""Slots that must be free before new prompts are prefilled: small prefills waste a trunk pass."""
+
+
+class _Request:
+    """One response being written."""
+
+    __slots__ = ("logprobs", "prompt", "row", "tokens")
+
+    def __init__(self, row: int, prompt: np.ndarray) -> None:
+        self.row, self.prompt = row, prompt
+        self.tokens: list[int] = []
+        self.logprobs: list[float] = []
+
+
+@torch.no_grad()
+def sample(
+    policy: Policy,
+    prompts: Sequence[np.ndarray],
+    options: GenerationOptions,
+    *,
+    end_ids: Sequence[int],
+    seed: int,
+    prefill_tokens: int = 4096,
+    on_tokens: Callable[[int], None] | None = None,
+) -> Rollout:
+    """``samples_per_prompt`` responses to each prompt; row ``i * k + j`` is sample j of prompt i.
+
+    The same seed, prompts and options give the same samples on one machine. With
+    ``temperature=0`` decoding is greedy and the log-probabilities are those at temperature 1.
+
+    Args:
+        prompts: int32 token ids of each prompt, at least one token each.
+        end_ids: Token ids that end a response; the end token is part of the response.
+        prefill_tokens: Prompt tokens of one prefill: bounds memory, changes no result.
+        on_tokens: Called with the number of tokens that each step produced.
+    """
+    training = policy.training
+    policy.eval()
+    try:
+        requests = _Sampler(policy, options, end_ids, seed, prefill_tokens).run(prompts, on_tokens)
+    finally:
+        policy.train(training)
+    return _to_rollout(requests, end_ids, policy.device)
+
+
+class _Sampler:
+    def __init__(
+        self,
+        policy: Policy,
+        options: GenerationOptions,
+        end_ids: Sequence[int],
+        seed: int,
+        prefill_tokens: int,
+    ) -> None:
+        self.policy, self.options, self.end_ids = policy, options, frozenset(end_ids)
+        self.prefill_tokens = prefill_tokens
+        self.generator = torch.Generator(device=policy.device).manual_seed(seed)
+        self.cache: SlotCache | None = None
+        self.live: list[_Request | None] = []
+        self.last = torch.zeros(0, dtype=torch.int64)
+
+    def run(
+        self, prompts: Sequence[np.ndarray], on_tokens: Callable[[int], None] | None
+    ) -> list[_Request]:
+        k = self.options.samples_per_prompt
+        requests = [_Request(i * k + j, p) for i, p in enumerate(prompts) for j in range(k)]
+        # longest prompts first: neighbours in the cache then start at about the same column
+        queue = sorted(requests, key=lambda r: (-len(r.prompt), r.row))[::-1]
+        while queue or any(self.live):
+            free = [i for i, request in enumerate(self.live) if request is None]
+            if queue and (not any(self.live) or len(free) >= REFILL_SHARE * len(self.live)):
+                made = self._admit(queue, free)
+            else:
+                if free and not queue:
+                    self._compact()
+                made = self._step()
+            if on_tokens is not None:
+                on_tokens(made)
+        return requests
+
+    def _admit(self, queue: list[_Request], free: list[int]) -> int:
+        """Prefill the next prompts of the queue and draw the first token of their responses."""
+        if not any(self.live):
+            self.cache, self.live = None, []
+            free = list(range(min(self.options.slots, len(queue))))
+        taken: list[_Request] = []
+        distinct: dict[int, int] = {}  # id of a prompt array -> its number in this prefill
+        tokens = 0
+        while queue and len(taken) < len(free):
+            prompt = queue[-1].prompt
+            if id(prompt) not in distinct:
+                tokens += len(prompt)
+                if distinct and tokens > self.prefill_tokens:
+                    break
+                distinct[id(prompt)] = len(distinct)
+            taken.append(queue.pop())
+        first = {distinct[id(r.prompt)]: r.prompt for r in taken}
+        groups = [TokenGroup(first[i], ()) for i in range(len(first))]
+        batch = collate(groups).to(self.policy.device)
+        record = recording_cache()
+        with autocast(self.policy.precision, self.policy.device):
+            hidden = self.policy.trunk(
+                input_ids=batch.input_ids,
+                position_ids=batch.position_ids,
+                past_key_values=record,
+                use_cache=True,
+                segments=batch.segments,
+            ).last_hidden_state
+        places = [batch.segments[distinct[id(r.prompt)]] for r in taken]
+        slots = free[: len(taken)]
+        if self.cache is None:
+            longest = max(p.stop - p.start for p in places)
+            self.cache = SlotCache(len(taken), record, longest)
+            self.live, slots = [None] * len(taken), list(range(len(taken)))
+            self.last = torch.zeros(len(taken), dtype=torch.int64, device=self.policy.device)
+        self.cache.fill(slots, record, places)
+        ends = torch.tensor([p.stop - 1 for p in places], device=self.policy.device)
+        for slot, request in zip(slots, taken, strict=True):
+            self.live[slot] = request
+        return self._draw(hidden[0, ends], slots)
+
+    def _step(self) -> int:
+        """One more token for every live slot."""
+        assert self.cache is not None
+        decode = self.cache.next_step()
+        positions = self.cache.length - self.cache.starts
+        with autocast(self.policy.precision, self.policy.device):
+            hidden = self.policy.trunk(
+                input_ids=self.last[:, None],
+                position_ids=positions.to(self.policy.device)[:, None],
+                past_key_values=self.cache,
+                use_cache=True,
+                decode=decode,
+            ).last_hidden_state
+        slots = [i for i, request in enumerate(self.live) if request is not None]
+        rows = hidden[:, 0] if len(slots) == len(self.live) else hidden[slots, 0]
+        return self._draw(rows, slots)
+
+    def _draw(self, hidden: Tensor, slots: list[int]) -> int:
+        """Sample a token for each listed slot, record it, and free the slots that are done."""
+        logits = self.policy.logits(hidden)
+        tokens, logprobs = draw_tokens(logits, self.options, self.generator)
+        self.last[slots] = tokens
+        for slot, token, logprob in zip(slots, tokens.tolist(), logprobs.tolist(), strict=True):
+            request = self.live[slot]
+            assert request is not None
+            request.tokens.append(token)
+            request.logprobs.append(logprob)
+            if token in self.end_ids or len(request.tokens) == self.options.max_new_tokens:
+                self.live[slot] = None
+        return len(slots)
+
+    def _compact(self) -> None:
+        assert self.cache is not None
+        keep = [i for i, request in enumerate(self.live) if request is not None]
+        # copying the cache has a price too: wait until an eighth of the slots is idle
+        if len(keep) > 0.875 * len(self.live):
+            return
+        index = torch.tensor(keep)
+        self.cache.keep(index)
+        self.live = [self.live[i] for i in keep]
+        self.last = self.last[index.to(self.last.device)]
+
+
+def draw_tokens(
+    logits: Tensor, options: GenerationOptions, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """``[N,V]`` float32 logits -> token ids ``[N]`` and their log-probabilities ``[N]``, nats.
+
+    Under ``top_p < 1`` the log-probabilities are still those of the untruncated distribution.
+    """
+    if options.temperature == 0:
+        tokens = logits.argmax(-1)
+        return tokens, logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
+    logprobs = (logits / options.temperature).log_softmax(-1)
+    probs = logprobs.exp()
+    if options.top_p < 1:
+        ordered, order = probs.sort(-1, descending=True)
+        # a token stays while the mass before it is below top_p: the first one always does
+        ordered[ordered.cumsum(-1) - ordered >= options.top_p] = 0
+        probs = torch.zeros_like(probs).scatter_(-1, order, ordered)
+    tokens = torch.multinomial(probs, 1, generator=generator)
+    return tokens[:, 0], logprobs.gather(-1, tokens)[:, 0]
+
+
+def _to_rollout(
+    requests: Sequence[_Request], end_ids: Sequence[int], device: torch.device
+) -> Rollout:
+    width = max(len(r.tokens) for r in requests)
+    input_ids = torch.zeros(len(requests), width, dtype=torch.int64)
+    logprobs = torch.zeros(len(requests), width)
+    lengths = torch.tensor([len(r.tokens) for r in requests])
+    for i, request in enumerate(requests):
+        input_ids[i, : lengths[i]] = torch.tensor(request.tokens)
+        logprobs[i, : lengths[i]] = torch.tensor(request.logprobs)
+    mask = torch.arange(width)[None] < lengths[:, None]
+    finished = torch.tensor([r.tokens[-1] in end_ids for r in requests])
+    return Rollout(
+        prompt_ids=tuple(r.prompt for r in requests),
+        input_ids=input_ids.to(device),
+        response_mask=mask.to(device),
+        logprobs=logprobs.to(device),
+        finished=finished.to(device),
+    )

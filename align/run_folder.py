@@ -1,0 +1,166 @@
+"""A run's folder: what was run on what, what was measured, and what lies where.
+
+``config.yaml``, ``manifest.json`` and ``metrics.jsonl`` are written as the run goes on, so that a
+run that dies has told all it knew. A folder that holds a run is never written over unasked.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from align.progress import say, table
+from align.types import AlignError, SourceReport
+
+OURS = (
+    "config.yaml", "manifest.json", "metrics.jsonl", "samples.jsonl", "pairs.jsonl", "eval.json",
+    "model", "critic", "model_adapter", "critic_adapter", "checkpoints", "outputs", "tracking",
+    "margins.png",
+)  # fmt: skip
+"""What a run writes, and so all that ``overwrite=true`` removes."""
+
+LIBRARIES = ("torch", "transformers", "accelerate", "peft", "datasets", "tokenizers", "sacrebleu")
+
+
+class Run:
+    """An open run folder; every process has one, only the main process writes."""
+
+    def __init__(
+        self,
+        stage: str,
+        output_dir: str,
+        *,
+        config_yaml: str,
+        seed: int,
+        resume: str = "never",
+        overwrite: bool = False,
+        is_main: bool = True,
+    ) -> None:
+        self.stage, self.folder, self.is_main = stage, Path(output_dir), is_main
+        self.started = time.time()
+        self._manifest: dict[str, Any] = {
+            "stage": stage,
+            "status": "running",
+            "seed": seed,
+            "command": " ".join(sys.argv),
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "versions": _versions(),
+            "hardware": _hardware(),
+        }
+        if is_main:
+            self._open(resume, overwrite, config_yaml)
+
+    def _open(self, resume: str, overwrite: bool, config_yaml: str) -> None:
+        held = (self.folder / "manifest.json").exists()
+        if held and overwrite:
+            for name in OURS:
+                _remove(self.folder / name)
+        elif held and resume == "never":
+            raise AlignError(
+                f"output_dir: {self.folder} already holds a run; add resume=auto to go on with it, "
+                "overwrite=true to replace it, or another output_dir"
+            )
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise AlignError(f"output_dir: {self.folder}: {error.strerror}") from error
+        (self.folder / "config.yaml").write_text(config_yaml, encoding="utf-8")
+        self._write_manifest()
+
+    def describe(self, **facts: Any) -> None:
+        """Add facts to the manifest: data reports, hashes, parameter counts."""
+        self._manifest.update(facts)
+        self._write_manifest()
+
+    def describe_data(self, **reports: Sequence[SourceReport]) -> None:
+        self.describe(data={k: [asdict(r) for r in v] for k, v in reports.items()})
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One line of metrics.jsonl; numbers only."""
+        if self.is_main:
+            line = {"step": step, "seconds": round(time.time() - self.started, 3), **metrics}
+            with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def forget_after(self, step: int) -> None:
+        """Drop the lines of steps that a resumed run will do again."""
+        path = self.folder / "metrics.jsonl"
+        if self.is_main and path.exists():
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and _step(line) <= step]
+            path.write_text("".join(kept), encoding="utf-8")
+
+    def append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Rows of a JSONL file in the folder."""
+        if self.is_main:
+            with (self.folder / name).open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+    def finish(self, rows: Sequence[Sequence[str]], **facts: Any) -> None:
+        """Mark the run as done and print its closing table."""
+        seconds = time.time() - self.started
+        self.describe(status="done", seconds=round(seconds, 1), **facts)
+        if self.is_main:
+            say(table(rows, title=f"\n{self.stage}: done in {duration(seconds)}"))
+            say(f"  -> {self.folder}")
+
+    def _write_manifest(self) -> None:
+        if self.is_main:
+            path = self.folder / "manifest.json"
+            partial = path.with_suffix(".tmp")
+            partial.write_text(json.dumps(self._manifest, indent=2) + "\n", encoding="utf-8")
+            os.replace(partial, path)
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
+
+
+def change(before: Mapping[str, float], after: Mapping[str, float]) -> list[list[str]]:
+    """Rows of a closing table: every held-out number before and after."""
+    rows = [["held out", "before", "after"]]
+    rows += [[name, f"{before[name]:.4g}", f"{after[name]:.4g}"] for name in after]
+    return rows
+
+
+def _step(line: str) -> int:
+    return int(json.loads(line)["step"])
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("align", *LIBRARIES):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _hardware() -> dict[str, Any]:
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "platform": platform.platform(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "gpus": gpus,
+    }

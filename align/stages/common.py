@@ -1,0 +1,138 @@
+"""What every stage begins with: an accelerator, a run folder, tokenised data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedTokenizerBase
+
+from align.config import CommonRecipe, DataConfig
+from align.data.chat import encode_examples
+from align.data.preferences import Example, load_examples, split_by_prompt
+from align.data.subset import pick
+from align.models import load_tokenizer
+from align.progress import say
+from align.recipes_io import to_yaml
+from align.training.distributed import make_accelerator
+from align.run_folder import Run
+from align.types import AlignError, DataSource, SourceReport, TokenGroup
+
+Kind = Literal["sft", "preference", "prompt"]
+
+
+@dataclass(frozen=True)
+class Session:
+    """An open stage: where it runs, where it writes, and its tokenizer."""
+
+    accelerator: Accelerator
+    run: Run
+    tokenizer: PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Split:
+    """Rows of one side of the split, tokenised; ``examples[i]`` made ``groups[i]``.
+
+    Plain text cut into pieces has more groups than examples; nothing else has.
+    """
+
+    examples: tuple[Example, ...]
+    groups: list[TokenGroup]
+
+
+def open_session(recipe: CommonRecipe, stage: str) -> Session:
+    """Check the output folder before anything slow, then load the tokenizer."""
+    accelerator = make_accelerator(recipe.trackers, recipe.output_dir)
+    if accelerator.distributed_type.value in ("DEEPSPEED", "MEGATRON_LM"):
+        raise AlignError(f"{accelerator.distributed_type.value} is not supported; use DDP or FSDP")
+    tokenizer = load_tokenizer(recipe.model, trust_remote_code=recipe.trust_remote_code)
+    run = Run(
+        stage,
+        recipe.output_dir,
+        config_yaml=to_yaml(recipe),
+        seed=recipe.seed,
+        resume=recipe.resume,
+        overwrite=recipe.overwrite,
+        is_main=accelerator.is_main_process,
+    )
+    torch.manual_seed(recipe.seed)
+    if accelerator.is_main_process:
+        say(f"{stage}: {recipe.model} -> {recipe.output_dir} on {accelerator.device}")
+    return Session(accelerator, run, tokenizer)
+
+
+def load_data(session: Session, data: DataConfig, kind: Kind, *, seed: int) -> tuple[Split, Split]:
+    """Training and held-out rows, with what was read and dropped in the manifest."""
+    train, reports = _read(data.train, data, kind, seed)
+    if not train:
+        raise AlignError("data.train: no data given; name a file, a folder or a hub data set")
+    if data.test:
+        test, test_reports = _read(data.test, data, kind, seed)
+    else:
+        train, test = split_by_prompt(train, test_fraction=data.test_fraction, seed=seed)
+        test_reports = ()
+    train = pick(train, data.max_train_rows, seed)
+    test = pick(test, data.max_test_rows, seed)
+    train_split, dropped_train = _encode(session.tokenizer, train, data)
+    test_split, dropped_test = _encode(session.tokenizer, test, data)
+    session.run.describe_data(train=reports, test=test_reports)
+    facts = {
+        "train_rows": len(train),
+        "test_rows": len(test),
+        "train_tokens": sum(g.num_tokens for g in train_split.groups),
+        "dropped_when_tokenised": {"train": dropped_train, "test": dropped_test},
+    }
+    session.run.describe(**facts)
+    if session.run.is_main:
+        _tell(reports, dropped_train, facts)
+    return train_split, test_split
+
+
+def trained_parameters(model: torch.nn.Module) -> dict[str, int]:
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters_trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
+    }
+
+
+def _read(
+    sources: Sequence[DataSource], data: DataConfig, kind: Kind, seed: int
+) -> tuple[tuple[Example, ...], tuple[SourceReport, ...]]:
+    if not sources:
+        return (), ()
+    named = [replace(s, columns={**data.columns, **s.columns}) for s in sources]
+    loaded = load_examples(named, kind=kind, on_bad_row=data.on_bad_row, seed=seed)
+    return loaded.examples, loaded.reports
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], data: DataConfig
+) -> tuple[Split, dict[str, int]]:
+    groups, dropped = encode_examples(
+        tokenizer,
+        examples,
+        max_tokens=data.max_tokens,
+        on_bad_row=data.on_bad_row,
+        loss_on=data.loss_on,
+    )
+    if dropped:
+        kept = {group.id for group in groups}
+        examples = [e for e in examples if e.id in kept]
+    return Split(tuple(examples), groups), dropped
+
+
+def _tell(reports: Sequence[SourceReport], dropped: dict[str, int], facts: dict) -> None:
+    say(
+        f"  data: {facts['train_rows']} rows ({facts['train_tokens']} tokens) to train on, "
+        f"{facts['test_rows']} held out"
+    )
+    reasons = dict(dropped)
+    for report in reports:
+        for reason, count in report.dropped.items():
+            reasons[reason] = reasons.get(reason, 0) + count
+    for reason, count in reasons.items():
+        say(f"  dropped {count} rows: {reason}")

@@ -1,0 +1,220 @@
+"""Direct preference optimisation: learn from pairs without a reward model.
+
+    h = log pi(chosen)/pi_ref(chosen) - log pi(rejected)/pi_ref(rejected)
+    loss = -log sigmoid(beta h), or another of the losses in ``align.losses.dpo``
+
+The reference's log-probabilities are computed once and kept on disk by default, keyed by its
+weights and the token ids; or with the adapter switched off; or with a second model at every step.
+Source: Rafailov et al. 2023, eq. 7 (arXiv:2305.18290).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from align.config import DPOConfig, DPORecipe
+from align.data.packing import counted_coordinates
+from align.losses.dpo import LOSSES, LOSSES_WITHOUT_REFERENCE, dpo_loss, sft_term
+from align.losses.logprobs import TokenStatistics
+from align.models import Policy, load_policy
+from align.models.load import weights_hash
+from align.models.lora import adapter_off
+from align.models.policy import batch_sequences
+from align.stages.common import Session, load_data, open_session, trained_parameters
+from align.stages.reference import ReferenceCache
+from align.training.loop import Measured, evaluate_groups, train
+from align.run_folder import change
+from align.types import AlignError, TokenBatch, TokenGroup
+
+Reference = Callable[[TokenBatch, Sequence[int]], Tensor]
+"""Reference log-probs of a batch's sequences, in the batch's order."""
+
+
+def run(recipe: DPORecipe) -> None:
+    """Train ``recipe.model`` on preference pairs and save it in ``output_dir/model``."""
+    _check(recipe)
+    session = open_session(recipe, "dpo")
+    train_data, test_data = load_data(session, recipe.data, "preference", seed=recipe.seed)
+    policy = load_policy(
+        recipe.model,
+        device=session.accelerator.device,
+        precision=recipe.precision,
+        lora=recipe.lora,
+        gradient_checkpointing=recipe.gradient_checkpointing,
+        trust_remote_code=recipe.trust_remote_code,
+    )
+    session.run.describe(start_weights=weights_hash(policy.model), **trained_parameters(policy))
+    train_groups, test_groups = train_data.groups, test_data.groups
+    train_reference = _reference(recipe, session, policy, train_groups)
+    test_reference = _reference(recipe, session, policy, test_groups)
+    model = session.accelerator.prepare(policy)
+
+    def measure_with(reference: Reference):  # noqa: ANN202
+        def measure(batch: TokenBatch, members: Sequence[int]) -> Measured:
+            statistics = model(batch, statistics=recipe.dpo.wpo_weights)
+            return _measure(recipe.dpo, statistics, reference(batch, members), batch)
+
+        return measure
+
+    def evaluate() -> dict[str, float]:
+        if not test_groups:
+            return {}
+        found = evaluate_groups(
+            model,
+            test_groups,
+            measure_with(test_reference),
+            tokens_per_microbatch=recipe.train.tokens_per_microbatch,
+            accelerator=session.accelerator,
+        )
+        return {"loss": found.pop("dpo_loss"), **found}
+
+    before, after = train(
+        model,
+        train_groups,
+        measure_with(train_reference),
+        units=lambda group: 1,
+        evaluate=evaluate,
+        run=session.run,
+        accelerator=session.accelerator,
+        train=recipe.train,
+        optim=recipe.optim,
+        seed=recipe.seed,
+        resume=recipe.resume == "auto",
+    )
+    if session.accelerator.is_main_process:
+        policy.save(session.run.folder / "model", session.tokenizer)
+    session.run.finish(change(before, after), held_out=after)
+
+
+def _measure(
+    options: DPOConfig, statistics: TokenStatistics, ref_logprobs: Tensor, batch: TokenBatch
+) -> Measured:
+    """Losses of the pairs of one microbatch; sequences are chosen, rejected, chosen, ..."""
+    logprobs, lengths = sequence_sums(statistics.logprobs, batch)
+    losses = dpo_loss(
+        logprobs[0::2],
+        logprobs[1::2],
+        ref_logprobs[0::2],
+        ref_logprobs[1::2],
+        beta=options.beta,
+        loss_type=options.loss_type,
+        label_smoothing=options.label_smoothing,
+        chosen_lengths=lengths[0::2],
+        rejected_lengths=lengths[1::2],
+        f_divergence=options.f_divergence,
+        f_alpha=options.f_alpha,
+        simpo_gamma=options.simpo_gamma,
+        orpo_coef=options.orpo_coef,
+    )
+    per_example = losses.per_example
+    if options.wpo_weights:
+        # Zhou et al. 2024 (arXiv:2406.11827): how likely the policy would write this pair
+        gap = statistics.logprobs.detach() - statistics.log_collision
+        mean_gap = sequence_sums(gap, batch)[0] / lengths
+        per_example = per_example * (mean_gap[0::2] + mean_gap[1::2]).exp()
+    if options.sft_coef:
+        per_example = per_example + options.sft_coef * sft_term(logprobs[0::2], lengths[0::2])
+    margin = losses.chosen_rewards - losses.rejected_rewards
+    count = float(len(margin))
+    means = {
+        "dpo_loss": per_example,
+        "rewards_chosen": losses.chosen_rewards,
+        "rewards_rejected": losses.rejected_rewards,
+        "rewards_margin": margin,
+        "accuracy": (margin > 0).float(),
+        "logprobs_chosen": logprobs[0::2],
+        "logprobs_rejected": logprobs[1::2],
+    }
+    sums = {name: (value.sum().item(), count) for name, value in means.items()}
+    return Measured(per_example.sum(), sums)
+
+
+def sequence_sums(values: Tensor, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+    """Sum over each sequence's counted tokens, and their number, in the batch's order."""
+    sequence, _ = counted_coordinates(batch)
+    numbers = torch.from_numpy(batch_sequences(batch)).to(values.device)
+    # a batch's sequences are numbered upwards, whichever of the minibatch they are
+    index = torch.searchsorted(numbers, sequence)
+    sums = values.new_zeros(len(numbers)).index_add(0, index, values)
+    return sums, torch.bincount(index, minlength=len(numbers)).to(values.dtype)
+
+
+def _reference(
+    recipe: DPORecipe, session: Session, policy: Policy, groups: Sequence[TokenGroup]
+) -> Reference:
+    """Where reference log-probs come from: disk, the adapter switched off, or a second model."""
+    if recipe.dpo.loss_type in LOSSES_WITHOUT_REFERENCE:
+        return lambda batch, members: torch.zeros(len(batch.sequences), device=policy.device)
+
+    @torch.no_grad()
+    def adapter_switched_off(batch: TokenBatch, members: Sequence[int]) -> Tensor:
+        with adapter_off(policy.model):
+            return sequence_sums(policy(batch).logprobs, batch)[0]
+
+    if recipe.dpo.reference == "adapter_off":
+        return adapter_switched_off
+    reference = policy
+    if recipe.dpo.reference_model is not None or recipe.dpo.reference == "online":
+        reference = _frozen(recipe, session)
+
+    @torch.no_grad()
+    def online(batch: TokenBatch, members: Sequence[int]) -> Tensor:
+        return sequence_sums(reference(batch).logprobs, batch)[0]
+
+    if recipe.dpo.reference == "online":
+        return online
+    # a new adapter changes nothing yet, so the policy itself is its own reference here
+    cache = ReferenceCache.compute(
+        reference,
+        groups,
+        online,
+        folder=session.run.folder.parent / "reference_cache",
+        tokens_per_microbatch=recipe.train.tokens_per_microbatch,
+        is_main=session.accelerator.is_main_process,
+    )
+    session.accelerator.wait_for_everyone()
+    return cache.lookup
+
+
+def _frozen(recipe: DPORecipe, session: Session) -> Policy:
+    reference = load_policy(
+        recipe.dpo.reference_model or recipe.model,
+        device=session.accelerator.device,
+        precision=recipe.precision,
+        trust_remote_code=recipe.trust_remote_code,
+    )
+    reference.requires_grad_(False)
+    return reference.eval()
+
+
+def _check(recipe: DPORecipe) -> None:
+    """Refuse a combination before anything is loaded."""
+    options = recipe.dpo
+    if options.loss_type not in LOSSES:
+        raise AlignError(
+            f"dpo.loss_type: got {options.loss_type!r}; allowed are {', '.join(LOSSES)}"
+        )
+    if options.reference == "adapter_off" and recipe.lora is None:
+        raise AlignError("dpo.reference: adapter_off needs `lora`; use cached or online")
+    if options.reference == "adapter_off" and options.reference_model is not None:
+        raise AlignError("dpo.reference: adapter_off has no other reference_model; use cached")
+    ones = torch.ones(1)
+    try:
+        dpo_loss(
+            ones,
+            ones,
+            ones,
+            ones,
+            beta=options.beta,
+            loss_type=options.loss_type,
+            label_smoothing=options.label_smoothing,
+            f_divergence=options.f_divergence,
+            f_alpha=options.f_alpha,
+            chosen_lengths=ones,
+            rejected_lengths=ones,
+        )
+    except ValueError as error:
+        raise AlignError(f"dpo: {error}") from error

@@ -1,0 +1,159 @@
+"""Sample responses to prompts, score them, and turn the scores into preference pairs.
+
+Writes ``samples.jsonl`` (prompt, response, references, score) and, with ``pairs``, ``pairs.jsonl``
+(prompt, chosen, rejected, margin), which ``align rm`` and ``align dpo`` read as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from align.config import GenerateRecipe, PairsConfig
+from align.data.chat import decode_response, end_token_ids
+from align.models import load_policy
+from align.progress import Progress, say
+from align.rewards import build_reward
+from align.rewards.model import reward_model_loader
+from align.rollout.sampler import sample
+from align.stages.common import load_data, open_session
+from align.training.distributed import gather_in_order, my_share
+from align.types import AlignError, PromptExample
+
+
+def run(recipe: GenerateRecipe) -> None:
+    """Sample from ``recipe.model`` on the prompts of ``data.train``."""
+    if recipe.pairs is not None and not recipe.reward:
+        raise AlignError("pairs: samples are ranked by a reward; set `reward`, for instance chrf")
+    session = open_session(recipe, "generate")
+    prompts, _ = load_data(session, recipe.data, "prompt", seed=recipe.seed)
+    accelerator, tokenizer = session.accelerator, session.tokenizer
+    policy = load_policy(
+        recipe.model,
+        device=accelerator.device,
+        precision=recipe.precision,
+        trust_remote_code=recipe.trust_remote_code,
+    )
+    k = recipe.generation.samples_per_prompt
+    mine = my_share(prompts.groups, accelerator)
+    with Progress(
+        len(mine) * k, "generate", unit="response", shown=accelerator.is_main_process
+    ) as bar:
+        rollout = sample(
+            policy,
+            [g.prefix_ids for g in mine],
+            recipe.generation,
+            end_ids=end_token_ids(tokenizer, policy.inner.generation_config.eos_token_id),
+            seed=recipe.seed + accelerator.process_index,
+            prefill_tokens=recipe.tokens_per_microbatch,
+            on_tokens=lambda n: bar.advance(steps=0, tokens=n),
+        )
+    texts = [
+        decode_response(tokenizer, ids[mask].tolist())
+        for ids, mask in zip(rollout.input_ids.cpu(), rollout.response_mask.cpu(), strict=True)
+    ]
+    finished = rollout.finished.tolist()
+    packed = [(texts[i * k : (i + 1) * k], finished[i * k : (i + 1) * k]) for i in range(len(mine))]
+    answers = gather_in_order(packed, accelerator)
+    if not accelerator.is_main_process:
+        return
+    rows = _score(recipe, prompts.examples, answers, accelerator)
+    session.run.append("samples.jsonl", rows)
+    report = [["sampled", ""], ["responses", str(len(rows))]]
+    report.append(["ended by themselves", f"{np.mean([r['finished'] for r in rows]):.1%}"])
+    if recipe.reward:
+        report.append(["mean score", f"{np.mean([r['score'] for r in rows]):.4g}"])
+    if recipe.pairs is not None:
+        pairs, left_out = make_pairs(rows, k, recipe.pairs)
+        if not pairs:
+            raise AlignError(f"no pairs can be made of {len(rows)} samples: {left_out}")
+        session.run.append("pairs.jsonl", pairs)
+        session.run.describe(pairs=len(pairs), left_out=left_out)
+        report.append(["pairs", str(len(pairs))])
+        for reason, count in left_out.items():
+            say(f"  left out {count} pairs: {reason}")
+    session.run.finish(report)
+
+
+def _score(
+    recipe: GenerateRecipe,
+    examples: Sequence[PromptExample],
+    answers: Sequence[tuple[list[str], list[bool]]],
+    accelerator: Any,
+) -> list[dict[str, Any]]:
+    rows = [
+        {
+            "id": example.id,
+            "prompt": example.prompt,
+            "response": text,
+            "references": list(example.references),
+            "finished": ended,
+        }
+        for example, (texts, ends) in zip(examples, answers, strict=True)
+        for text, ended in zip(texts, ends, strict=True)
+    ]
+    if recipe.reward:
+        reward = build_reward(
+            recipe.reward,
+            load_model=reward_model_loader(
+                accelerator.device,
+                precision=recipe.precision,
+                trust_remote_code=recipe.trust_remote_code,
+                tokens_per_microbatch=recipe.tokens_per_microbatch,
+            ),
+        )
+        scores = reward(
+            [r["prompt"] for r in rows],
+            [r["response"] for r in rows],
+            [r["references"] for r in rows],
+        )
+        for row, score in zip(rows, scores, strict=True):
+            row["score"] = score
+    return rows
+
+
+def make_pairs(
+    rows: Sequence[dict[str, Any]], samples_per_prompt: int, options: PairsConfig
+) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """Preference pairs of each prompt's scored samples, and what was left out, by reason.
+
+    Unfinished samples and empty ones are never used: a cut-off text teaches the wrong thing.
+    """
+    pairs: list[dict[str, Any]] = []
+    left_out: dict[str, int] = {}
+
+    def leave_out(reason: str) -> None:
+        left_out[reason] = left_out.get(reason, 0) + 1
+
+    for start in range(0, len(rows), samples_per_prompt):
+        samples = rows[start : start + samples_per_prompt]
+        usable = [r for r in samples if r["finished"] and r["response"].strip()]
+        usable.sort(key=lambda row: -row["score"])
+        if len(usable) < 2:
+            leave_out("fewer than two finished samples")
+            continue
+        chosen_rejected = (
+            [(usable[0], usable[-1])]
+            if options.choose == "best_worst"
+            else list(combinations(usable, 2))
+        )
+        for chosen, rejected in chosen_rejected:
+            margin = chosen["score"] - rejected["score"]
+            if chosen["response"] == rejected["response"]:
+                leave_out("the same text twice")
+            elif margin <= 0 or margin < options.min_margin:
+                leave_out("scores too close")
+            else:
+                pairs.append(
+                    {
+                        "id": chosen["id"],
+                        "prompt": chosen["prompt"],
+                        "chosen": chosen["response"],
+                        "rejected": rejected["response"],
+                        "margin": margin,
+                    }
+                )
+    return pairs, left_out

@@ -1,0 +1,109 @@
+"""The four roles of PPO, loaded: actor, critic, reward, reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from align.config import PPORecipe
+from align.models import Policy, ScalarModel, load_policy, load_scalar_model, load_tokenizer
+from align.models.lora import adapter_off
+from align.progress import say
+from align.rewards import build_reward
+from align.rewards.model import reward_model_loader
+from align.stages.common import Session
+from align.types import RewardSource, TokenBatch
+
+
+@dataclass(frozen=True)
+class Roles:
+    """``ref_logprobs`` gives the frozen reference's log-probs of a batch's counted tokens."""
+
+    actor: Policy
+    critic: ScalarModel
+    reward: RewardSource
+    ref_logprobs: Callable[[TokenBatch], Tensor]
+
+
+def load_roles(recipe: PPORecipe, session: Session) -> Roles:
+    """Load each role once; with LoRA the reference is the actor with its adapter off."""
+    device = session.accelerator.device
+    actor = load_policy(
+        recipe.model,
+        device=device,
+        precision=recipe.precision,
+        lora=recipe.lora,
+        gradient_checkpointing=recipe.gradient_checkpointing,
+        trust_remote_code=recipe.trust_remote_code,
+    )
+    reward = build_reward(
+        recipe.reward,
+        load_model=reward_model_loader(
+            device,
+            precision=recipe.precision,
+            trust_remote_code=recipe.trust_remote_code,
+            tokens_per_microbatch=recipe.tokens_per_microbatch,
+        ),
+    )
+    return Roles(actor, _critic(recipe, session), reward, _reference(recipe, session, actor))
+
+
+def _critic(recipe: PPORecipe, session: Session) -> ScalarModel:
+    """From `critic.model`, else from the reward model, else from the actor's trunk.
+
+    A critic reads the actor's tokens, so a reward model with another vocabulary cannot start one.
+    A critic without a trained head starts at 0 everywhere.
+    """
+    start = recipe.critic.model
+    if start is None:
+        models = [term.model for term in recipe.reward if term.model is not None]
+        start = next((m for m in models if _same_vocabulary(m, recipe, session)), recipe.model)
+    critic = load_scalar_model(
+        start,
+        device=session.accelerator.device,
+        precision=recipe.precision,
+        lora=recipe.lora,
+        gradient_checkpointing=recipe.gradient_checkpointing,
+        trust_remote_code=recipe.trust_remote_code,
+    )
+    if critic.fresh_head:
+        critic.scale_head(0.0)
+    if session.run.is_main:
+        say(f"  critic starts from {start}" + (", with a new head" if critic.fresh_head else ""))
+    return critic
+
+
+def _same_vocabulary(model: str, recipe: PPORecipe, session: Session) -> bool:
+    other = load_tokenizer(model, trust_remote_code=recipe.trust_remote_code)
+    return bool(other.get_vocab() == session.tokenizer.get_vocab())
+
+
+def _reference(
+    recipe: PPORecipe, session: Session, actor: Policy
+) -> Callable[[TokenBatch], Tensor]:
+    temperature = recipe.generation.temperature
+    if recipe.lora is not None and recipe.reference_model is None:
+
+        @torch.no_grad()
+        def adapter_switched_off(batch: TokenBatch) -> Tensor:
+            with adapter_off(actor.model):
+                return cast(Tensor, actor(batch, temperature=temperature).logprobs)
+
+        return adapter_switched_off
+    reference = load_policy(
+        recipe.reference_model or recipe.model,
+        device=session.accelerator.device,
+        precision=recipe.precision,
+        trust_remote_code=recipe.trust_remote_code,
+    )
+    reference.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def frozen(batch: TokenBatch) -> Tensor:
+        return cast(Tensor, reference(batch, temperature=temperature).logprobs)
+
+    return frozen

@@ -1,0 +1,178 @@
+"""The PPO update: epochs of minibatches over one rollout, each minibatch one optimizer step.
+
+A loss is a mean over *all tokens of the minibatch*, whatever microbatches and processes it is cut
+into. Actor and critic have an optimizer each, and their gradients are clipped apart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from align.config import PPORecipe
+from align.data.packing import counted_coordinates, pack
+from align.losses import approx_kl, clip_fraction, kl_estimate, masked_mean, ppo_policy_loss
+from align.losses import value_loss as clipped_value_loss
+from align.rollout.experience import rollout_groups
+from align.stages.common import Session
+from align.stages.ppo_roles import Roles
+from align.training.distributed import my_share, sum_over_processes, without_sync
+from align.training.optim import make_optimizer, set_lr
+from align.types import AlignError, Experience, TokenBatch, TokenGroup
+
+
+class Update:
+    """Calling it trains actor and critic on one rollout and returns what happened."""
+
+    def __init__(self, recipe: PPORecipe, session: Session, roles: Roles) -> None:
+        self.recipe, self.session, self.roles = recipe, session, roles
+        self.accelerator = session.accelerator
+        self.actor = self.accelerator.prepare(roles.actor)
+        self.critic = self.accelerator.prepare(roles.critic)
+        self.actor_lr = recipe.optim.lr
+        self.critic_lr = recipe.optim.lr if recipe.critic.lr is None else recipe.critic.lr
+        self.actor_optimizer = make_optimizer(roles.actor, recipe.optim, lr=self.actor_lr)
+        self.critic_optimizer = make_optimizer(roles.critic, recipe.optim, lr=self.critic_lr)
+        self.trained = {
+            "actor": (roles.actor, self.actor_optimizer),
+            "critic": (roles.critic, self.critic_optimizer),
+        }
+
+    def __call__(self, experience: Experience, iteration: int, kl_coef: float) -> dict[str, float]:
+        ppo = self.recipe.ppo
+        k = self.recipe.generation.samples_per_prompt
+        groups = rollout_groups(experience.rollout, k)
+        per_iteration = ppo.epochs * ppo.num_minibatches
+        total = ppo.iterations * per_iteration
+        sums: dict[str, float] = {}
+        lr = 0.0
+        for epoch in range(ppo.epochs):
+            rng = np.random.default_rng([self.recipe.seed, iteration, epoch])
+            for number, members in enumerate(
+                np.array_split(rng.permutation(len(groups)), ppo.num_minibatches)
+            ):
+                step = iteration * per_iteration + epoch * ppo.num_minibatches + number
+                lr = set_lr(self.actor_optimizer, self.actor_lr, step, total, self.recipe.optim)
+                set_lr(self.critic_optimizer, self.critic_lr, step, total, self.recipe.optim)
+                found = self._minibatch(
+                    experience, groups, members.tolist(), kl_coef, iteration >= ppo.critic_warmup
+                )
+                if epoch == number == 0:
+                    # old and new log-probs are of the same weights here: sampling and training agree
+                    sums["first_ratio_error"] = per_iteration * found["ratio_error"]
+                for name, value in found.items():
+                    sums[name] = sums.get(name, 0.0) + value
+        del sums["ratio_error"]
+        return {name: value / per_iteration for name, value in sums.items()} | {"lr": lr}
+
+    def _minibatch(
+        self,
+        experience: Experience,
+        groups: Sequence[TokenGroup],
+        members: Sequence[int],
+        kl_coef: float,
+        train_actor: bool,
+    ) -> dict[str, float]:
+        """One optimizer step of each; means over the minibatch's tokens."""
+        self.actor.train()
+        self.critic.train()
+        mine = my_share(members, self.accelerator)
+        denominator = sum(groups[i].num_counted for i in members)
+        batches = pack(
+            [groups[i] for i in mine], tokens_per_microbatch=self.recipe.tokens_per_microbatch
+        )
+        world = self.accelerator.num_processes
+        sums: dict[str, float] = {}
+        worst = 0.0
+        for number, batch in enumerate(batches):
+            batch = batch.to(self.accelerator.device)
+            last = number == len(batches) - 1
+            take = _Taken(experience, batch, mine, self.recipe.generation.samples_per_prompt)
+            with without_sync(self.accelerator, self.actor, last=last):
+                loss, found, error = self._policy_loss(take, batch, kl_coef, denominator)
+                if train_actor:
+                    self.accelerator.backward(loss * world)
+            with without_sync(self.accelerator, self.critic, last=last):
+                loss = self._value_loss(take, batch, denominator)
+                self.accelerator.backward(loss * self.recipe.ppo.value_coef * world)
+            found["value_loss"] = loss.item()
+            worst = max(worst, error)
+            for name, value in found.items():
+                sums[name] = sums.get(name, 0.0) + value
+        metrics = sum_over_processes(sums, self.accelerator)
+        if train_actor:
+            metrics["grad_norm"] = self._step("actor", self.actor, self.actor_optimizer)
+        metrics["critic_grad_norm"] = self._step("critic", self.critic, self.critic_optimizer)
+        return metrics | {"ratio_error": worst}
+
+    def _policy_loss(
+        self, take: Callable[[str], Tensor], batch: TokenBatch, kl_coef: float, denominator: int
+    ) -> tuple[Tensor, dict[str, float], float]:
+        recipe, ppo = self.recipe, self.recipe.ppo
+        statistics = self.actor(
+            batch,
+            temperature=recipe.generation.temperature,
+            statistics=ppo.entropy_coef != 0,
+        )
+        logprobs, old = statistics.logprobs[None], take("logprobs")
+        advantages, mask = take("advantages"), torch.ones_like(old, dtype=torch.bool)
+        clip = {"clip_range": ppo.clip_range, "denominator": denominator}
+        policy_loss = ppo_policy_loss(logprobs, old, advantages, mask, **clip)
+        loss = policy_loss
+        if recipe.kl.charge == "loss":
+            kl = kl_estimate(logprobs, take("ref_logprobs"), recipe.kl.estimator)
+            loss = loss + kl_coef * masked_mean(kl, mask, denominator=denominator)
+        if ppo.entropy_coef:
+            entropy = masked_mean(statistics.entropy[None], mask, denominator=denominator)
+            loss = loss - ppo.entropy_coef * entropy
+        detached = logprobs.detach()
+        found = {
+            "policy_loss": policy_loss.item(),
+            "clip_fraction": clip_fraction(detached, old, advantages, mask, **clip).item(),
+            "approx_kl": approx_kl(detached, old, mask, denominator=denominator).item(),
+        }
+        return loss, found, (detached - old).exp().sub(1).abs().max().item()
+
+    def _value_loss(
+        self, take: Callable[[str], Tensor], batch: TokenBatch, denominator: int
+    ) -> Tensor:
+        values = self.critic(batch, at="counted")[None]
+        return clipped_value_loss(
+            values,
+            take("values"),
+            take("returns"),
+            torch.ones_like(values, dtype=torch.bool),
+            clip_range=self.recipe.ppo.value_clip_range or None,
+            denominator=denominator,
+        )
+
+    def _step(self, role: str, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> float:
+        norm = float(
+            self.accelerator.clip_grad_norm_(model.parameters(), self.recipe.optim.max_grad_norm)
+        )
+        if not math.isfinite(norm):
+            raise AlignError(f"ppo: the {role}'s gradient became {norm}; lower optim.lr")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return norm
+
+
+class _Taken:
+    """Picks an experience's numbers at a batch's counted tokens, as ``[1,N]``."""
+
+    def __init__(
+        self, experience: Experience, batch: TokenBatch, members: Sequence[int], k: int
+    ) -> None:
+        sequence, self.offset = counted_coordinates(batch)
+        # sequence s of the batch is response s % k of this process's s // k-th prompt
+        prompts = torch.tensor(list(members), device=sequence.device)
+        self.row = prompts[sequence // k] * k + sequence % k
+        self.experience = experience
+
+    def __call__(self, field: str) -> Tensor:
+        source = self.experience.rollout if field == "logprobs" else self.experience
+        return getattr(source, field)[self.row, self.offset][None]

@@ -1,0 +1,78 @@
+"""Reference log-probabilities on disk, keyed by the reference's weights and the token ids.
+
+A second epoch, a second run and another beta then pay nothing for the reference. A key made of the
+model's *name* would be wrong as soon as the folder's content changes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file, save_file
+from torch import Tensor
+
+from align.data.packing import pack
+from align.models.load import weights_hash
+from align.models.policy import Policy, batch_sequences
+from align.progress import Progress
+from align.types import TokenBatch, TokenGroup
+
+
+class ReferenceCache:
+    """Summed log-probs, float32 ``[sequences]``, of every continuation of every group."""
+
+    def __init__(self, groups: Sequence[TokenGroup], logprobs: np.ndarray) -> None:
+        counts = [len(g.continuations) for g in groups]
+        self._first = np.cumsum([0, *counts])
+        self._logprobs = logprobs
+
+    @classmethod
+    def compute(
+        cls,
+        reference: Policy,
+        groups: Sequence[TokenGroup],
+        logprobs_of: Callable[[TokenBatch, Sequence[int]], Tensor],
+        *,
+        folder: Path,
+        tokens_per_microbatch: int,
+        is_main: bool,
+    ) -> ReferenceCache:
+        """Read the log-probs of all groups from ``folder``, or compute and write them."""
+        path = folder / f"{_key(reference, groups)}.safetensors"
+        if path.is_file():
+            return cls(groups, load_file(path)["logprobs"])
+        total = sum(len(g.continuations) for g in groups)
+        logprobs = np.zeros(total, dtype=np.float32)
+        batches = pack(groups, tokens_per_microbatch=tokens_per_microbatch) if groups else []
+        reference.eval()
+        with Progress(len(batches), "reference", shown=is_main) as bar:
+            for batch in batches:
+                found = logprobs_of(batch.to(reference.device), range(len(groups)))
+                logprobs[batch_sequences(batch)] = found.cpu().numpy()
+                bar.advance(tokens=batch.num_tokens)
+        if is_main and total:
+            folder.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(f".{os.getpid()}.partial")
+            save_file({"logprobs": logprobs}, partial)
+            os.replace(partial, path)
+        return cls(groups, logprobs)
+
+    def lookup(self, batch: TokenBatch, members: Sequence[int]) -> Tensor:
+        """Log-probs of a batch whose sequences are numbered over ``members``' continuations."""
+        mine = np.concatenate([np.arange(self._first[i], self._first[i + 1]) for i in members])
+        found = self._logprobs[mine[batch_sequences(batch)]]
+        return torch.from_numpy(found).to(batch.input_ids.device)
+
+
+def _key(reference: Policy, groups: Sequence[TokenGroup]) -> str:
+    digest = hashlib.sha256(weights_hash(reference.model).encode())
+    digest.update(reference.precision.encode())
+    for group in groups:
+        for ids in (group.prefix_ids, *(c.input_ids for c in group.continuations)):
+            digest.update(np.int64(len(ids)).tobytes() + np.asarray(ids, np.int32).tobytes())
+    return digest.hexdigest()[:32]

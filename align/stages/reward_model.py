@@ -1,0 +1,176 @@
+"""Bradley–Terry reward model: -log sigmoid(score(chosen) - score(rejected) - margin), per pair.
+
+Chosen and rejected stand behind one copy of their prompt. The score is read at each response's own
+last token, its end token, as plain transformers reads it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from align.config import RewardRecipe
+from align.losses import bradley_terry_loss
+from align.models import ScalarModel, load_scalar_model
+from align.models.load import weights_hash
+from align.models.policy import batch_sequences
+from align.progress import say
+from align.stages.common import Session, Split, load_data, open_session, trained_parameters
+from align.training.loop import Measured, evaluate_groups, train
+from align.run_folder import change
+from align.types import TokenBatch, TokenGroup
+
+
+def run(recipe: RewardRecipe) -> None:
+    """Train a one-label model on preference pairs and save it in ``output_dir/model``."""
+    session = open_session(recipe, "rm")
+    train_data, test_data = load_data(session, recipe.data, "preference", seed=recipe.seed)
+    scalar = load_scalar_model(
+        recipe.model,
+        device=session.accelerator.device,
+        precision=recipe.precision,
+        lora=recipe.lora,
+        gradient_checkpointing=recipe.gradient_checkpointing,
+        trust_remote_code=recipe.trust_remote_code,
+    )
+    session.run.describe(start_weights=weights_hash(scalar.model), **trained_parameters(scalar))
+    model = session.accelerator.prepare(scalar)
+    options = recipe.reward_model
+    train_groups, test_groups = train_data.groups, test_data.groups
+
+    def measure_of(groups: Sequence[TokenGroup]):  # noqa: ANN202
+        def measure(batch: TokenBatch, members: Sequence[int]) -> Measured:
+            chosen, rejected, pairs = pair_scores(model(batch, at="last"), batch)
+            margin = _margins([groups[members[i]] for i in pairs]) if options.use_margin else None
+            losses = bradley_terry_loss(
+                chosen,
+                rejected,
+                margin=None if margin is None else margin.to(chosen.device),
+                center_coef=options.center_coef,
+            )
+            count, gap = float(len(pairs)), chosen - rejected
+            sums = {
+                "bt_loss": (losses.sum().item(), count),
+                "accuracy": ((gap > 0).sum().item(), count),
+                "margin": (gap.sum().item(), count),
+                "score_mean": ((chosen + rejected).sum().item(), 2 * count),
+            }
+            return Measured(losses.sum(), sums)
+
+        return measure
+
+    def evaluate() -> dict[str, float]:
+        if not test_groups:
+            return {}
+        found = evaluate_groups(
+            model,
+            test_groups,
+            measure_of(test_groups),
+            tokens_per_microbatch=recipe.train.tokens_per_microbatch,
+            accelerator=session.accelerator,
+        )
+        return {"loss": found["bt_loss"], "accuracy": found["accuracy"], "margin": found["margin"]}
+
+    before, after = train(
+        model,
+        train_groups,
+        measure_of(train_groups),
+        units=lambda group: 1,
+        evaluate=evaluate,
+        run=session.run,
+        accelerator=session.accelerator,
+        train=recipe.train,
+        optim=recipe.optim,
+        seed=recipe.seed,
+        resume=recipe.resume == "auto",
+    )
+    if session.accelerator.is_main_process:
+        _finish(session, scalar, train_data, test_data, recipe)
+    after |= _longer_wins(test_groups)
+    before |= _longer_wins(test_groups)
+    session.run.finish(change(before, after), held_out=after)
+
+
+def pair_scores(scores: Tensor, batch: TokenBatch) -> tuple[Tensor, Tensor, list[int]]:
+    """Scores in the batch's order -> chosen ``[n]``, rejected ``[n]``, and the pairs' numbers.
+
+    Sequences are numbered chosen, rejected, chosen, ...; a pair is never torn apart by packing.
+    """
+    numbers = batch_sequences(batch)
+    return scores[numbers % 2 == 0], scores[numbers % 2 == 1], (numbers[::2] // 2).tolist()
+
+
+def _margins(groups: Sequence[TokenGroup]) -> Tensor:
+    return torch.tensor([group.margin or 0.0 for group in groups])
+
+
+def _longer_wins(groups: Sequence[TokenGroup]) -> dict[str, float]:
+    """Accuracy of preferring the longer answer, ties half: what a reward model has to beat."""
+    if not groups:
+        return {}
+    lengths = [[len(c.input_ids) for c in g.continuations] for g in groups]
+    wins = [(chosen > rejected) + 0.5 * (chosen == rejected) for chosen, rejected in lengths]
+    return {"accuracy of longer": float(np.mean(wins))}
+
+
+def _finish(
+    session: Session, scalar: ScalarModel, train_data: Split, test_data: Split, recipe: RewardRecipe
+) -> None:
+    """Normalise the head, save the model, and write what its scores look like."""
+    budget = recipe.train.tokens_per_microbatch
+    reference = scores_of(scalar, train_data.groups[:500], budget)
+    gain = 1.0
+    if recipe.reward_model.normalize and reference.std() > 0:
+        gain = 1.0 / float(reference.std())
+        scalar.scale_head(gain)
+    stats = {
+        "gain": gain,
+        # of the saved model's scores on up to 500 training pairs; PPO subtracts the mean
+        "mean": float(reference.mean() * gain),
+        "std": float(reference.std() * gain),
+        "scores": int(reference.size),
+    }
+    scalar.save(session.run.folder / "model", session.tokenizer)
+    if test_data.groups:
+        held_out = scores_of(scalar, test_data.groups, budget)
+        gaps = held_out[0::2] - held_out[1::2]
+        counts, edges = np.histogram(gaps, bins=20)
+        stats["held_out_margins"] = {"counts": counts.tolist(), "edges": edges.tolist()}
+        _plot_margins(gaps, session)
+    path = session.run.folder / "model" / "reward_stats.json"
+    path.write_text(json.dumps(stats, indent=2) + "\n", encoding="utf-8")
+
+
+@torch.no_grad()
+def scores_of(scalar: ScalarModel, groups: Sequence[TokenGroup], budget: int) -> np.ndarray:
+    """Scores ``[2 * pairs]``, chosen and rejected in turn, float64."""
+    from align.data.packing import pack
+
+    scalar.eval()
+    scores = np.zeros(2 * len(groups))
+    for batch in pack(groups, tokens_per_microbatch=budget):
+        found = scalar(batch.to(scalar.device), at="last")
+        scores[batch_sequences(batch)] = found.double().cpu().numpy()
+    return scores
+
+
+def _plot_margins(gaps: np.ndarray, session: Session) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
+    axes.hist(gaps, bins=20, color="#4c72b0")
+    axes.axvline(0, color="black", linewidth=1)
+    axes.set_xlabel("score(chosen) - score(rejected), standard deviations of the score")
+    axes.set_ylabel("held-out pairs")
+    axes.set_title(f"{(gaps > 0).mean():.0%} of {len(gaps)} held-out pairs in the right order")
+    path = session.run.folder / "margins.png"
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    say(f"  margin histogram: {path}")

@@ -1,0 +1,69 @@
+"""Supervised fine-tuning: minus the log-probability of what should be said, per counted token.
+
+Loss = sum of NLL over counted tokens / counted tokens of the global minibatch, so packing,
+accumulation and the number of processes change nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from align.config import SFTRecipe
+from align.models import load_policy
+from align.models.load import weights_hash
+from align.stages.common import load_data, open_session, trained_parameters
+from align.training.loop import Measured, evaluate_groups, train
+from align.run_folder import change
+from align.types import TokenBatch
+
+
+def run(recipe: SFTRecipe) -> None:
+    """Train ``recipe.model`` on demonstrations and save it in ``output_dir/model``."""
+    session = open_session(recipe, "sft")
+    train_data, test_data = load_data(session, recipe.data, "sft", seed=recipe.seed)
+    policy = load_policy(
+        recipe.model,
+        device=session.accelerator.device,
+        precision=recipe.precision,
+        lora=recipe.lora,
+        gradient_checkpointing=recipe.gradient_checkpointing,
+        trust_remote_code=recipe.trust_remote_code,
+        from_scratch=recipe.from_scratch,
+    )
+    session.run.describe(start_weights=weights_hash(policy.model), **trained_parameters(policy))
+    model = session.accelerator.prepare(policy)
+
+    def measure(batch: TokenBatch, members: Sequence[int]) -> Measured:
+        loss = -model(batch).logprobs.sum()
+        count = float(batch.loss_mask.sum())
+        return Measured(loss, {"nll": (loss.item(), count)})
+
+    def evaluate() -> dict[str, float]:
+        if not test_data.groups:
+            return {}
+        found = evaluate_groups(
+            model,
+            test_data.groups,
+            measure,
+            tokens_per_microbatch=recipe.train.tokens_per_microbatch,
+            accelerator=session.accelerator,
+        )
+        return {"loss": found["nll"], "perplexity": math.exp(min(found["nll"], 700.0))}
+
+    before, after = train(
+        model,
+        train_data.groups,
+        measure,
+        units=lambda group: group.num_counted,
+        evaluate=evaluate,
+        run=session.run,
+        accelerator=session.accelerator,
+        train=recipe.train,
+        optim=recipe.optim,
+        seed=recipe.seed,
+        resume=recipe.resume == "auto",
+    )
+    if session.accelerator.is_main_process:
+        policy.save(session.run.folder / "model", session.tokenizer)
+    session.run.finish(change(before, after), held_out=after)

@@ -1,0 +1,91 @@
+"""The only file that knows that there may be several processes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch.nn import functional as F
+
+from align.types import Rollout
+
+T = TypeVar("T")
+
+
+def make_accelerator(trackers: Sequence[str], output_dir: str) -> Accelerator:
+    """Precision is not set here: `models.precision` is its one place."""
+    return Accelerator(
+        mixed_precision="no",
+        log_with=list(trackers) or None,
+        project_dir=f"{output_dir}/tracking" if trackers else None,
+    )
+
+
+def my_share(items: Sequence[T], accelerator: Accelerator) -> list[T]:
+    """Every world-size-th item, starting at this process's number."""
+    return list(items[accelerator.process_index :: accelerator.num_processes])
+
+
+def sum_over_processes(numbers: Mapping[str, float], accelerator: Accelerator) -> dict[str, float]:
+    """Sums of the same keys on every process, float64."""
+    if accelerator.num_processes == 1:
+        return dict(numbers)
+    values = torch.tensor(list(numbers.values()), dtype=torch.float64, device=accelerator.device)
+    total = accelerator.reduce(values, reduction="sum")
+    return dict(zip(numbers, total.tolist(), strict=True))
+
+
+def gather_in_order(items: Sequence[T], accelerator: Accelerator) -> list[T]:
+    """Undo `my_share`: every process's items, in the order before they were shared out."""
+    if accelerator.num_processes == 1:
+        return list(items)
+    world = accelerator.num_processes
+    by_rank = [
+        part[1] for part in sorted(gather_object([(accelerator.process_index, list(items))]))
+    ]
+    total = sum(len(part) for part in by_rank)
+    return [by_rank[i % world][i // world] for i in range(total)]
+
+
+def without_sync(
+    accelerator: Accelerator, model: torch.nn.Module, *, last: bool
+) -> AbstractContextManager[None]:
+    """Gradients are exchanged on the last microbatch of a step only."""
+    return nullcontext() if last else accelerator.no_sync(model)
+
+
+def gather_rollout(rollout: Rollout, samples_per_prompt: int, accelerator: Accelerator) -> Rollout:
+    """Every process's rows in the order of the prompts before they were shared out."""
+    if accelerator.num_processes == 1:
+        return rollout
+    k = samples_per_prompt
+    mine = [
+        (rollout.prompt_ids[i], *(_rows(rollout, name, i, k) for name in ROLLOUT_TENSORS))
+        for i in range(0, len(rollout.prompt_ids), k)
+    ]
+    prompts = gather_in_order(mine, accelerator)
+    width = max(item[1].shape[1] for item in prompts)
+    device = rollout.input_ids.device
+    columns = zip(*(item[1:] for item in prompts), strict=True)
+    tensors = [
+        torch.cat([_widened(rows, width) for rows in column]).to(device) for column in columns
+    ]
+    return Rollout(
+        tuple(item[0] for item in prompts for _ in range(k)),
+        **dict(zip(ROLLOUT_TENSORS, tensors, strict=True)),
+    )
+
+
+ROLLOUT_TENSORS = ("input_ids", "response_mask", "logprobs", "finished")
+
+
+def _rows(rollout: Rollout, name: str, start: int, count: int) -> torch.Tensor:
+    return getattr(rollout, name)[start : start + count].cpu()
+
+
+def _widened(rows: torch.Tensor, width: int) -> torch.Tensor:
+    return F.pad(rows, (0, width - rows.shape[1])) if rows.ndim == 2 else rows

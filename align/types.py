@@ -1,0 +1,328 @@
+"""Records that cross rooms, and nothing else: no reading, no maths, no models.
+
+Every mask in this package means **True = counts**.  Token ids are int64 in tensors and int32 on the
+host, log-probabilities are float32 nats, lengths are tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
+
+if TYPE_CHECKING:  # a misspelt recipe key is answered without waiting for torch
+    import numpy as np
+    import torch
+    from jaxtyping import Bool, Float, Int
+    from torch import Tensor
+
+Message: TypeAlias = Mapping[str, str]
+"""One turn of a conversation: ``{"role": ..., "content": ...}``."""
+
+Text: TypeAlias = str | tuple[Message, ...]
+"""A plain string, or the turns of a conversation."""
+
+
+class AlignError(ValueError):
+    """Something the user can mend. The command line prints its one line and exits with 2."""
+
+
+# ---------------------------------------------------------------- data as it is read
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSource:
+    """One place that rows come from.
+
+    Attributes:
+        path: A local JSONL, JSON, Parquet, CSV or Arrow file (``.gz`` allowed for the text
+            formats), a folder of such files, or a hub data set ``org/name``.
+        name: The hub data set's configuration, if it has several.
+        split: The hub data set's split, in the syntax of ``datasets.load_dataset``.
+        weight: Relative weight when several sources are mixed: 2.0 repeats every row twice,
+            0.5 keeps half of the rows; unit: copies of the source per epoch.
+        columns: Our field -> the file's column, for files that name theirs otherwise.
+    """
+
+    path: str
+    name: str | None = None
+    split: str = "train"
+    weight: float = 1.0
+    columns: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTExample:
+    """What to imitate: a conversation, a prompt with its completion, or plain text.
+
+    Exactly one of ``messages``, ``prompt`` + ``completion`` and ``text`` is set.
+    ``id`` is ``file:line`` (or ``dataset/split:row``), so that every row can be found again.
+    """
+
+    id: str
+    messages: tuple[Message, ...] | None = None
+    prompt: Text | None = None
+    completion: Text | None = None
+    text: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferencePair:
+    """Two answers to one prompt, the better one first. All three are strings, or all are turns.
+
+    ``margin`` is how much better, in the reward's unit, where the data say so.
+    """
+
+    id: str
+    prompt: Text
+    chosen: Text
+    rejected: Text
+    margin: float | None = None
+    source: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptExample:
+    """A prompt to answer, with reference answers where there are any.
+
+    ``source_text`` is what the task rewrites (for the copy-the-input baseline), if it has one.
+    """
+
+    id: str
+    prompt: Text
+    references: tuple[str, ...] = ()
+    source_text: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceReport:
+    """What became of one file's rows: ``rows_read == rows_kept + sum(dropped.values())``."""
+
+    path: str
+    sha256: str | None
+    rows_read: int
+    rows_kept: int
+    dropped: Mapping[str, int]
+    first_dropped: tuple[str, ...] = ()
+
+
+# ---------------------------------------------------------------- tokens on the host
+
+
+@dataclass(frozen=True)
+class TokenSequence:
+    """Token ids of one sequence and which of them count.
+
+    Attributes:
+        input_ids: int32 ``[n]``, n >= 1.
+        loss_mask: bool ``[n]``, True = counts.
+    """
+
+    input_ids: np.ndarray
+    loss_mask: np.ndarray
+
+
+@dataclass(frozen=True)
+class TokenGroup:
+    """A prompt once, and what continues it: the unit that is never torn apart by packing.
+
+    SFT has an empty prefix and one continuation, a preference pair has the prompt, chosen and
+    rejected (in this order), a PPO prompt has k responses.
+    """
+
+    prefix_ids: np.ndarray
+    continuations: tuple[TokenSequence, ...]
+    id: str = ""
+    margin: float | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prefix_ids) + sum(len(c.input_ids) for c in self.continuations)
+
+    @property
+    def num_counted(self) -> int:
+        """Tokens with a loss: nothing predicts the first token of a sequence without a prefix."""
+        unpredicted = 0 if len(self.prefix_ids) else 1
+        return int(sum(c.loss_mask[unpredicted:].sum() for c in self.continuations))
+
+
+# ---------------------------------------------------------------- tokens on the device
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Columns ``start:stop`` of ``row``; it continues ``prefix_start:prefix_stop`` of that row.
+
+    ``sequence`` numbers the continuations in the order in which the caller gave them, -1 for a
+    shared prefix.
+    """
+
+    row: int
+    start: int
+    stop: int
+    prefix_start: int = 0
+    prefix_stop: int = 0
+    sequence: int = -1
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Several sequences in a row, prompts shared, no padding where it can be avoided.
+
+    A token attends to earlier tokens of its own segment and to the whole of the segment that it
+    continues. The first token of a response is predicted by the last token of its prefix: that is
+    what ``predictor`` says, for every token, so one gather serves every loss.
+
+    Attributes:
+        input_ids: ``[B,T]`` token ids.
+        position_ids: ``[B,T]`` position inside the token's own sequence, its prefix included.
+        segment_ids: ``[B,T]`` 0 = padding, 1.. = a segment, numbered over the whole batch.
+        prefix_ids: ``[B,T]`` the segment that this token's segment continues, 0 = none.
+        predictor: ``[B,T]`` column whose hidden state predicts this token (the token's own column
+            where there is none: such a token never counts).
+        loss_mask: ``[B,T]`` True = counts.
+        segments: The same bounds as host integers, in the order of ``segment_ids`` (segment s is
+            ``segments[s - 1]``), so that no backend has to read them back from a device.
+    """
+
+    input_ids: Int[Tensor, "batch time"]
+    position_ids: Int[Tensor, "batch time"]
+    segment_ids: Int[Tensor, "batch time"]
+    prefix_ids: Int[Tensor, "batch time"]
+    predictor: Int[Tensor, "batch time"]
+    loss_mask: Bool[Tensor, "batch time"]
+    segments: tuple[Segment, ...]
+
+    def to(self, device: torch.device | str) -> TokenBatch:
+        moved = {
+            f.name: getattr(self, f.name).to(device, non_blocking=True)
+            for f in fields(self)
+            if f.name != "segments"
+        }
+        return replace(self, **moved)
+
+    @property
+    def num_tokens(self) -> int:
+        """Real tokens, padding left out."""
+        return sum(s.stop - s.start for s in self.segments)
+
+    @property
+    def sequences(self) -> tuple[Segment, ...]:
+        """The segments that are continuations, in the batch's order."""
+        return tuple(s for s in self.segments if s.sequence >= 0)
+
+
+# ---------------------------------------------------------------- what PPO hands on
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Sampled responses, right-padded to the longest of them.
+
+    Attributes:
+        prompt_ids: One int32 array for each row; rows of one prompt are neighbours.
+        input_ids: ``[B,R]`` sampled tokens, EOS included where the response has one.
+        response_mask: ``[B,R]`` True on sampled tokens up to and including EOS.
+        logprobs: ``[B,R]`` log-probabilities of the sampled tokens at the sampling temperature.
+        finished: ``[B]`` True where the response ended with EOS rather than at the length limit.
+    """
+
+    prompt_ids: tuple[np.ndarray, ...]
+    input_ids: Int[Tensor, "batch response"]
+    response_mask: Bool[Tensor, "batch response"]
+    logprobs: Float[Tensor, "batch response"]
+    finished: Bool[Tensor, " batch"]
+
+
+@dataclass(frozen=True)
+class Experience:
+    """A rollout with all that an update needs; every ``[B,R]`` tensor is 0 outside the mask."""
+
+    rollout: Rollout
+    ref_logprobs: Float[Tensor, "batch response"]
+    values: Float[Tensor, "batch response"]
+    rewards: Float[Tensor, "batch response"]
+    advantages: Float[Tensor, "batch response"]
+    returns: Float[Tensor, "batch response"]
+    scores: Float[Tensor, " batch"]
+
+
+# ---------------------------------------------------------------- rewards
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardTerm:
+    """One reward source with its weight; exactly one of the first three is set.
+
+    Attributes:
+        model: Folder or hub id of a reward model (one label), with its tokenizer beside it.
+        function: ``module:name`` of a Python function
+            ``f(prompts, responses, references) -> list of floats``.
+        metric: A sentence metric against the references, 0-100: ``chrf``, ``chrf++``, ``bleu``.
+        weight: Factor before the sum.
+    """
+
+    model: str | None = None
+    function: str | None = None
+    metric: Literal["chrf", "chrf++", "bleu"] | None = None
+    weight: float = 1.0
+
+
+class RewardSource(Protocol):
+    """Anything that gives one score to each response."""
+
+    name: str
+
+    def __call__(
+        self,
+        prompts: Sequence[Text],
+        responses: Sequence[str],
+        references: Sequence[Sequence[str]],
+    ) -> Sequence[float]: ...
+
+
+RewardFunction: TypeAlias = Callable[
+    [Sequence[Text], Sequence[str], Sequence[Sequence[str]]], Sequence[float]
+]
+
+
+# ---------------------------------------------------------------- options that cross rooms
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraOptions:
+    """Low-rank adapters by peft; the model in ``model/`` is saved merged, the adapter beside it.
+
+    Attributes:
+        r: Rank.
+        alpha: Updates are scaled by ``alpha / r``.
+        dropout: Probability on the adapter's input.
+        target_modules: Module names, or ``all-linear``.
+        top_layers: Adapt the topmost layers only (the backward pass stops below them); null
+            adapts every layer.
+    """
+
+    r: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    target_modules: tuple[str, ...] = ("all-linear",)
+    top_layers: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationOptions:
+    """How responses are sampled.
+
+    Attributes:
+        max_new_tokens: Tokens a response may have at most, its end token included.
+        temperature: Logits are divided by it; 0 = greedy.
+        top_p: Share of probability mass kept, 1 = all (PPO allows 1 only).
+        samples_per_prompt: Responses for each prompt.
+        slots: Sequences decoded side by side.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 1.0
+    top_p: float = 1.0
+    samples_per_prompt: int = 1
+    slots: int = 64

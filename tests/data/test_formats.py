@@ -1,0 +1,218 @@
+"""Reading files: every format gives the same rows, every bad row says where it stands."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import json
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from align.data.formats import BadRow, Row, file_sha256, find_files, read_rows
+from align.types import AlignError, DataSource
+
+ROWS = [{"prompt": "a", "completion": "b"}, {"prompt": "ç, \n", "completion": "d"}]
+
+
+def read(path: Path) -> list[Row | BadRow]:
+    return list(read_rows(DataSource(path=str(path))))
+
+
+def write(path: Path, rows: list[dict]) -> Path:
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    table = pa.Table.from_pylist(rows)
+    match "".join(path.suffixes):
+        case ".jsonl":
+            path.write_text(lines, encoding="utf-8")
+        case ".jsonl.gz":
+            path.write_bytes(gzip.compress(lines.encode()))
+        case ".json":
+            path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+        case ".json.gz":
+            path.write_bytes(gzip.compress(lines.encode()))  # lines in spite of the name
+        case ".csv":
+            with path.open("w", newline="", encoding="utf-8") as stream:
+                writer = csv.DictWriter(stream, list(rows[0]))
+                writer.writeheader()
+                writer.writerows(rows)
+        case ".parquet":
+            pq.write_table(table, path)
+        case ".arrow":
+            with pa.ipc.new_file(path, table.schema) as writer:
+                writer.write_table(table)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [
+        ("d.jsonl", ("1", "2")),
+        ("d.jsonl.gz", ("1", "2")),
+        ("d.json", ("row 1", "row 2")),
+        ("d.json.gz", ("1", "2")),
+        ("d.csv", ("2", "3")),  # line 1 is the header
+        ("d.parquet", ("row 1", "row 2")),
+        ("d.arrow", ("row 1", "row 2")),
+    ],
+)
+def test_every_format_gives_the_same_rows(tmp_path, name: str, where: tuple[str, str]) -> None:
+    path = write(tmp_path / name, ROWS)
+    assert read(path) == [Row(row, f"{path}:{at}") for row, at in zip(ROWS, where, strict=True)]
+
+
+def test_a_csv_row_after_one_of_two_lines_is_named_by_its_first_line(tmp_path) -> None:
+    path = tmp_path / "d.csv"
+    path.write_text('text\n"two\nlines"\nlast\n')
+    assert [row.where for row in read(path)] == [f"{path}:2", f"{path}:4"]
+
+
+def test_a_folder_is_all_its_data_files_in_order(tmp_path) -> None:
+    for name in ("b.jsonl", "a.csv", ".hidden.jsonl"):
+        write(tmp_path / name, ROWS[:1])
+    (tmp_path / "README.md").write_text("not data")
+    assert [row.where for row in read(tmp_path)] == [
+        f"{tmp_path}/a.csv:2",
+        f"{tmp_path}/b.jsonl:1",
+    ]
+
+
+def test_folders_written_by_datasets(tmp_path) -> None:
+    saved = datasets.Dataset.from_list(ROWS)
+    saved.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict(train=saved, test=saved.select([0])).save_to_disk(tmp_path / "two")
+    assert [row.values for row in read(tmp_path / "one")] == ROWS
+    assert [row.values for row in read(tmp_path / "two")] == ROWS
+    test = read_rows(DataSource(path=str(tmp_path / "two"), split="test"))
+    assert [row.values for row in test] == ROWS[:1]
+
+
+def test_malformed_json_on_line_7_names_line_7_and_the_rest_is_read(tmp_path) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"text": "x"}\n' * 6 + '{"text": "x"\n' + '{"text": "x"}\n' * 2)
+    rows = read(path)
+    assert len(rows) == 9
+    assert isinstance(rows[6], BadRow)
+    assert str(rows[6]).startswith(f"{path}:7: row: malformed JSON; Expecting ',' delimiter at")
+    assert rows[8] == Row({"text": "x"}, f"{path}:9")
+
+
+def test_blank_lines_are_counted_but_no_rows(tmp_path) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text('\n{"text": "x"}\n  \n[1]\n')
+    good, bad = read(path)
+    assert good == Row({"text": "x"}, f"{path}:2")
+    assert str(bad) == (
+        f"{path}:4: row: not a JSON object; it is a list: give {{...}} with columns"
+    )
+
+
+def test_malformed_json_in_an_array_names_its_line(tmp_path) -> None:
+    path = tmp_path / "d.json"
+    path.write_text('[\n{"text": "x"},\n{"text": }\n]')
+    with pytest.raises(AlignError, match=r"d.json:3: malformed JSON: Expecting value at column 10"):
+        read(path)
+
+
+@pytest.mark.parametrize("name", ["d.jsonl", "d.csv"])
+def test_bytes_that_are_not_utf8_spoil_their_row_only(tmp_path, name: str) -> None:
+    path = tmp_path / name
+    line = b'{"text": "caf%s"}\n' if name == "d.jsonl" else b"caf%s\n"
+    head = b"" if name == "d.jsonl" else b"text\n"
+    path.write_bytes(head + line % "é".encode() + line % b"\xe9" + line % b"e")
+    first, bad, last = read(path)
+    assert (first.values, last.values) == ({"text": "café"}, {"text": "cafe"})
+    assert isinstance(bad, BadRow)
+    assert bad.where == f"{path}:{2 if name == 'd.jsonl' else 3}"
+    assert bad.reason == "not UTF-8"
+
+
+def test_a_json_array_that_is_not_utf8_is_an_error(tmp_path) -> None:
+    path = tmp_path / "d.json"
+    path.write_bytes(b'[\n{"text": "caf\xe9"}]')
+    with pytest.raises(AlignError, match=r"d.json:2: not UTF-8 \(byte 0xe9\)"):
+        read(path)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path) -> None:
+    for name, text in (("d.csv", "text\nx\n"), ("d.jsonl", '{"text": "x"}'), ("d.json", "[{}]")):
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    assert [row.values for row in read(tmp_path)] == [{"text": "x"}, {}, {"text": "x"}]
+
+
+def test_a_csv_row_with_a_cell_too_many_is_bad(tmp_path) -> None:
+    path = tmp_path / "d.csv"
+    path.write_text("prompt,completion\na,b\na,b, and c\n")
+    good, bad = read(path)
+    assert good.values == {"prompt": "a", "completion": "b"}
+    assert str(bad) == (
+        f"{path}:3: row: wrong number of cells; it has 3 cells and the header 2: quote the commas"
+    )
+
+
+@pytest.mark.parametrize("name", ["d.jsonl.gz", "d.parquet", "d.arrow"])
+def test_a_broken_file_is_one_error(tmp_path, name: str) -> None:
+    path = write(tmp_path / name, ROWS)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(AlignError, match=f"{name}: cannot be read: .*; fetch it again"):
+        read(path)
+
+
+def test_a_missing_file_names_the_nearest(tmp_path) -> None:
+    write(tmp_path / "prompts.jsonl", ROWS)
+    with pytest.raises(AlignError) as caught:
+        read(tmp_path / "promts.jsonl")
+    assert str(caught.value) == (
+        f"{tmp_path}/promts.jsonl: no such file or folder; did you mean {tmp_path}/prompts.jsonl?"
+    )
+
+
+def test_a_missing_file_of_a_missing_folder_names_the_nearest_folder(tmp_path) -> None:
+    (tmp_path / "verses").mkdir()
+    with pytest.raises(AlignError, match=r"did you mean .*/verses\?"):
+        read(tmp_path / "verse" / "train.jsonl")
+
+
+def test_what_lies_in_an_existing_folder_is_never_sought_on_the_hub(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    with pytest.raises(AlignError, match="data/kjv: no such file or folder"):
+        find_files(DataSource(path="data/kjv"))
+    assert find_files(DataSource(path="org/name")) == []
+
+
+def test_a_hub_set_that_cannot_be_loaded_is_one_line(monkeypatch) -> None:
+    def offline(*args: object, **kwargs: object) -> None:
+        raise ConnectionError("no\nnetwork")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    with pytest.raises(AlignError, match=r"^org/name: no such file, and not loaded .*no network"):
+        list(read_rows(DataSource(path="org/name")))
+
+
+def test_rows_of_a_hub_set_are_named_by_split(monkeypatch) -> None:
+    asked = []
+
+    def load(*args: object, **kwargs: object) -> datasets.Dataset:
+        asked.append((args, kwargs))
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    rows = list(read_rows(DataSource(path="org/set", name="en", split="train[:2]")))
+    assert asked == [(("org/set", "en"), {"split": "train[:2]"})]
+    assert [row.where for row in rows] == ["org/set/train[:2]:row 1", "org/set/train[:2]:row 2"]
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path) -> None:
+    (tmp_path / "d.txt").write_text("x")
+    with pytest.raises(AlignError, match=r"d.txt: not a data file by its name; allowed: .jsonl"):
+        read(tmp_path / "d.txt")
+
+
+def test_sha256_is_the_files_own(tmp_path) -> None:
+    path = write(tmp_path / "d.jsonl", ROWS)
+    assert file_sha256(path) == hashlib.sha256(path.read_bytes()).hexdigest()

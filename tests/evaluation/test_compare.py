@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from sacrebleu.metrics import BLEU, CHRF
+from sacrebleu.significance import PairedTest
+
+from align.evaluation.bleu import corpus_bleu, reference_streams
+from align.evaluation.compare import compare_corpus, compare_values, mean_ci95
+
+METRICS = {"bleu": BLEU, "chrf": CHRF}
+
+
+@pytest.mark.parametrize(("test", "abbreviation"), [("bootstrap", "bs"), ("randomization", "ar")])
+@pytest.mark.parametrize("metric", ["bleu", "chrf"])
+@pytest.mark.parametrize("other", ["fair", "poor"])
+def test_p_equals_sacrebleus(
+    test: str, abbreviation: str, metric: str, other: str, systems: dict, references: list
+) -> None:
+    streams = reference_streams(systems["good"], references)
+    named = [("good", systems["good"]), (other, systems[other])]
+    _, results = PairedTest(named, {metric: METRICS[metric]()}, streams, abbreviation, 300)()
+    name = "BLEU" if metric == "bleu" else "chrF2"
+    good, theirs = results[name]
+    ours = compare_corpus(*named, references, metric=metric, test=test, num_resamples=300)
+    assert ours.p == theirs.p_value
+    assert ours.difference == pytest.approx(good.score - theirs.score, abs=1e-9)
+    assert ours.ci95[0] < ours.difference < ours.ci95[1]
+
+
+def test_worse_system_is_found_and_equal_ones_are_not(systems: dict, references: list) -> None:
+    good = ("good", systems["good"])
+    worse = compare_corpus(good, ("poor", systems["poor"]), references)
+    assert worse.p < 0.01
+    assert worse.ci95[0] > 0
+    assert (worse.a, worse.b, worse.metric) == ("good", "poor", "bleu")
+    expected = corpus_bleu(systems["good"], references).score
+    expected -= corpus_bleu(systems["poor"], references).score
+    assert worse.difference == pytest.approx(expected)
+    assert compare_corpus(good, ("fair", systems["fair"]), references).p > 0.05
+
+
+@pytest.mark.parametrize("test", ["bootstrap", "randomization"])
+def test_a_system_does_not_differ_from_itself(test: str, systems: dict, references: list) -> None:
+    same = compare_corpus(
+        ("a", systems["good"]), ("b", systems["good"]), references, test=test, num_resamples=100
+    )
+    assert (same.difference, same.p, same.ci95) == (0.0, 1.0, (0.0, 0.0))
+    values = compare_values(("a", [1.0, 2.0]), ("b", [1.0, 2.0]), metric="reward", test=test)
+    assert (values.difference, values.p) == (0.0, 1.0)
+
+
+def test_systems_of_unequal_length_are_refused(systems: dict, references: list) -> None:
+    with pytest.raises(ValueError, match="61 outputs, 60 references"):
+        compare_corpus(("a", systems["good"]), ("b", [*systems["good"], "x"]), references)
+    with pytest.raises(ValueError, match="shapes"):
+        compare_values(("a", [1.0, 2.0]), ("b", [1.0, 2.0, 3.0]), metric="reward")
+
+
+@pytest.mark.parametrize("test", ["bootstrap", "randomization"])
+def test_same_seed_same_result(test: str, systems: dict, references: list) -> None:
+    named = (("good", systems["good"]), ("fair", systems["fair"]))
+    runs = [
+        compare_corpus(*named, references, test=test, num_resamples=100, seed=seed)
+        for seed in (1, 1, 2)
+    ]
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_randomization_approaches_the_exact_p() -> None:
+    # all 2^8 ways of swapping 8 pairs, counted
+    a = [1.2, 0.4, 2.2, 0.9, 1.4, 0.2, 1.9, 0.8]
+    b = [0.7, 0.6, 1.1, 0.8, 0.5, 0.4, 1.0, 0.9]
+    d = np.subtract(a, b)
+    means = [abs(np.mean(d * signs)) for signs in itertools.product((1, -1), repeat=8)]
+    exact = np.mean([m >= abs(d.mean()) - 1e-12 for m in means])
+    got = compare_values(("a", a), ("b", b), metric="reward", num_resamples=20000)
+    assert 0.03 < exact < 0.3
+    # three standard errors
+    assert got.p == pytest.approx(exact, abs=3 * (exact * (1 - exact) / 20000) ** 0.5)
+
+
+@pytest.mark.parametrize("test", ["bootstrap", "randomization"])
+def test_under_the_null_p_is_uniform(test: str) -> None:
+    rng = np.random.default_rng(3)
+    p = np.array(
+        [
+            compare_values(
+                ("a", rng.normal(size=60)),
+                ("b", rng.normal(size=60)),
+                metric="reward",
+                test=test,
+                num_resamples=200,
+                seed=trial,
+            ).p
+            for trial in range(600)
+        ]
+    )
+    # shares below .05, .2, .5 within three standard errors (.027, .049, .061), plus what a
+    # bootstrap of 60 is known to overshoot
+    for level in (0.05, 0.2, 0.5):
+        allowed = 3 * (level * (1 - level) / 600) ** 0.5 + 0.01
+        assert (p <= level).mean() == pytest.approx(level, abs=allowed)
+
+
+@pytest.mark.parametrize("test", ["bootstrap", "randomization"])
+def test_a_real_difference_is_found(test: str) -> None:
+    rng = np.random.default_rng(4)
+    difficulty = 5 * rng.normal(size=200)
+    a, b = difficulty + 0.3 + rng.normal(size=200), difficulty + rng.normal(size=200)
+    found = compare_values(("a", a), ("b", b), metric="reward", test=test)
+    assert found.p < 0.05
+    assert found.ci95[0] > 0
+    # unpaired, the prompts' difficulty would drown it
+    shuffled = compare_values(("a", a), ("b", rng.permutation(b)), metric="reward", test=test)
+    assert shuffled.p > 0.05
+
+
+def test_intervals_cover_the_truth() -> None:
+    rng = np.random.default_rng(5)
+    hits = []
+    for _ in range(500):
+        _, interval = mean_ci95(rng.normal(loc=2.0, size=8))
+        assert interval is not None
+        hits.append(interval[0] <= 2.0 <= interval[1])
+    assert np.mean(hits) == pytest.approx(0.95, abs=0.03)
+
+
+def test_literal_interval() -> None:
+    # mean 3, sd sqrt(2.5), standard error sqrt(.5), t(4) = 2.776: 3 +- 1.963
+    mean, interval = mean_ci95([1, 2, 3, 4, 5])
+    assert mean == 3
+    assert interval == pytest.approx((3 - 1.963, 3 + 1.963), abs=0.006)
+    # t(1) = 12.706, standard error 1
+    assert mean_ci95([0, 2])[1] == pytest.approx((1 - 12.706, 1 + 12.706), abs=1e-3)
+
+
+def test_interval_of_one_value_is_unknown() -> None:
+    assert mean_ci95([4.0]) == (4.0, None)
+
+
+@pytest.mark.parametrize("values", [[], [1.0, float("nan")], [float("inf")]])
+def test_values_must_be_finite_numbers(values: list[float]) -> None:
+    with pytest.raises(ValueError, match="finite numbers"):
+        mean_ci95(values)

@@ -1,0 +1,155 @@
+"""``align check``: counts and bytes against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig
+
+from align import cli
+from align.checking import Size, check, count_parameters, looks_like_hub_id
+from align.config import DPOConfig, DPORecipe, PPORecipe, SFTRecipe, TrainConfig
+from align.types import DataSource, LoraOptions, RewardTerm
+
+# embedding and head 2 x 256 x 64; a layer: q, k, v, o 4 x 64 x 64, gate, up, down 3 x 64 x 128,
+# two norms of 64; a last norm of 64
+SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "vocab_size": 256,
+}
+LAYER = 4 * 64 * 64 + 3 * 64 * 128 + 2 * 64
+TRUNK = 256 * 64 + 3 * LAYER + 64
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A folder that holds a config and no weights: check must not need them."""
+    monkeypatch.chdir(tmp_path)
+    LlamaConfig(**SHAPE).save_pretrained("models/small")
+    return "models/small"
+
+
+def data(rows: int) -> tuple[DataSource, ...]:
+    lines = [json.dumps({"prompt": f"p{i}", "completion": "c"}) for i in range(rows)]
+    Path("rows.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return (DataSource(path="rows.jsonl"),)
+
+
+def test_parameters_on_the_meta_device() -> None:
+    config = LlamaConfig(**SHAPE)
+    whole = TRUNK + 256 * 64
+    assert count_parameters("model", config) == Size("model", whole, whole)
+    assert count_parameters("reward", config, trained=False) == Size("reward", TRUNK + 64, 0)
+    # r x (in + out) on q_proj of each of 3 layers
+    lora = LoraOptions(r=4, target_modules=("q_proj",))
+    assert count_parameters("model", config, lora=lora).trained == 3 * 4 * (64 + 64)
+    # the score head is trained whole beside the adapters
+    assert count_parameters("critic", config, lora=lora).trained == 3 * 4 * (64 + 64) + 64
+    one = LoraOptions(r=4, target_modules=("q_proj",), top_layers=1)
+    assert count_parameters("model", config, lora=one).trained == 4 * (64 + 64)
+
+
+def test_bytes() -> None:
+    # 10 trained x 16 bytes, 90 frozen x 4 or 2
+    assert Size("model", 100, 10).gigabytes(4) == pytest.approx(520e-9)
+    assert Size("model", 100, 10).gigabytes(2) == pytest.approx(340e-9)
+
+
+def lines_of(command: str, recipe: object) -> dict[str, str]:
+    return {line.split()[0]: line.split(maxsplit=1)[1] for line in check(command, recipe)}
+
+
+def test_sft_counts_rows_and_steps(model: str) -> None:
+    from align.config import DataConfig
+
+    recipe = SFTRecipe(
+        model=model,
+        output_dir="o",
+        data=DataConfig(train=data(100), test_fraction=0.2),
+        train=TrainConfig(minibatch=16, epochs=2.0),
+    )
+    lines = lines_of("sft", recipe)
+    assert lines["data.train"] == "rows.jsonl: 100 rows"
+    # 80 rows x 2 epochs / 16
+    assert lines["steps"].startswith("about 10 minibatches of 16")
+    assert (
+        lines["model"] == f"models/small: {TRUNK + 16384:,} parameters, {TRUNK + 16384:,} trained"
+    )
+
+
+def test_ppo_holds_four_models_and_with_lora_three(model: str) -> None:
+    recipe = PPORecipe(model=model, output_dir="o", reward=(RewardTerm(model=model),))
+    assert {"actor", "critic", "reference", "reward"} <= lines_of("ppo", recipe).keys()
+    assert lines_of("ppo", recipe)["steps"].startswith("400 = 100 iterations x 4 epochs")
+    lora = LoraOptions(target_modules=("q_proj",))
+    shared = PPORecipe(model=model, output_dir="o", reward=(RewardTerm(metric="chrf"),), lora=lora)
+    assert not {"reference", "reward"} & lines_of("ppo", shared).keys()
+
+
+def test_dpo_holds_a_reference_only_online(model: str) -> None:
+    online = DPORecipe(model=model, output_dir="o", dpo=DPOConfig(reference="online"))
+    assert "reference" in lines_of("dpo", online)
+    assert "reference" not in lines_of("dpo", DPORecipe(model=model, output_dir="o"))
+
+
+def test_what_is_not_here_is_said_and_is_no_error(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "model: some-org/never-downloaded-8b\noutput_dir: o\ndata: some-org/some-data\n"
+    Path("sft.yaml").write_text(text)
+    assert cli.main(["check", "sft.yaml"]) == 0
+    out, err = capsys.readouterr()
+    assert "some-org/never-downloaded-8b is not in the local cache; sizes not estimated" in out
+    assert "some-org/some-data [train]: a hub data set; rows not counted" in out
+    assert err == ""
+    assert cli.main(["check", "sft.yaml", "model=models/smal", "data=rowz.jsonl"]) == 0
+    out = capsys.readouterr().out
+    assert "models/smal is not there yet (did you mean models/small?)" in out
+    assert "rowz.jsonl: not there yet" in out
+
+
+def test_bad_rows_are_found_with_their_line(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("bad.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
+    Path("sft.yaml").write_text(f"model: {model}\noutput_dir: o\ndata: bad.jsonl\n")
+    assert cli.main(["check", "sft.yaml"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("align: bad.jsonl:2:")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "hub"),
+    [
+        ("gpt2", True),
+        ("meta-llama/Llama-3.1-8B", True),
+        ("runs/tiny/sft/model", False),
+        ("runs/sft", False),
+        ("./x", False),
+        ("a.jsonl", False),
+    ],
+)
+def test_hub_ids(name: str, hub: bool) -> None:
+    assert looks_like_hub_id(name) is hub
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "command"),
+    [
+        ("ppo.yaml", "", "ppo"),
+        ("llama-8b_rm.yaml", "", "rm"),
+        ("mine.yaml", "dpo: {beta: 1}", "dpo"),
+        ("pairs.yaml", "pairs: {}", "generate"),
+        ("mine.yaml", "models: {a: b}", "eval"),
+    ],
+)
+def test_the_stage_of_a_recipe(tmp_path: Path, file: str, text: str, command: str) -> None:
+    from align.recipes_io import stage_of
+
+    path = tmp_path / file
+    path.write_text("output_dir: o\n" + text)
+    assert stage_of(str(path), list(cli.STAGES)) == command

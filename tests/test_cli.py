@@ -1,0 +1,135 @@
+"""The console script: each bad input is one line on stderr, exit code 2, no traceback."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from align import cli, recipes_io
+from align.types import AlignError
+
+BASE = "model: m\noutput_dir: o\n"
+
+
+@pytest.fixture(autouse=True)
+def _somewhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of its own, with one shipped recipe, and an environment that is put back."""
+    shipped = tmp_path / "shipped"
+    (shipped / "tiny").mkdir(parents=True)
+    (shipped / "tiny" / "sft.yaml").write_text("# Fine-tune.\n" + BASE, encoding="utf-8")
+    monkeypatch.setattr(recipes_io, "recipes_root", lambda: shipped)
+    monkeypatch.chdir(tmp_path)
+    for name in cli.QUIET:
+        monkeypatch.setenv(name, cli.QUIET[name])
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
+    try:
+        code = cli.main(argv)
+    except SystemExit as stop:  # argparse's own way out
+        code = int(stop.code or 0)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["sfft", "tiny/sft"], "sfft: no such command; did you mean sft?; see `align --help`"),
+        (["sft"], "the following arguments are required: RECIPE; see `align sft --help`"),
+        (["sft", "tiny/sft", "--lr", "1"], "unrecognized arguments: --lr 1; see `align --help`"),
+        (["sft", "tiny/sftt"], "tiny/sftt: no such recipe; did you mean tiny/sft?"),
+        (["sft", "my.yml"], "my.yml: no such recipe; did you mean my.yaml?"),
+        (["sft", "my.yaml"], "my.yaml: tran: no such key; did you mean train?"),
+        (
+            ["sft", "tiny/sft", "train.minibatch=many"],
+            "command line: train.minibatch: is 'many'; wanted a whole number",
+        ),
+        (
+            ["check", "tiny/sft", "lora.rank=8"],
+            "command line: lora.rank: no such key; did you mean lora.r?",
+        ),
+        (["ls", "zzz"], "'zzz': no shipped recipe has this in its name; try `align ls`"),
+        (
+            ["cp", "tiny/sft", "my.yaml"],
+            "my.yaml: exists already; choose another name or remove it first",
+        ),
+        (["check", "latin.yaml"], "latin.yaml: not UTF-8 text; save it as UTF-8"),
+        (["check", "tiny"], "tiny: no such recipe; did you mean tiny/sft?"),
+    ],
+)
+def test_one_line_and_exit_code_2(capsys, argv: list[str], line: str) -> None:
+    Path("my.yaml").write_text(BASE + "tran: {epochs: 1}\n", encoding="utf-8")
+    Path("latin.yaml").write_bytes("model: caf\xe9\n".encode("latin-1"))
+    code, out, err = run(capsys, *argv)
+    assert (code, out, err) == (2, "", f"align: {line}\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (AlignError("a.jsonl:7: chosen: empty"), 2, "a.jsonl:7: chosen: empty"),
+        (FileNotFoundError(2, "No such file or directory", "x"), 2, "x: No such file or directory"),
+        (OSError("disk\nfull"), 2, "disk full"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (
+            KeyError("step"),
+            1,
+            "internal error: KeyError: 'step'; rerun with --debug for the traceback",
+        ),
+    ],
+)
+def test_errors_inside_a_command(capsys, monkeypatch, error, code: int, line: str) -> None:
+    def fail(args: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "run_ls", fail)
+    assert run(capsys, "ls") == (code, "", f"align: {line}\n")
+    for argv in (["--debug", "ls"], ["ls", "--debug"]):
+        got, _, err = run(capsys, *argv)
+        assert got == code
+        assert err.startswith("Traceback")
+        assert err.endswith(f"align: {line}\n")
+
+
+def test_a_stage_gets_its_recipe(capsys, monkeypatch) -> None:
+    got: list[object] = []
+    module = type(sys)("fake_stage")
+    module.run = got.append  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "fake_stage", module)
+    monkeypatch.setitem(cli.STAGES, "sft", ("SFTRecipe", "fake_stage:run", "help"))
+    assert run(capsys, "sft", "tiny/sft", "train.epochs=2")[0] == 0
+    assert got[0].train.epochs == 2  # type: ignore[attr-defined]
+
+
+def test_every_stage_exists() -> None:
+    import importlib
+
+    from align import config
+
+    for recipe_class, target, _ in cli.STAGES.values():
+        module, function = target.split(":")
+        assert hasattr(config, recipe_class)
+        assert callable(getattr(importlib.import_module(module), function))
+
+
+def test_ls_and_cp(capsys) -> None:
+    assert run(capsys, "ls") == (0, "tiny/sft  Fine-tune.\n", "")
+    code, out, _ = run(capsys, "cp", "tiny/sft", "mine.yaml")
+    assert (code, out.split(":")[0]) == (0, "mine.yaml")
+    assert Path("mine.yaml").read_text() == "# Fine-tune.\n" + BASE
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["--version"], ["sfft"]])
+def test_help_and_typos_do_not_load_torch(argv: list[str]) -> None:
+    code = (
+        "import sys\nfrom align.cli import main\n"
+        f"try: main({argv!r})\nexcept SystemExit: pass\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, check=False)
+    assert done.returncode == 0

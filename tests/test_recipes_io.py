@@ -1,0 +1,244 @@
+"""Recipes: the right ones round-trip, each wrong one gets one line with the key and the way out."""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from align import config, recipes_io
+from align.config import EvalRecipe, GenerateRecipe, LoraOptions, PPORecipe, SFTRecipe
+from align.recipe_builder import RANGES
+from align.recipes_io import find_recipe, first_comment, load_recipe, to_yaml
+from align.types import AlignError, DataSource, RewardTerm
+
+BASE = "model: m\noutput_dir: o\n"
+PPO = BASE + "reward: rm\n"
+RECIPES = [getattr(config, n) for n in dir(config) if n.endswith("Recipe") and n != "CommonRecipe"]
+
+
+@pytest.fixture
+def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+
+    def write(text: str, name: str = "my.yaml") -> str:
+        Path(name).write_text(text, encoding="utf-8")
+        return name
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("cls", "text", "overrides"),
+    [
+        (SFTRecipe, BASE, []),
+        (SFTRecipe, BASE + "data: [a, {path: b, weight: 0.5}]", ["lora.r=8", "trackers=wandb"]),
+        (SFTRecipe, BASE + "data: {train: a, columns: {prompt: info.post}}", ["optim.lr=3e-6"]),
+        (PPORecipe, PPO, ["ppo.missing_eos_score=null", "reward=[{metric: chrf++, weight: -1}]"]),
+        (EvalRecipe, "output_dir: o\nmodels: {sft: a, ppo: b}", ["sampling.temperature=0.7"]),
+        (SFTRecipe, BASE, ["model=a\\${b}"]),
+    ],
+)
+def test_round_trip(write, cls, text: str, overrides: list[str]) -> None:
+    recipe = load_recipe(cls, write(text), overrides)
+    again = load_recipe(cls, write(to_yaml(recipe), "again.yaml"), [])
+    assert again == recipe
+
+
+@given(lr=st.floats(min_value=1e-30, max_value=1e30), seed=st.integers(0, 2**32 - 1))
+def test_numbers_survive_the_round_trip(tmp_path_factory, lr: float, seed: int) -> None:
+    path = tmp_path_factory.mktemp("recipe") / "r.yaml"
+    recipe = SFTRecipe(model="m", output_dir="o", seed=seed, optim=config.OptimConfig(lr=lr))
+    path.write_text(to_yaml(recipe))
+    assert load_recipe(SFTRecipe, str(path), []) == recipe
+
+
+@pytest.mark.parametrize(
+    ("cls", "text", "override", "message"),
+    [
+        (
+            PPORecipe,
+            PPO + "ppo: {kl_coeff: 1}",
+            None,
+            "ppo.kl_coeff: no such key; did you mean kl.coef?",
+        ),
+        (PPORecipe, PPO, "ppo.kl_coeff=1", "ppo.kl_coeff: no such key; did you mean kl.coef?"),
+        (
+            SFTRecipe,
+            BASE + "train: {epoch: 1}",
+            None,
+            "train.epoch: no such key; did you mean train.epochs?",
+        ),
+        (
+            SFTRecipe,
+            BASE + "learning_rate: 1",
+            None,
+            "learning_rate: no such key; did you mean optim.lr?",
+        ),
+        (
+            SFTRecipe,
+            BASE + "data: {train: {paht: x}}",
+            None,
+            "data.train.paht: no such key; did you mean data.train.path?",
+        ),
+        (SFTRecipe, "output_dir: o", None, "model: is missing and has no default; set it"),
+        (SFTRecipe, BASE, "train.minibatch=1.5", "train.minibatch: is 1.5; wanted a whole number"),
+        (
+            SFTRecipe,
+            BASE,
+            "train.minibatch=true",
+            "train.minibatch: is true; wanted a whole number",
+        ),
+        (SFTRecipe, BASE, "overwrite=1", "overwrite: is 1; wanted true or false"),
+        (SFTRecipe, BASE, "optim.lr=abc", "optim.lr: is 'abc'; wanted a number"),
+        (SFTRecipe, BASE, "optim.lr=.nan", "optim.lr: is nan; wanted a number"),
+        (SFTRecipe, BASE, "model=12", "model: is 12; wanted text (put it in quotes)"),
+        (SFTRecipe, BASE, "lora=true", "lora: is true; wanted a mapping of keys"),
+        (SFTRecipe, BASE, "precision=fp16", "precision: is 'fp16'; allowed: auto, bf16, fp32"),
+        (SFTRecipe, BASE, "optim.lr=0", "optim.lr: is 0.0; allowed: above 0"),
+        (
+            SFTRecipe,
+            BASE,
+            "data.test_fraction=1",
+            "data.test_fraction: is 1.0; allowed: at least 0 and below 1",
+        ),
+        (
+            PPORecipe,
+            PPO,
+            "generation.top_p=0",
+            "generation.top_p: is 0.0; allowed: above 0 and at most 1",
+        ),
+        (
+            PPORecipe,
+            PPO,
+            "generation.top_p=0.9",
+            "generation.top_p: must be 1 for PPO: the ratio needs all tokens",
+        ),
+        (PPORecipe, BASE, None, "reward: is empty; name a reward model, a function or a metric"),
+        (
+            PPORecipe,
+            BASE + "reward: [{metric: chrf, model: x}]",
+            None,
+            "reward[0]: has model and metric; a reward sets exactly one of model, function, metric",
+        ),
+        (
+            GenerateRecipe,
+            BASE + "reward: {metric: chrf}\npairs: {}",
+            None,
+            "generation.samples_per_prompt: is 1; pairs need at least 2",
+        ),
+        (SFTRecipe, BASE, "lr", "'lr': wanted key=value, such as optim.lr=1e-5"),
+        (SFTRecipe, BASE, "seed.x=1", "seed: is {'x': 1}; wanted a whole number"),
+        (
+            SFTRecipe,
+            BASE + "data: a",
+            "data.train.path=b",
+            "data.train.path: train holds str, which has no keys of its own; "
+            "set train=... as a whole",
+        ),
+        (SFTRecipe, "- 1", None, "holds a list; wanted a mapping such as `model: FOLDER`"),
+    ],
+)
+def test_one_line_for_each_mistake(write, cls, text, override, message: str) -> None:
+    with pytest.raises(AlignError) as caught:
+        load_recipe(cls, write(text), [override] if override else [])
+    where = "command line" if override else "my.yaml"
+    assert str(caught.value) == f"{where}: {message}"
+
+
+def test_broken_yaml_names_the_line(write) -> None:
+    with pytest.raises(AlignError, match=r"my\.yaml:4: not YAML: did not find expected"):
+        load_recipe(SFTRecipe, write(BASE + "x: [1\n"), [])
+
+
+def test_null_sections_are_switched_on_and_off(write) -> None:
+    assert load_recipe(SFTRecipe, write(BASE), ["lora.r=8"]).lora == LoraOptions(r=8)
+    with_lora = write(BASE + "lora: {r: 4}")
+    assert load_recipe(SFTRecipe, with_lora, []).lora == LoraOptions(r=4)
+    assert load_recipe(SFTRecipe, with_lora, ["lora=null"]).lora is None
+
+
+def test_a_section_keeps_its_recipes_defaults(write) -> None:
+    # greedy is EvalRecipe's default for generation, not GenerationOptions' own
+    recipe = write("output_dir: o\nmodel: m\ngeneration: {max_new_tokens: 9}")
+    generation = load_recipe(EvalRecipe, recipe, []).generation
+    assert (generation.max_new_tokens, generation.temperature) == (9, 0.0)
+
+
+def test_yaml_numbers_without_a_dot_are_numbers(write) -> None:
+    assert load_recipe(SFTRecipe, write(BASE + "optim: {lr: 1e-5}"), []).optim.lr == 1e-5
+    assert load_recipe(SFTRecipe, write(BASE + "optim: {lr: '1e-5'}"), []).optim.lr == 1e-5
+
+
+def test_data_override_replaces_train_and_drops_the_recipes_test(write) -> None:
+    recipe = write(BASE + "data: {train: a, test: t, max_tokens: 99}")
+    data = load_recipe(SFTRecipe, recipe, ["data=b"]).data
+    assert (data.train, data.test, data.max_tokens) == ((DataSource(path="b"),), (), 99)
+    data = load_recipe(SFTRecipe, recipe, ["data.train=b"]).data
+    assert (data.train, data.test) == ((DataSource(path="b"),), (DataSource(path="t"),))
+
+
+def test_data_shorthands_mean_the_same(write) -> None:
+    wanted = (DataSource(path="a"),)
+    for data in ("a", "[a]", "{train: a}", "{train: [a]}", "{train: {path: a}}"):
+        assert load_recipe(SFTRecipe, write(BASE + f"data: {data}"), []).data.train == wanted
+
+
+def test_reward_shorthands(write) -> None:
+    assert load_recipe(PPORecipe, write(PPO), []).reward == (RewardTerm(model="rm"),)
+    both = load_recipe(PPORecipe, write(BASE + "reward: [rm, {metric: bleu, weight: 2}]"), [])
+    assert both.reward == (RewardTerm(model="rm"), RewardTerm(metric="bleu", weight=2.0))
+
+
+def test_a_missing_recipe_names_the_nearest(write) -> None:
+    write(BASE)
+    with pytest.raises(AlignError, match=r"my.yml: no such recipe; did you mean my.yaml\?"):
+        find_recipe("my.yml")
+    with pytest.raises(AlignError, match="align ls"):
+        find_recipe("zzzzqqqq")
+
+
+def test_shipped_names_are_found_and_a_file_of_that_name_wins(
+    write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shipped = tmp_path / "shipped"
+    (shipped / "tiny").mkdir(parents=True)
+    (shipped / "tiny" / "sft.yaml").write_text("# Short.\n" + BASE)
+    monkeypatch.setattr(recipes_io, "recipes_root", lambda: shipped)
+    assert find_recipe("tiny/sft") == find_recipe("tiny/sft.yaml") == shipped / "tiny/sft.yaml"
+    assert first_comment(find_recipe("tiny/sft")) == "Short."
+    with pytest.raises(AlignError, match=r"did you mean tiny/sft\?"):
+        find_recipe("tiny/sftt")
+    Path("tiny").mkdir()
+    mine = write(BASE, "tiny/sft")
+    assert find_recipe("tiny/sft") == Path(mine)
+
+
+def _sections(cls: type, seen: set[type]) -> set[type]:
+    seen.add(cls)
+    for hint in get_type_hints(cls).values():
+        for part in (hint, *get_args(hint)):
+            if is_dataclass(part) and part not in seen:
+                _sections(part, seen)  # type: ignore[arg-type]
+    return seen
+
+
+def test_every_number_of_every_recipe_has_a_range() -> None:
+    sections: set[type[Any]] = set()
+    for cls in RECIPES:
+        _sections(cls, sections)
+    wanted, known = set(), set()
+    for cls in sections:
+        hints = get_type_hints(cls)
+        for f in fields(cls):
+            names = {f"{base.__name__}.{f.name}" for base in cls.__mro__}
+            known |= names
+            kinds = set(get_args(hints[f.name])) or {hints[f.name]}
+            if kinds & {int, float}:
+                wanted.add(f"{cls.__name__}.{f.name}")
+                assert names & RANGES.keys(), f"{cls.__name__}.{f.name} has no range"
+    assert RANGES.keys() <= known, "a range for a key that does not exist"
