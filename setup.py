@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say: the recipes lie in ``recipes/`` and ship as ``align/recipes/``."""
+"""What pyproject.toml cannot say: ``recipes/`` ships as ``align/recipes/``."""
 
 from setuptools import find_namespace_packages, setup
 

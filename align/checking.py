@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from align.config import DataConfig, DPORecipe, EvalRecipe, GenerateRecipe, PPORecipe
+from align.options import LoraOptions
 from align.recipe_builder import nearest
-from align.types import AlignError, DataSource, LoraOptions
+from align.types import AlignError, DataSource
 
 Kind = Literal["sft", "preference", "prompt"]
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from align.types import DataSource, GenerationOptions, LoraOptions, RewardTerm
+from align.options import GenerationOptions, LoraOptions, OptimOptions, TrainOptions
+from align.types import DataSource, RewardTerm
 
 Precision = Literal["auto", "bf16", "fp32"]
 
@@ -39,45 +40,6 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimConfig:
-    """AdamW and its schedule."""
-
-    lr: float = 1e-5
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    # share of all optimizer steps over which lr rises from 0
-    warmup_fraction: float = 0.05
-    # lr at the end as a share of the peak
-    final_lr_fraction: float = 0.0
-    weight_decay: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    # global gradient norm, applied once before every optimizer step
-    max_grad_norm: float = 1.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """How often the optimizer steps, on how much, and what is written when."""
-
-    # passes over the data
-    epochs: float = 1.0
-    # optimizer steps; null = as many as `epochs` says
-    max_steps: int | None = None
-    # sequences (SFT) or pairs (RM, DPO) per optimizer step, over all processes
-    minibatch: int = 16
-    # tokens of one forward and backward on one device: sets the memory, changes no result
-    tokens_per_microbatch: int = 4096
-    # optimizer steps between lines of metrics.jsonl
-    log_every: int = 1
-    # optimizer steps between held-out evaluations; 0 = at the start and the end only
-    eval_every: int = 0
-    # optimizer steps between checkpoints; 0 = none, the model is saved at the end
-    save_every: int = 0
-    keep_checkpoints: int = 2
-
-
-@dataclass(frozen=True, kw_only=True)
 class CommonRecipe:
     """What every stage's recipe has."""
 
@@ -100,8 +62,8 @@ class CommonRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class SFTRecipe(CommonRecipe):
-    train: TrainConfig = field(default_factory=TrainConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainOptions = field(default_factory=TrainOptions)
+    optim: OptimOptions = field(default_factory=OptimOptions)
     lora: LoraOptions | None = None
     # make the model anew from the `config.json` in `model` (random weights) instead of loading it
     from_scratch: bool = False
@@ -120,8 +82,8 @@ class RewardModelConfig:
 @dataclass(frozen=True, kw_only=True)
 class RewardRecipe(CommonRecipe):
     reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainOptions = field(default_factory=TrainOptions)
+    optim: OptimOptions = field(default_factory=OptimOptions)
     lora: LoraOptions | None = None
 
 
@@ -154,8 +116,8 @@ class DPOConfig:
 @dataclass(frozen=True, kw_only=True)
 class DPORecipe(CommonRecipe):
     dpo: DPOConfig = field(default_factory=DPOConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainOptions = field(default_factory=TrainOptions)
+    optim: OptimOptions = field(default_factory=OptimOptions)
     lora: LoraOptions | None = None
 
 
@@ -216,7 +178,7 @@ class PPORecipe(CommonRecipe):
     kl: KLConfig = field(default_factory=KLConfig)
     generation: GenerationOptions = field(default_factory=GenerationOptions)
     critic: CriticConfig = field(default_factory=CriticConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
+    optim: OptimOptions = field(default_factory=OptimOptions)
     lora: LoraOptions | None = None
     tokens_per_microbatch: int = 4096
     # iterations between checkpoints and between held-out evaluations; 0 = none

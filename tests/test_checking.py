@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 
 from align import cli
 from align.checking import Size, check, count_parameters, looks_like_hub_id
-from align.config import DPOConfig, DPORecipe, PPORecipe, SFTRecipe, TrainConfig
+from align.config import DPOConfig, DPORecipe, PPORecipe, SFTRecipe, TrainOptions
 from align.types import DataSource, LoraOptions, RewardTerm
 
 # embedding and head 2 x 256 x 64; a layer: q, k, v, o 4 x 64 x 64, gate, up, down 3 x 64 x 128,
@@ -71,7 +71,7 @@ def test_sft_counts_rows_and_steps(model: str) -> None:
         model=model,
         output_dir="o",
         data=DataConfig(train=data(100), test_fraction=0.2),
-        train=TrainConfig(minibatch=16, epochs=2.0),
+        train=TrainOptions(minibatch=16, epochs=2.0),
     )
     lines = lines_of("sft", recipe)
     assert lines["data.train"] == "rows.jsonl: 100 rows"

@@ -52,7 +52,7 @@ def test_round_trip(write, cls, text: str, overrides: list[str]) -> None:
 @given(lr=st.floats(min_value=1e-30, max_value=1e30), seed=st.integers(0, 2**32 - 1))
 def test_numbers_survive_the_round_trip(tmp_path_factory, lr: float, seed: int) -> None:
     path = tmp_path_factory.mktemp("recipe") / "r.yaml"
-    recipe = SFTRecipe(model="m", output_dir="o", seed=seed, optim=config.OptimConfig(lr=lr))
+    recipe = SFTRecipe(model="m", output_dir="o", seed=seed, optim=config.OptimOptions(lr=lr))
     path.write_text(to_yaml(recipe))
     assert load_recipe(SFTRecipe, str(path), []) == recipe
 

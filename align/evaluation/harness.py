@@ -51,7 +51,7 @@ def run(recipe: EvalRecipe) -> None:
     evaluation = _Evaluation(recipe, examples)
     for name, model in models.items():
         evaluation.measure(name, model)
-    results = {
+    results: dict[str, Any] = {
         "models": [row | {"model": models[row["name"]]} for row in evaluation.rows],
         "comparisons": [asdict(c) for c in evaluation.comparisons()],
         "copy_baseline": evaluation.copy_baseline(),
@@ -92,7 +92,7 @@ class _Evaluation:
         self.outputs[name] = outputs
         row: dict[str, Any] = {"name": name, **self._corpus_scores(outputs)}
         if self.reward is not None:
-            scores = self._scores(outputs.responses, 1)
+            scores = self._scored(self.reward, outputs.responses, 1)
             self.per_prompt.setdefault("reward", {})[name] = scores
             row["reward_mean"], row["reward_ci95"] = mean_ci95(scores)
         row["length_mean"] = mean(outputs.lengths)
@@ -103,15 +103,16 @@ class _Evaluation:
             row["sample_length_mean"] = mean(samples.lengths)
             row["sample_eos_rate"] = mean(samples.finished)
             if self.has_references:
-                self._per_sample(row, name, "sample_chrf", self._chrf(samples.responses, k), k)
+                scores = self._scored(MetricReward("chrf"), samples.responses, k)
+                self._per_sample(row, name, "sample_chrf", scores, k)
             if self.reward is not None:
-                scores = self._scores(samples.responses, k)
+                scores = self._scored(self.reward, samples.responses, k)
                 self._per_sample(row, name, "sample_reward", scores, k)
         self.rows.append(row)
 
     def comparisons(self) -> list[Comparison]:
         """Every two models, later against earlier, by every metric that both have."""
-        options = {"num_resamples": self.recipe.num_resamples}
+        options: dict[str, Any] = {"num_resamples": self.recipe.num_resamples}
         named = {name: outputs.responses for name, outputs in self.outputs.items()}
         copied = self._copied()
         if copied is not None:
@@ -160,7 +161,11 @@ class _Evaluation:
             def count(tokens: int) -> None:
                 bar.advance(steps=0, tokens=tokens)
 
-            options = {"seed": recipe.seed, "reference": self.reference, "on_tokens": count}
+            options: dict[str, Any] = {
+                "seed": recipe.seed,
+                "reference": self.reference,
+                "on_tokens": count,
+            }
             single = replace(recipe.generation, samples_per_prompt=1)
             outputs = answerer.answer(self.examples, single, **options)
             bar.advance(steps=len(self.examples))
@@ -190,16 +195,10 @@ class _Evaluation:
             "exact_match": float(np.mean([response in refs for response, refs in pairs])),
         }
 
-    def _scores(self, responses: Sequence[str], k: int) -> list[float]:
-        assert self.reward is not None
+    def _scored(self, source: RewardSource, responses: Sequence[str], k: int) -> list[float]:
         repeated = [e for e in self.examples for _ in range(k)]
         prompts, references = [e.prompt for e in repeated], [e.references for e in repeated]
-        return list(self.reward(prompts, responses, references))
-
-    def _chrf(self, responses: Sequence[str], k: int) -> list[float]:
-        repeated = [e for e in self.examples for _ in range(k)]
-        metric = MetricReward("chrf")
-        return list(metric([e.prompt for e in repeated], responses, [e.references for e in repeated]))
+        return list(source(prompts, responses, references))
 
     def _copied(self) -> list[str] | None:
         sources = [e.source_text for e in self.examples if e.source_text is not None]
@@ -238,7 +237,8 @@ def _prompts(recipe: EvalRecipe, session: Run) -> tuple[PromptExample, ...]:
     named = [replace(s, columns={**data.columns, **s.columns}) for s in sources]
     loaded = load_examples(named, kind="prompt", on_bad_row=data.on_bad_row, seed=recipe.seed)
     session.describe_data(prompts=loaded.reports)
-    return pick(loaded.examples, data.max_test_rows, recipe.seed)
+    examples = [e for e in loaded.examples if isinstance(e, PromptExample)]
+    return pick(examples, data.max_test_rows, recipe.seed)
 
 
 SHOWN = {

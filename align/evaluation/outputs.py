@@ -12,9 +12,10 @@ import torch
 
 from align.data.chat import decode_response, encode_prompt, end_token_ids
 from align.models import Policy, load_policy, load_tokenizer
+from align.options import GenerationOptions
 from align.rollout.experience import over_rollout, rollout_groups
 from align.rollout.sampler import sample
-from align.types import AlignError, GenerationOptions, PromptExample, Rollout
+from align.types import AlignError, PromptExample, Rollout
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,7 @@ class Answerer:
             self.policy,
             [encode_prompt(self.tokenizer, e.prompt) for e in examples],
             options,
-            end_ids=end_token_ids(
-                self.tokenizer, self.policy.inner.generation_config.eos_token_id
-            ),
+            end_ids=end_token_ids(self.tokenizer, self.policy.inner.generation_config.eos_token_id),
             seed=seed,
             prefill_tokens=self.tokens_per_microbatch,
             on_tokens=on_tokens,

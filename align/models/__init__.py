@@ -8,7 +8,8 @@ from align.models.load import load_causal_lm, load_classifier, load_tokenizer
 from align.models.lora import add_lora
 from align.models.policy import Policy, ScalarModel, check_packable
 from align.models.precision import resolve_precision
-from align.types import AlignError, LoraOptions
+from align.options import LoraOptions
+from align.types import AlignError
 
 __all__ = ["Policy", "ScalarModel", "load_policy", "load_scalar_model", "load_tokenizer"]
 

@@ -108,15 +108,13 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, options: _Options) -> Ten
     # Grouped queries: kv heads as the batch, their queries as heads; keys expand without a copy.
     grouped = query.view(key.shape[0], heads // key.shape[0], length, -1)
     key, value = (t[:, None].expand(-1, grouped.shape[1], -1, -1) for t in (key, value))
-    windowed = options.window is not None and total > options.window
-    plain = length == total and not windowed
+    window = total if options.window is None else options.window
+    plain = length == total <= window
     mask = None
-    if not plain and (length > 1 or windowed):
+    if not plain and (length > 1 or total > window):
         distance = torch.arange(total - length, total, device=query.device)[:, None]
         distance = distance - torch.arange(total, device=query.device)
-        mask = distance >= 0
-        if windowed:
-            mask &= distance < options.window
+        mask = (distance >= 0) & (distance < window)
     out = _attend(grouped, key, value, mask, plain and length > 1, options)
     return out.reshape(heads, length, -1)
 

@@ -11,7 +11,8 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from align.types import AlignError, LoraOptions
+from align.options import LoraOptions
+from align.types import AlignError
 
 
 def add_lora(
@@ -60,7 +61,7 @@ def _linear_names(model: PreTrainedModel, layers: list[int] | None) -> str | lis
 
 def unwrapped(model: torch.nn.Module) -> PreTrainedModel:
     """The transformers model under a peft wrapper (its adapted layers stay in place)."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model  # type: ignore
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 @contextmanager

@@ -33,6 +33,7 @@ class _Packed(nn.Module):
 
     @property
     def inner(self) -> Any:
+        """The transformers model, without peft's wrapper."""
         return unwrapped(self.model)
 
     @property
@@ -40,7 +41,7 @@ class _Packed(nn.Module):
         return next(self.model.parameters()).device
 
     @property
-    def trunk(self) -> nn.Module:
+    def trunk(self) -> Any:
         return getattr(self.inner, self.inner.base_model_prefix)
 
     def hidden_states(self, batch: TokenBatch) -> Tensor:
@@ -64,7 +65,7 @@ class _Packed(nn.Module):
         The adapter is kept beside the merged model, in ``<folder>_adapter``.
         """
         folder = Path(folder)
-        model = self.model
+        model: Any = self.model
         if model is not self.inner:
             model.save_pretrained(f"{folder}_adapter")
             model = model.merge_and_unload()

@@ -16,8 +16,9 @@ from torch import Tensor
 from align.data.packing import collate
 from align.models.policy import Policy
 from align.models.precision import autocast
+from align.options import GenerationOptions
 from align.rollout.cache import SlotCache, recording_cache
-from align.types import GenerationOptions, Rollout, TokenGroup
+from align.types import Rollout, TokenGroup
 
 REFILL_SHARE = 0.25
 """Slots that must be free before new prompts are prefilled: small prefills waste a trunk pass."""

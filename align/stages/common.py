@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -17,8 +17,8 @@ from align.data.subset import pick
 from align.models import load_tokenizer
 from align.progress import say
 from align.recipes_io import to_yaml
-from align.training.distributed import make_accelerator
 from align.run_folder import Run
+from align.training.distributed import make_accelerator
 from align.types import AlignError, DataSource, SourceReport, TokenGroup
 
 Kind = Literal["sft", "preference", "prompt"]
@@ -40,7 +40,7 @@ class Split:
     Plain text cut into pieces has more groups than examples; nothing else has.
     """
 
-    examples: tuple[Example, ...]
+    examples: tuple[Any, ...]
     groups: list[TokenGroup]
 
 
@@ -81,8 +81,8 @@ def load_data(session: Session, data: DataConfig, kind: Kind, *, seed: int) -> t
     test_split, dropped_test = _encode(session.tokenizer, test, data)
     session.run.describe_data(train=reports, test=test_reports)
     facts = {
-        "train_rows": len(train),
-        "test_rows": len(test),
+        "train_rows": len(train_split.examples),
+        "test_rows": len(test_split.examples),
         "train_tokens": sum(g.num_tokens for g in train_split.groups),
         "dropped_when_tokenised": {"train": dropped_train, "test": dropped_test},
     }
@@ -125,10 +125,10 @@ def _encode(
     return Split(tuple(examples), groups), dropped
 
 
-def _tell(reports: Sequence[SourceReport], dropped: dict[str, int], facts: dict) -> None:
+def _tell(reports: Sequence[SourceReport], dropped: dict[str, int], facts: dict[str, Any]) -> None:
     say(
-        f"  data: {facts['train_rows']} rows ({facts['train_tokens']} tokens) to train on, "
-        f"{facts['test_rows']} held out"
+        f"  data: {facts['train_rows']} rows ({facts['train_tokens']} tokens), "
+        f"{facts['test_rows']} more held out"
     )
     reasons = dict(dropped)
     for report in reports:

@@ -17,16 +17,16 @@ from torch import Tensor
 
 from align.config import DPOConfig, DPORecipe
 from align.data.packing import counted_coordinates
-from align.losses.dpo import LOSSES, LOSSES_WITHOUT_REFERENCE, dpo_loss, sft_term
+from align.losses.dpo import LOSSES, LOSSES_WITHOUT_REFERENCE, dpo_loss, sft_term, wpo_weights
 from align.losses.logprobs import TokenStatistics
 from align.models import Policy, load_policy
 from align.models.load import weights_hash
 from align.models.lora import adapter_off
 from align.models.policy import batch_sequences
+from align.run_folder import change
 from align.stages.common import Session, load_data, open_session, trained_parameters
 from align.stages.reference import ReferenceCache
-from align.training.loop import Measured, evaluate_groups, train
-from align.run_folder import change
+from align.training.loop import Measure, Measured, evaluate_groups, train
 from align.types import AlignError, TokenBatch, TokenGroup
 
 Reference = Callable[[TokenBatch, Sequence[int]], Tensor]
@@ -52,7 +52,7 @@ def run(recipe: DPORecipe) -> None:
     test_reference = _reference(recipe, session, policy, test_groups)
     model = session.accelerator.prepare(policy)
 
-    def measure_with(reference: Reference):  # noqa: ANN202
+    def measure_with(reference: Reference) -> Measure:
         def measure(batch: TokenBatch, members: Sequence[int]) -> Measured:
             statistics = model(batch, statistics=recipe.dpo.wpo_weights)
             return _measure(recipe.dpo, statistics, reference(batch, members), batch)
@@ -62,14 +62,13 @@ def run(recipe: DPORecipe) -> None:
     def evaluate() -> dict[str, float]:
         if not test_groups:
             return {}
-        found = evaluate_groups(
+        return evaluate_groups(
             model,
             test_groups,
             measure_with(test_reference),
             tokens_per_microbatch=recipe.train.tokens_per_microbatch,
             accelerator=session.accelerator,
         )
-        return {"loss": found.pop("dpo_loss"), **found}
 
     before, after = train(
         model,
@@ -111,16 +110,15 @@ def _measure(
     )
     per_example = losses.per_example
     if options.wpo_weights:
-        # Zhou et al. 2024 (arXiv:2406.11827): how likely the policy would write this pair
         gap = statistics.logprobs.detach() - statistics.log_collision
         mean_gap = sequence_sums(gap, batch)[0] / lengths
-        per_example = per_example * (mean_gap[0::2] + mean_gap[1::2]).exp()
+        per_example = per_example * wpo_weights(mean_gap[0::2], mean_gap[1::2])
     if options.sft_coef:
         per_example = per_example + options.sft_coef * sft_term(logprobs[0::2], lengths[0::2])
     margin = losses.chosen_rewards - losses.rejected_rewards
     count = float(len(margin))
     means = {
-        "dpo_loss": per_example,
+        "loss": per_example,
         "rewards_chosen": losses.chosen_rewards,
         "rewards_rejected": losses.rejected_rewards,
         "rewards_margin": margin,

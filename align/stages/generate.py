@@ -7,6 +7,7 @@ Writes ``samples.jsonl`` (prompt, response, references, score) and, with ``pairs
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
@@ -28,8 +29,11 @@ def run(recipe: GenerateRecipe) -> None:
     """Sample from ``recipe.model`` on the prompts of ``data.train``."""
     if recipe.pairs is not None and not recipe.reward:
         raise AlignError("pairs: samples are ranked by a reward; set `reward`, for instance chrf")
+    if recipe.data.test:
+        raise AlignError("data.test: generate samples from every prompt; put them in data.train")
     session = open_session(recipe, "generate")
-    prompts, _ = load_data(session, recipe.data, "prompt", seed=recipe.seed)
+    every_prompt = replace(recipe.data, test_fraction=0.0)
+    prompts, _ = load_data(session, every_prompt, "prompt", seed=recipe.seed)
     accelerator, tokenizer = session.accelerator, session.tokenizer
     policy = load_policy(
         recipe.model,
@@ -84,7 +88,7 @@ def _score(
     answers: Sequence[tuple[list[str], list[bool]]],
     accelerator: Any,
 ) -> list[dict[str, Any]]:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "id": example.id,
             "prompt": example.prompt,

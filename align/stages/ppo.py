@@ -25,12 +25,12 @@ from align.models.load import weights_hash
 from align.progress import Progress, say
 from align.rollout.experience import make_experience, over_rollout, rollout_groups
 from align.rollout.sampler import sample
+from align.run_folder import change
 from align.stages.common import Session, Split, load_data, open_session, trained_parameters
 from align.stages.ppo_roles import Roles, load_roles
 from align.stages.ppo_update import Update
 from align.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from align.training.distributed import gather_rollout, my_share
-from align.run_folder import change
 from align.types import AlignError, Experience, PromptExample, Rollout
 
 

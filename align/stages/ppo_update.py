@@ -62,7 +62,7 @@ class Update:
                     experience, groups, members.tolist(), kl_coef, iteration >= ppo.critic_warmup
                 )
                 if epoch == number == 0:
-                    # old and new log-probs are of the same weights here: sampling and training agree
+                    # of the same weights still: sampling and training agree on the log-probs
                     sums["first_ratio_error"] = per_iteration * found["ratio_error"]
                 for name, value in found.items():
                     sums[name] = sums.get(name, 0.0) + value

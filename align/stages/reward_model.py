@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from align.config import RewardRecipe
+from align.data.packing import pack
 from align.losses import bradley_terry_loss
 from align.models import ScalarModel, load_scalar_model
 from align.models.load import weights_hash
 from align.models.policy import batch_sequences
 from align.progress import say
-from align.stages.common import Session, Split, load_data, open_session, trained_parameters
-from align.training.loop import Measured, evaluate_groups, train
 from align.run_folder import change
+from align.stages.common import Session, Split, load_data, open_session, trained_parameters
+from align.training.loop import Measure, Measured, evaluate_groups, train
 from align.types import TokenBatch, TokenGroup
 
 
@@ -42,7 +44,7 @@ def run(recipe: RewardRecipe) -> None:
     options = recipe.reward_model
     train_groups, test_groups = train_data.groups, test_data.groups
 
-    def measure_of(groups: Sequence[TokenGroup]):  # noqa: ANN202
+    def measure_of(groups: Sequence[TokenGroup]) -> Measure:
         def measure(batch: TokenBatch, members: Sequence[int]) -> Measured:
             chosen, rejected, pairs = pair_scores(model(batch, at="last"), batch)
             margin = _margins([groups[members[i]] for i in pairs]) if options.use_margin else None
@@ -54,7 +56,7 @@ def run(recipe: RewardRecipe) -> None:
             )
             count, gap = float(len(pairs)), chosen - rejected
             sums = {
-                "bt_loss": (losses.sum().item(), count),
+                "loss": (losses.sum().item(), count),
                 "accuracy": ((gap > 0).sum().item(), count),
                 "margin": (gap.sum().item(), count),
                 "score_mean": ((chosen + rejected).sum().item(), 2 * count),
@@ -66,14 +68,13 @@ def run(recipe: RewardRecipe) -> None:
     def evaluate() -> dict[str, float]:
         if not test_groups:
             return {}
-        found = evaluate_groups(
+        return evaluate_groups(
             model,
             test_groups,
             measure_of(test_groups),
             tokens_per_microbatch=recipe.train.tokens_per_microbatch,
             accelerator=session.accelerator,
         )
-        return {"loss": found["bt_loss"], "accuracy": found["accuracy"], "margin": found["margin"]}
 
     before, after = train(
         model,
@@ -127,7 +128,7 @@ def _finish(
     if recipe.reward_model.normalize and reference.std() > 0:
         gain = 1.0 / float(reference.std())
         scalar.scale_head(gain)
-    stats = {
+    stats: dict[str, Any] = {
         "gain": gain,
         # of the saved model's scores on up to 500 training pairs; PPO subtracts the mean
         "mean": float(reference.mean() * gain),
@@ -148,8 +149,6 @@ def _finish(
 @torch.no_grad()
 def scores_of(scalar: ScalarModel, groups: Sequence[TokenGroup], budget: int) -> np.ndarray:
     """Scores ``[2 * pairs]``, chosen and rejected in turn, float64."""
-    from align.data.packing import pack
-
     scalar.eval()
     scores = np.zeros(2 * len(groups))
     for batch in pack(groups, tokens_per_microbatch=budget):

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from align.config import SFTRecipe
 from align.models import load_policy
 from align.models.load import weights_hash
+from align.run_folder import change
 from align.stages.common import load_data, open_session, trained_parameters
 from align.training.loop import Measured, evaluate_groups, train
-from align.run_folder import change
 from align.types import TokenBatch
 
 
@@ -37,7 +37,7 @@ def run(recipe: SFTRecipe) -> None:
     def measure(batch: TokenBatch, members: Sequence[int]) -> Measured:
         loss = -model(batch).logprobs.sum()
         count = float(batch.loss_mask.sum())
-        return Measured(loss, {"nll": (loss.item(), count)})
+        return Measured(loss, {"loss": (loss.item(), count)})
 
     def evaluate() -> dict[str, float]:
         if not test_data.groups:
@@ -49,7 +49,7 @@ def run(recipe: SFTRecipe) -> None:
             tokens_per_microbatch=recipe.train.tokens_per_microbatch,
             accelerator=session.accelerator,
         )
-        return {"loss": found["nll"], "perplexity": math.exp(min(found["nll"], 700.0))}
+        return {**found, "perplexity": math.exp(min(found["loss"], 700.0))}
 
     before, after = train(
         model,

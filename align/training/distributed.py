@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -67,7 +67,7 @@ def gather_rollout(rollout: Rollout, samples_per_prompt: int, accelerator: Accel
         (rollout.prompt_ids[i], *(_rows(rollout, name, i, k) for name in ROLLOUT_TENSORS))
         for i in range(0, len(rollout.prompt_ids), k)
     ]
-    prompts = gather_in_order(mine, accelerator)
+    prompts: list[Any] = gather_in_order(mine, accelerator)
     width = max(item[1].shape[1] for item in prompts)
     device = rollout.input_ids.device
     columns = zip(*(item[1:] for item in prompts), strict=True)

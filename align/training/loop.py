@@ -10,9 +10,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,25 +20,13 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from align.data.packing import pack
+from align.options import OptimOptions, TrainOptions
 from align.progress import Progress, say
+from align.run_folder import Run
 from align.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from align.training.distributed import my_share, sum_over_processes, without_sync
-from align.training.optim import OptimOptions, make_optimizer, set_lr
-from align.run_folder import Run
+from align.training.optim import make_optimizer, set_lr
 from align.types import AlignError, TokenBatch, TokenGroup
-
-
-class TrainOptions(Protocol):
-    """The keys of a recipe's ``train`` that are read here."""
-
-    epochs: float
-    max_steps: int | None
-    minibatch: int
-    tokens_per_microbatch: int
-    log_every: int
-    eval_every: int
-    save_every: int
-    keep_checkpoints: int
 
 
 @dataclass(frozen=True)
@@ -47,11 +35,12 @@ class Measured:
 
     Attributes:
         loss: Scalar with a gradient, *summed* over the microbatch's units.
-        sums: Name -> (sum, weight): logged as the weighted mean over the whole step.
+        sums: Name -> (sum, weight): logged as the weighted mean over the whole step; ``loss``
+            with the stage's units as its weight.
     """
 
     loss: Tensor
-    sums: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    sums: Mapping[str, tuple[float, float]]
 
 
 Measure = Callable[[TokenBatch, Sequence[int]], Measured]
@@ -167,14 +156,13 @@ def _step(
             measured = measure(batch.to(accelerator.device), mine)
             # DDP averages over processes; the denominator is already global
             accelerator.backward(measured.loss * (accelerator.num_processes / denominator))
-        _add(sums, {"loss": (measured.loss.item(), 0.0), **measured.sums})
+        _add(sums, measured.sums)
     _add(sums, {"tokens": (float(sum(b.num_tokens for b in batches)), 0.0)})
     norm = accelerator.clip_grad_norm_(model.parameters(), optim.max_grad_norm)
     _check_finite(norm, members, groups)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     metrics = _means(sum_over_processes(sums, accelerator))
-    metrics["loss"] /= denominator
     metrics["grad_norm"] = float(norm)
     metrics["tokens_per_second"] = metrics["tokens"] / max(time.monotonic() - started, 1e-9)
     return metrics
@@ -189,7 +177,7 @@ def evaluate_groups(
     tokens_per_microbatch: int,
     accelerator: Accelerator,
 ) -> dict[str, float]:
-    """Weighted means of ``measure``'s sums over all groups, ``loss`` left to ``measure``."""
+    """Weighted means of ``measure``'s sums over all groups."""
     model.eval()
     mine = my_share(list(range(len(groups))), accelerator)
     sums: dict[str, float] = {}

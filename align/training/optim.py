@@ -3,23 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Protocol
 
 import torch
 
-
-class OptimOptions(Protocol):
-    """The keys of a recipe's ``optim`` that are read here."""
-
-    lr: float
-    schedule: str
-    warmup_fraction: float
-    final_lr_fraction: float
-    weight_decay: float
-    beta1: float
-    beta2: float
-    eps: float
-    max_grad_norm: float
+from align.options import OptimOptions
 
 
 def make_optimizer(

@@ -1,0 +1,80 @@
+"""Sections of a recipe that other rooms read too: they are defined here, once.
+
+``config`` puts them into recipes; models, rollout and training take them as arguments.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraOptions:
+    """Low-rank adapters by peft; the model in ``model/`` is saved merged, the adapter beside it."""
+
+    # rank
+    r: int = 16
+    # updates are scaled by alpha / r
+    alpha: float = 32.0
+    # probability, on the adapters' input
+    dropout: float = 0.0
+    # module names, or all-linear
+    target_modules: tuple[str, ...] = ("all-linear",)
+    # adapt the topmost layers only (the backward pass stops below them); null adapts every layer
+    top_layers: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationOptions:
+    """How responses are sampled."""
+
+    # tokens a response may have at most, its end token included
+    max_new_tokens: int = 128
+    # logits are divided by it; 0 = greedy
+    temperature: float = 1.0
+    # share of probability mass kept, 1 = all (PPO allows 1 only)
+    top_p: float = 1.0
+    # responses for each prompt
+    samples_per_prompt: int = 1
+    # sequences decoded side by side
+    slots: int = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimOptions:
+    """AdamW and its schedule."""
+
+    lr: float = 1e-5
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    # share of all optimizer steps over which lr rises from 0
+    warmup_fraction: float = 0.05
+    # lr at the end as a share of the peak
+    final_lr_fraction: float = 0.0
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    # global gradient norm, applied once before every optimizer step
+    max_grad_norm: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """How often the optimizer steps, on how much, and what is written when."""
+
+    # passes over the data
+    epochs: float = 1.0
+    # optimizer steps; null = as many as `epochs` says
+    max_steps: int | None = None
+    # sequences (SFT) or pairs (RM, DPO) per optimizer step, over all processes
+    minibatch: int = 16
+    # tokens of one forward and backward on one device: sets the memory, changes no result
+    tokens_per_microbatch: int = 4096
+    # optimizer steps between lines of metrics.jsonl
+    log_every: int = 1
+    # optimizer steps between held-out evaluations; 0 = at the start and the end only
+    eval_every: int = 0
+    # optimizer steps between checkpoints; 0 = none, the model is saved at the end
+    save_every: int = 0
+    keep_checkpoints: int = 2
