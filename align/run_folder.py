@@ -13,7 +13,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ class Run:
     ) -> None:
         self.stage, self.folder, self.is_main = stage, Path(output_dir), is_main
         self.started = time.time()
+        self.trackers: list[Callable[[dict[str, float], int], None]] = []
         self._manifest: dict[str, Any] = {
             "stage": stage,
             "status": "running",
@@ -87,7 +88,9 @@ class Run:
         self.describe(data={k: [asdict(r) for r in v] for k, v in reports.items()})
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One line of metrics.jsonl; numbers only."""
+        """One line of metrics.jsonl, and the same to every live tracker; numbers only."""
+        for tracker in self.trackers:
+            tracker(dict(metrics), step)
         if self.is_main:
             line = {"step": step, "seconds": round(time.time() - self.started, 3), **metrics}
             with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:

@@ -1,7 +1,210 @@
-"""Shape annotations of ``align.losses`` are executed under pytest; at run time they are free."""
+"""Shape annotations executed, and a language model that is small enough for every stage.
+
+``align.losses`` has its shape annotations checked under pytest; at run time they are free.
+"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
 from jaxtyping import install_import_hook
 
 install_import_hook("align.losses", "beartype.beartype")
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIAL = ("bos", "eos", "pad")
+WORDS = ("red", "green", "blue", "cat", "dog", "sun", "moon", "sea", "good", "bad", "one", "two")
+
+R = TypeVar("R")
+LoadRecipe = Callable[..., Any]
+
+
+def _tokenizer(template: str | None) -> Any:
+    """Byte-level BPE of about a hundred tokens, of lower-case words only."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    specials = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+    letters = list("abcdefghijklmnopqrstuvwxyz:.?") + ["Ġ", "Ċ"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=96, special_tokens=specials, initial_alphabet=letters, show_progress=False
+    )
+    raw.train_from_iterator([" ".join(WORDS), "user assistant system\n"], trainer)
+    if template is None:
+        raw.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", raw.token_to_id("<s>"))]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        chat_template=template,
+        bos_token="<s>",
+        eos_token="</s>" if template is None else "<|im_end|>",
+        pad_token="<pad>",
+    )
+
+
+def _save_model(folder: Path, template: str | None) -> Path:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = _tokenizer(template)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=256,
+        initializer_range=0.15,  # far enough from uniform for a wrong number to show
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer Llama with a tokenizer for plain strings: BOS, no chat template."""
+    return _save_model(tmp_path_factory.mktemp("models") / "tiny", None)
+
+
+@pytest.fixture(scope="session")
+def tiny_chat(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a ChatML template, whose turns end with a newline behind the end token."""
+    return _save_model(tmp_path_factory.mktemp("models") / "tiny_chat", CHATML)
+
+
+_HF = {"num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+_GROUPED = {**_HF, "num_key_value_heads": 2}
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", _GROUPED | {"attention_dropout": 0.5}),
+    "qwen2": ("Qwen2Config", _GROUPED | {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3Config", _GROUPED | {"head_dim": 8}),
+    "gpt2": ("GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}),
+    "gpt_neox": ("GPTNeoXConfig", _HF | {"hidden_dropout": 0.5, "attention_dropout": 0.5}),
+    "opt": ("OPTConfig", _HF | {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.5}),
+    "phi3": ("Phi3Config", _HF | {"num_key_value_heads": 4, "resid_pdrop": 0.5}),
+    "mistral": ("MistralConfig", _GROUPED | {"sliding_window": 5}),
+    "gemma2": ("Gemma2Config", _GROUPED | {"head_dim": 8, "sliding_window": 5}),
+    "gemma3": ("Gemma3TextConfig", _GROUPED | {"head_dim": 8, "sliding_window": 5}),
+    # those that cannot be packed
+    "granite": ("GraniteConfig", _GROUPED | {"logits_scaling": 2.0}),
+    "mamba": ("MambaConfig", {"num_hidden_layers": 2}),
+    "bloom": ("BloomConfig", {"n_layer": 2, "n_head": 4}),
+    "gpt_oss": ("GptOssConfig", _GROUPED | {"head_dim": 8, "num_local_experts": 2}),
+}
+
+
+@pytest.fixture(scope="session")
+def architecture(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A folder with a small random model of that name, its dropout on, and a tokenizer."""
+    from functools import cache
+
+    @cache
+    def save(name: str) -> Path:
+        import torch
+        import transformers
+
+        config_class, options = ARCHITECTURES[name]
+        tokenizer = _tokenizer(None)
+        special = {f"{k}_token_id": getattr(tokenizer, f"{k}_token_id") for k in SPECIAL}
+        sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "max_position_embeddings": 64}
+        config = getattr(transformers, config_class)(**sizes | special | options)
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        with torch.no_grad():  # biases and norms of a new model are 0 and 1: no error would show
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+        folder = tmp_path_factory.mktemp("architectures") / name
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return save
+
+
+@pytest.fixture
+def write_rows(tmp_path: Path) -> Callable[[str, Sequence[Mapping[str, Any]]], Path]:
+    """``write_rows("name.jsonl", rows)``: a JSONL file in the test's folder."""
+
+    def write(name: str, rows: Sequence[Mapping[str, Any]]) -> Path:
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def make_recipe(tmp_path: Path) -> LoadRecipe:
+    """``make_recipe(SFTRecipe, tree, "a.b=c", ...)``: through YAML and the loader, as shipped."""
+    from align.recipes_io import load_recipe
+
+    def make(cls: type[R], tree: Mapping[str, Any], *overrides: str) -> R:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(json.dumps(tree), encoding="utf-8")  # JSON is YAML
+        return load_recipe(cls, str(path), overrides)
+
+    return make
+
+
+class Stopped(Exception):
+    """A run that was killed."""
+
+
+@pytest.fixture
+def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, str, int], Any]:
+    """``with stop_at(module, "function", n):`` its n-th call (from 1) kills the run."""
+    from contextlib import contextmanager
+
+    @contextmanager
+    def stop(owner: Any, name: str, call: int):
+        original, calls = getattr(owner, name), 0
+
+        def stopping(*args: Any, **options: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == call:
+                raise Stopped
+            return original(*args, **options)
+
+        with monkeypatch.context() as patch, pytest.raises(Stopped):
+            patch.setattr(owner, name, stopping)
+            yield
+
+    return stop
+
+
+@pytest.fixture(scope="session")
+def read_jsonl() -> Callable[[Path], list[dict[str, Any]]]:
+    return lambda path: [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+@pytest.fixture(scope="session")
+def assert_same_weights() -> Callable[[Path, Path], None]:
+    """Two saved models are equal bit for bit, and are not empty."""
+    from safetensors.torch import load_file
+
+    def check(a: Path, b: Path) -> None:
+        first, second = (load_file(f / "model.safetensors") for f in (a, b))
+        assert first.keys() == second.keys()
+        assert len(first) > 10
+        different = [name for name in first if not first[name].equal(second[name])]
+        assert different == []
+
+    return check

@@ -118,10 +118,16 @@ def load_classifier(
     return _settle(loaded, tokenizer), fresh
 
 
-def weights_hash(model: torch.nn.Module) -> str:
-    """sha256 over names, shapes and bytes of all parameters: what a cache of outputs is keyed by."""
+def weights_hash(model: PreTrainedModel) -> str:
+    """sha256 over names, shapes and bytes of all weights: what a cache of outputs is keyed by.
+
+    Adapters are left out: the hash is that of the model under them.
+    """
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.state_dict().items()):
+    weights = {k.replace(".base_layer", ""): v for k, v in model.state_dict().items()}
+    for name, parameter in sorted(weights.items()):
+        if "lora_" in name:
+            continue
         digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
         digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -165,6 +165,16 @@ def _flat(batch: TokenBatch, columns: Tensor) -> Tensor:
     return rows * batch.input_ids.shape[1] + columns[rows, times]
 
 
+def check_length(model: _Packed, longest: int, what: str) -> None:
+    """Refuse sequences that are longer than the model has positions for."""
+    limit = getattr(model.inner.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and longest > limit:
+        raise AlignError(
+            f"{model.name} has {limit} positions, but {what} {longest} tokens; "
+            "lower data.max_tokens or generation.max_new_tokens"
+        )
+
+
 def check_packable(model: _Packed) -> None:
     """Refuse a model that cannot be packed, by trying: eight tokens, two sequences, one prefix.
 

@@ -12,9 +12,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from align.data.packing import collate
-from align.models.policy import Policy
+from align.models.policy import Policy, check_length
 from align.models.precision import autocast
 from align.options import GenerationOptions
 from align.rollout.cache import SlotCache, recording_cache
@@ -57,6 +58,8 @@ def sample(
         prefill_tokens: Prompt tokens of one prefill: bounds memory, changes no result.
         on_tokens: Called with the number of tokens that each step produced.
     """
+    longest = max(len(prompt) for prompt in prompts)
+    check_length(policy, longest + options.max_new_tokens, "a prompt and its response may have")
     training = policy.training
     policy.eval()
     try:
@@ -192,18 +195,54 @@ def draw_tokens(
 
     Under ``top_p < 1`` the log-probabilities are still those of the untruncated distribution.
     """
-    if options.temperature == 0:
+    greedy = options.temperature == 0
+    logits = logits if greedy else logits / options.temperature
+    log_total = logits.logsumexp(-1, keepdim=True)
+    if greedy:
         tokens = logits.argmax(-1)
-        return tokens, logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
-    logprobs = (logits / options.temperature).log_softmax(-1)
-    probs = logprobs.exp()
-    if options.top_p < 1:
-        ordered, order = probs.sort(-1, descending=True)
-        # a token stays while the mass before it is below top_p: the first one always does
-        ordered[ordered.cumsum(-1) - ordered >= options.top_p] = 0
-        probs = torch.zeros_like(probs).scatter_(-1, order, ordered)
-    tokens = torch.multinomial(probs, 1, generator=generator)
-    return tokens[:, 0], logprobs.gather(-1, tokens)[:, 0]
+    else:
+        tokens = _choose(_nucleus((logits - log_total).exp_(), options.top_p), generator)
+    return tokens, (logits.gather(-1, tokens[:, None]) - log_total)[:, 0]
+
+
+def _nucleus(probs: Tensor, top_p: float) -> Tensor:
+    """The most probable tokens that together reach ``top_p``; the others become 0."""
+    if top_p == 1:
+        return probs
+    ordered, order = probs.sort(-1, descending=True)
+    # a token stays while the mass before it is below top_p: the first one always does
+    ordered[ordered.cumsum(-1) - ordered >= top_p] = 0
+    return torch.zeros_like(probs).scatter_(-1, order, ordered)
+
+
+BLOCK = 256
+
+
+def _choose(probs: Tensor, generator: torch.Generator) -> Tensor:
+    """One index per row of ``[N,V]`` weights, by inverting their cumulative sum in float64.
+
+    In two steps, a block of the vocabulary and a token in it: `torch.multinomial` draws a random
+    number for every entry, which on a CPU costs as much as the model's own products.
+    """
+    blocks = F.pad(probs, (0, -probs.shape[1] % BLOCK)).view(len(probs), -1, BLOCK)
+    mass = blocks.sum(-1).double()
+    reached = mass.cumsum(-1)
+    point = torch.rand(
+        (len(probs), 1), generator=generator, dtype=torch.float64, device=probs.device
+    )
+    point = point * reached[:, -1:]
+    block = _first_above(reached, point)
+    inside = blocks[torch.arange(len(probs), device=probs.device), block[:, 0]]
+    before = (reached - mass).gather(-1, block)
+    token = _first_above(inside.double().cumsum(-1), point - before)
+    return (block * BLOCK + token)[:, 0]
+
+
+def _first_above(reached: Tensor, point: Tensor) -> Tensor:
+    """First index whose cumulative sum exceeds ``point``: never one of weight 0."""
+    # rounding may put the point at the very end
+    point = torch.minimum(point, reached[:, -1:] * (1 - 1e-12))
+    return torch.searchsorted(reached, point, right=True)
 
 
 def _to_rollout(

@@ -15,7 +15,7 @@ from align.data.chat import encode_examples
 from align.data.preferences import Example, load_examples, split_by_prompt
 from align.data.subset import pick
 from align.models import load_tokenizer
-from align.progress import say
+from align.progress import say, track
 from align.recipes_io import to_yaml
 from align.run_folder import Run
 from align.training.distributed import make_accelerator
@@ -47,8 +47,11 @@ class Split:
 def open_session(recipe: CommonRecipe, stage: str) -> Session:
     """Check the output folder before anything slow, then load the tokenizer."""
     accelerator = make_accelerator(recipe.trackers, recipe.output_dir)
-    if accelerator.distributed_type.value in ("DEEPSPEED", "MEGATRON_LM"):
-        raise AlignError(f"{accelerator.distributed_type.value} is not supported; use DDP or FSDP")
+    if accelerator.distributed_type.value in ("DEEPSPEED", "MEGATRON_LM", "FSDP"):
+        raise AlignError(
+            f"accelerate: {accelerator.distributed_type.value} is not supported yet; launch with "
+            "data parallelism (DDP), as recipes/accelerate/ does"
+        )
     tokenizer = load_tokenizer(recipe.model, trust_remote_code=recipe.trust_remote_code)
     run = Run(
         stage,
@@ -60,6 +63,9 @@ def open_session(recipe: CommonRecipe, stage: str) -> Session:
         is_main=accelerator.is_main_process,
     )
     torch.manual_seed(recipe.seed)
+    if recipe.trackers:
+        accelerator.init_trackers(f"align-{stage}", config={"recipe": to_yaml(recipe)})
+        run.trackers.append(lambda metrics, step: accelerator.log(metrics, step=step))
     if accelerator.is_main_process:
         say(f"{stage}: {recipe.model} -> {recipe.output_dir} on {accelerator.device}")
     return Session(accelerator, run, tokenizer)
@@ -77,8 +83,8 @@ def load_data(session: Session, data: DataConfig, kind: Kind, *, seed: int) -> t
         test_reports = ()
     train = pick(train, data.max_train_rows, seed)
     test = pick(test, data.max_test_rows, seed)
-    train_split, dropped_train = _encode(session.tokenizer, train, data)
-    test_split, dropped_test = _encode(session.tokenizer, test, data)
+    train_split, dropped_train = _encode(session, train, data)
+    test_split, dropped_test = _encode(session, test, data)
     session.run.describe_data(train=reports, test=test_reports)
     facts = {
         "train_rows": len(train_split.examples),
@@ -110,11 +116,11 @@ def _read(
 
 
 def _encode(
-    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], data: DataConfig
+    session: Session, examples: Sequence[Example], data: DataConfig
 ) -> tuple[Split, dict[str, int]]:
     groups, dropped = encode_examples(
-        tokenizer,
-        examples,
+        session.tokenizer,
+        track(examples, "tokenise", shown=session.run.is_main),  # type: ignore[arg-type]
         max_tokens=data.max_tokens,
         on_bad_row=data.on_bad_row,
         loss_on=data.loss_on,

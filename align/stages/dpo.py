@@ -46,7 +46,7 @@ def run(recipe: DPORecipe) -> None:
         gradient_checkpointing=recipe.gradient_checkpointing,
         trust_remote_code=recipe.trust_remote_code,
     )
-    session.run.describe(start_weights=weights_hash(policy.model), **trained_parameters(policy))
+    session.run.describe(start_weights=weights_hash(policy.inner), **trained_parameters(policy))
     train_groups, test_groups = train_data.groups, test_data.groups
     train_reference = _reference(recipe, session, policy, train_groups)
     test_reference = _reference(recipe, session, policy, test_groups)

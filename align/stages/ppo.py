@@ -41,7 +41,7 @@ def run(recipe: PPORecipe) -> None:
     prompts, held_out = load_data(session, recipe.data, "prompt", seed=recipe.seed)
     roles = load_roles(recipe, session)
     session.run.describe(
-        start_weights=weights_hash(roles.actor.model),
+        start_weights=weights_hash(roles.actor.inner),
         reward=roles.reward.name,
         actor=trained_parameters(roles.actor),
         critic=trained_parameters(roles.critic),
@@ -308,6 +308,8 @@ def _check(recipe: PPORecipe) -> None:
             f"generation.top_p: got {recipe.generation.top_p}; PPO samples from the policy itself, "
             "so it has to be 1"
         )
+    if recipe.lora is not None and recipe.lora.dropout:
+        raise AlignError("lora.dropout: has to be 0 in PPO, or old and new log-probs differ")
     if batch % k:
         raise AlignError(
             f"ppo.rollout_batch: {batch} is no multiple of generation.samples_per_prompt={k}"

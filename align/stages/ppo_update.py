@@ -31,6 +31,12 @@ class Update:
     def __init__(self, recipe: PPORecipe, session: Session, roles: Roles) -> None:
         self.recipe, self.session, self.roles = recipe, session, roles
         self.accelerator = session.accelerator
+        prompts = recipe.ppo.rollout_batch // recipe.generation.samples_per_prompt
+        if prompts // recipe.ppo.num_minibatches < self.accelerator.num_processes:
+            raise AlignError(
+                f"ppo.rollout_batch: a minibatch has {prompts // recipe.ppo.num_minibatches} "
+                f"prompts, too few for {self.accelerator.num_processes} processes"
+            )
         self.actor = self.accelerator.prepare(roles.actor)
         self.critic = self.accelerator.prepare(roles.critic)
         self.actor_lr = recipe.optim.lr

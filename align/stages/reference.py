@@ -70,7 +70,7 @@ class ReferenceCache:
 
 
 def _key(reference: Policy, groups: Sequence[TokenGroup]) -> str:
-    digest = hashlib.sha256(weights_hash(reference.model).encode())
+    digest = hashlib.sha256(weights_hash(reference.inner).encode())
     digest.update(reference.precision.encode())
     for group in groups:
         for ids in (group.prefix_ids, *(c.input_ids for c in group.continuations)):

@@ -39,7 +39,7 @@ def run(recipe: RewardRecipe) -> None:
         gradient_checkpointing=recipe.gradient_checkpointing,
         trust_remote_code=recipe.trust_remote_code,
     )
-    session.run.describe(start_weights=weights_hash(scalar.model), **trained_parameters(scalar))
+    session.run.describe(start_weights=weights_hash(scalar.inner), **trained_parameters(scalar))
     model = session.accelerator.prepare(scalar)
     options = recipe.reward_model
     train_groups, test_groups = train_data.groups, test_data.groups

@@ -31,7 +31,7 @@ def run(recipe: SFTRecipe) -> None:
         trust_remote_code=recipe.trust_remote_code,
         from_scratch=recipe.from_scratch,
     )
-    session.run.describe(start_weights=weights_hash(policy.model), **trained_parameters(policy))
+    session.run.describe(start_weights=weights_hash(policy.inner), **trained_parameters(policy))
     model = session.accelerator.prepare(policy)
 
     def measure(batch: TokenBatch, members: Sequence[int]) -> Measured:

@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from align.data.packing import pack
+from align.models.policy import check_length
 from align.options import OptimOptions, TrainOptions
 from align.progress import Progress, say
 from align.run_folder import Run
@@ -71,6 +72,8 @@ def train(
     """
     if not groups:
         raise AlignError("data: no training rows are left; see the dropped rows in manifest.json")
+    longest = max(longest_sequence(group) for group in groups)
+    check_length(accelerator.unwrap_model(model), longest, "a training row has")
     optimizer = make_optimizer(model, optim)
     peak = optimizer.param_groups[0]["lr"]
     trained = {"model": (accelerator.unwrap_model(model), optimizer)}
@@ -103,6 +106,10 @@ def train(
     latest = evaluate()
     run.log(step, {f"eval_{k}": v for k, v in latest.items()})
     return before, latest
+
+
+def longest_sequence(group: TokenGroup) -> int:
+    return len(group.prefix_ids) + max(len(c.input_ids) for c in group.continuations)
 
 
 def num_steps(num_groups: int, options: TrainOptions) -> int:
@@ -182,8 +189,11 @@ def evaluate_groups(
     mine = my_share(list(range(len(groups))), accelerator)
     sums: dict[str, float] = {}
     if mine:
-        for batch in pack([groups[i] for i in mine], tokens_per_microbatch=tokens_per_microbatch):
-            _add(sums, measure(batch.to(accelerator.device), mine).sums)
+        batches = pack([groups[i] for i in mine], tokens_per_microbatch=tokens_per_microbatch)
+        with Progress(len(batches), "evaluate", shown=accelerator.is_main_process) as bar:
+            for batch in batches:
+                _add(sums, measure(batch.to(accelerator.device), mine).sums)
+                bar.advance(tokens=batch.num_tokens)
     return _means(sum_over_processes(sums, accelerator))
 
 

@@ -1,0 +1,250 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from align.data.packing import collate
+from align.models import Policy, load_policy, load_scalar_model
+from align.models.attention import DecodeState, segment_attention
+from align.types import AlignError, Segment, TokenBatch, TokenGroup, TokenSequence
+
+CPU = torch.device("cpu")
+PACKABLE = (
+    "llama",
+    "qwen2",
+    "qwen3",
+    "gpt2",
+    "gpt_neox",
+    "opt",
+    "phi3",
+    "mistral",
+    "gemma2",
+    "gemma3",
+)
+
+
+def tokens(rng: np.random.Generator, length: int) -> np.ndarray:
+    return rng.integers(5, 80, size=length).astype(np.int32)
+
+
+def sequence(ids: np.ndarray) -> TokenSequence:
+    return TokenSequence(ids, np.ones(len(ids), dtype=bool))
+
+
+@pytest.fixture(scope="module")
+def groups() -> list[TokenGroup]:
+    """A preference pair, a packed SFT row, and a prompt with three responses; windows are 5."""
+    rng = np.random.default_rng(0)
+    return [
+        TokenGroup(tokens(rng, 9), (sequence(tokens(rng, 7)), sequence(tokens(rng, 1)))),
+        TokenGroup(np.zeros(0, np.int32), (sequence(tokens(rng, 11)),)),
+        TokenGroup(tokens(rng, 3), tuple(sequence(tokens(rng, n)) for n in (4, 12, 6))),
+    ]
+
+
+def whole(group: TokenGroup, number: int) -> Tensor:
+    ids = np.concatenate([group.prefix_ids, group.continuations[number].input_ids])
+    return torch.from_numpy(ids).long()[None]
+
+
+@pytest.fixture(scope="module", params=PACKABLE)
+def model(
+    request: pytest.FixtureRequest, architecture: Callable[[str], Path]
+) -> tuple[Policy, torch.nn.Module]:
+    """(packed by us, the same weights by transformers' own eager attention)."""
+    folder = str(architecture(request.param))
+    eager = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    return load_policy(folder, device=CPU, precision="fp32").train(), eager
+
+
+def test_packed_and_prefix_shared_is_the_sequences_alone(
+    model: tuple[Policy, torch.nn.Module], groups: list[TokenGroup]
+) -> None:
+    """Hidden states, log-probs and gradients; in training mode, so dropout has to be off."""
+    policy, eager = model
+    policy.zero_grad()
+    eager.zero_grad()
+    batch = collate(groups)
+    hidden = policy.hidden_states(batch)[0]
+    got = policy(batch).logprobs
+    trunk = getattr(eager, eager.base_model_prefix)
+    want: list[Tensor] = []
+    segments = iter(batch.sequences)
+    for group in groups:
+        for number in range(len(group.continuations)):
+            ids, segment = whole(group, number), next(segments)
+            start = max(len(group.prefix_ids), 1)
+            alone = trunk(input_ids=ids).last_hidden_state[0, len(group.prefix_ids) :]
+            assert alone.shape[0] == segment.stop - segment.start
+            torch.testing.assert_close(
+                hidden[segment.start : segment.stop], alone, rtol=1e-5, atol=1e-5
+            )
+            logprobs = eager(ids).logits[0].float().log_softmax(-1)
+            want.append(logprobs[start - 1 : -1].gather(-1, ids[0, start:, None])[:, 0])
+    wanted = torch.cat(want)
+    # the packed row without a prefix has nothing to predict its first token
+    assert len(got) == sum(len(c.input_ids) for g in groups for c in g.continuations) - 1
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)
+
+    weights = torch.linspace(-1, 1, len(got))
+    (got * weights).sum().backward()
+    (wanted * weights).sum().backward()
+    theirs = dict(eager.named_parameters())
+    compared = 0
+    for name, parameter in policy.model.named_parameters():
+        if parameter.grad is None:
+            assert theirs[name].grad is None or not theirs[name].grad.any(), name
+            continue
+        scale = theirs[name].grad.abs().max().clamp(min=1.0)
+        torch.testing.assert_close(
+            parameter.grad / scale, theirs[name].grad / scale, rtol=0, atol=1e-5
+        )
+        compared += 1
+    assert compared >= 15
+
+
+def test_editing_a_neighbour_changes_the_others_by_exactly_0(
+    model: tuple[Policy, torch.nn.Module], groups: list[TokenGroup]
+) -> None:
+    policy, _ = model
+    batch = collate(groups)
+    with torch.no_grad():
+        before = policy.hidden_states(batch)[0]
+    for number, edited in enumerate(batch.segments):
+        input_ids = batch.input_ids.clone()
+        input_ids[0, edited.start : edited.stop] = 84
+        with torch.no_grad():
+            after = policy.hidden_states(replace(batch, input_ids=input_ids))[0]
+        for other, segment in enumerate(batch.segments):
+            columns = slice(segment.start, segment.stop)
+            continues = segment.prefix_stop > 0 and segment.prefix_start == edited.start
+            if other == number or continues:
+                assert not torch.equal(after[columns], before[columns])
+            else:
+                assert torch.equal(after[columns], before[columns])
+
+
+@pytest.mark.parametrize("name", ["mamba", "bloom", "granite", "gpt_oss"])
+def test_what_cannot_be_packed_is_refused(name: str, architecture: Callable[[str], Path]) -> None:
+    with pytest.raises(AlignError, match=r"pack|cannot be loaded|other numbers"):
+        load_policy(str(architecture(name)), device=CPU, precision="fp32")
+
+
+def test_the_gate_lets_a_reward_model_of_scaled_logits_pass(
+    architecture: Callable[[str], Path],
+) -> None:
+    """Granite's trunk packs; only its language-model head does more than a linear map."""
+    assert load_scalar_model(str(architecture("granite")), device=CPU, precision="fp32").fresh_head
+
+
+# ---------------------------------------------------------------- the function itself
+
+
+def dense(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    batch: TokenBatch,
+    *,
+    window: int | None,
+    softcap: float | None,
+    scale: float,
+) -> Tensor:
+    """Masked softmax over whole rows, in float64, from the batch's *tensors*, not its segments."""
+    repeats = query.shape[1] // key.shape[1]
+    query, key, value = (t.double() for t in (query, key, value))
+    key, value = (t.repeat_interleave(repeats, dim=1) for t in (key, value))
+    scores = query @ key.transpose(-1, -2) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    segment, prefix, position = batch.segment_ids, batch.prefix_ids, batch.position_ids
+    same = segment[:, :, None] == segment[:, None, :]
+    continues = (prefix[:, :, None] == segment[:, None, :]) & (prefix[:, :, None] > 0)
+    distance = position[:, :, None] - position[:, None, :]
+    allowed = (same | continues) & (distance >= 0)
+    if window is not None:
+        allowed &= distance < window
+    weights = scores.masked_fill(~allowed[:, None], float("-inf")).softmax(-1)
+    out = (weights @ value).transpose(1, 2)
+    return torch.where(segment[:, :, None, None] > 0, out, 0.0)
+
+
+def two_rows(groups: list[TokenGroup]) -> TokenBatch:
+    """Rows of different length, the shorter one padded."""
+    first, second = collate(groups[:2]), collate(groups[2:], first_sequence=3)
+    count, missing = len(first.segments), first.input_ids.shape[1] - second.input_ids.shape[1]
+    assert missing > 0
+
+    def stacked(name: str) -> Tensor:
+        a, b = getattr(first, name), getattr(second, name)
+        if name in ("segment_ids", "prefix_ids"):
+            b = torch.where(b > 0, b + count, 0)
+        return torch.cat([a, torch.nn.functional.pad(b, (0, missing))])
+
+    names = ("input_ids", "position_ids", "segment_ids", "prefix_ids", "predictor", "loss_mask")
+    moved = tuple(replace(s, row=1) for s in second.segments)
+    return TokenBatch(*(stacked(n) for n in names), segments=first.segments + moved)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("window", [None, 1, 5])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_segment_attention_is_masked_softmax(
+    groups: list[TokenGroup], kv_heads: int, window: int | None, softcap: float | None
+) -> None:
+    batch = two_rows(groups)
+    time = batch.input_ids.shape[1]
+    torch.manual_seed(0)
+    query = torch.randn(2, 4, time, 8)
+    key, value = torch.randn(2, 2, kv_heads, time, 8)
+    out, weights = segment_attention(
+        torch.nn.Module(),
+        query,
+        key,
+        value,
+        None,
+        scaling=0.3,
+        sliding_window=window,
+        softcap=softcap,
+        segments=batch.segments,
+    )
+    want = dense(query, key, value, batch, window=window, softcap=softcap, scale=0.3)
+    assert weights is None
+    torch.testing.assert_close(out.double(), want, rtol=0, atol=1e-6)
+    assert not out[batch.segment_ids == 0].any()
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_decoding_looks_at_each_rows_own_columns(window: int | None) -> None:
+    torch.manual_seed(0)
+    query = torch.randn(3, 4, 1, 8)
+    key, value = torch.randn(2, 3, 2, 6, 8)
+    starts = torch.tensor([0, 2, 5])
+    mask = torch.arange(6)[None] >= starts[:, None]
+    out, _ = segment_attention(
+        torch.nn.Module(), query, key, value, None, sliding_window=window, decode=DecodeState(mask)
+    )
+    for row, start in enumerate(starts.tolist()):
+        first = start if window is None else max(start, 6 - window)
+        keys, values = (t[row, :, first:].repeat_interleave(2, dim=0) for t in (key, value))
+        weights = (query[row] @ keys.transpose(-1, -2) * 8**-0.5).softmax(-1)
+        torch.testing.assert_close(out[row, 0], (weights @ values)[:, 0], rtol=0, atol=1e-6)
+
+
+def test_refuses_to_run_without_segments_or_with_what_it_would_ignore() -> None:
+    qkv = torch.randn(3, 1, 2, 4, 8)
+    segments = (Segment(0, 0, 4),)
+    with pytest.raises(RuntimeError, match="without segments"):
+        segment_attention(torch.nn.Module(), *qkv, None)
+    for name in ("position_bias", "s_aux"):
+        with pytest.raises(NotImplementedError, match="cannot be packed"):
+            segment_attention(
+                torch.nn.Module(), *qkv, None, segments=segments, **{name: torch.zeros(2)}
+            )
