@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +15,7 @@ import pytest
 from jaxtyping import install_import_hook
 
 install_import_hook("align.losses", "beartype.beartype")
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # as `align` sets it before it imports anything
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -91,6 +93,7 @@ def tiny_chat(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 _HF = {"num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 _GROUPED = {**_HF, "num_key_value_heads": 2}
+_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", _GROUPED | {"attention_dropout": 0.5}),
     "qwen2": ("Qwen2Config", _GROUPED | {"tie_word_embeddings": True}),
@@ -106,7 +109,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "granite": ("GraniteConfig", _GROUPED | {"logits_scaling": 2.0}),
     "mamba": ("MambaConfig", {"num_hidden_layers": 2}),
     "bloom": ("BloomConfig", {"n_layer": 2, "n_head": 4}),
-    "gpt_oss": ("GptOssConfig", _GROUPED | {"head_dim": 8, "num_local_experts": 2}),
+    "gpt_oss": ("GptOssConfig", _GROUPED | {"head_dim": 8} | _EXPERTS),
 }
 
 
@@ -123,7 +126,7 @@ def architecture(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
         config_class, options = ARCHITECTURES[name]
         tokenizer = _tokenizer(None)
         special = {f"{k}_token_id": getattr(tokenizer, f"{k}_token_id") for k in SPECIAL}
-        sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "max_position_embeddings": 64}
+        sizes = {"vocab_size": 96, "hidden_size": 32, "max_position_embeddings": 64}
         config = getattr(transformers, config_class)(**sizes | special | options)
         torch.manual_seed(0)
         model = transformers.AutoModelForCausalLM.from_config(config)

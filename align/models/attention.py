@@ -6,8 +6,9 @@ neighbours, and a row may be as long as memory allows. The segments travel as an
 the model's forward to a function registered with transformers' ``AttentionInterface``, which any
 architecture on that interface calls. Decoding, one query per row against a cache, is its own case.
 
-What it refuses: attention weights as an output, position biases (ALiBi, T5), and a forward without
-segments, since that would attend across neighbours or padding without a word.
+What it refuses: attention weights as an output, position biases (ALiBi, T5), attention sinks and
+sparse attention (GPT-OSS, DeepSeek 4), and a forward without segments, since that would attend
+across neighbours or padding without a word.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ from transformers import AttentionInterface
 from align.types import Segment
 
 BACKEND = "align_segments"
+
+UNSUPPORTED = ("position_bias", "s_aux", "sinks", "indices", "block_indices")
+"""What a model may hand to its attention function that changes the result and is not done here."""
 
 
 @dataclass(frozen=True)
@@ -47,14 +51,14 @@ def segment_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    position_bias: Tensor | None = None,
     segments: Sequence[Segment] | None = None,
     decode: DecodeState | None = None,
-    **_: Any,
+    **more: Any,
 ) -> tuple[Tensor, None]:
     """``[B,heads,T,D]`` queries and ``[B,kv_heads,S,D]`` keys -> ``[B,T,heads,D]``."""
-    if position_bias is not None:
-        raise NotImplementedError("attention with a position bias cannot be packed")
+    for name in UNSUPPORTED:
+        if more.get(name) is not None:
+            raise NotImplementedError(f"attention with `{name}` is not supported")
     options = _Options(dropout, scaling or query.shape[-1] ** -0.5, sliding_window, softcap)
     if decode is not None:
         return _decode(query, key, value, decode, options), None

@@ -43,7 +43,8 @@ def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrained
     if tokenizer.eos_token_id is None:
         raise AlignError(f"{model}: the tokenizer has no EOS token; set eos_token in its config")
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        tokenizer.pad_token = _spare_token(tokenizer)
+        # assigning `pad_token` would add no token to the vocabulary, and leave its id None
+        tokenizer.add_special_tokens({"pad_token": _spare_token(tokenizer)})
     return tokenizer
 
 
@@ -115,6 +116,7 @@ def load_classifier(
         torch.nn.init.normal_(loaded.score.weight, std=(loaded.score.in_features + 1) ** -0.5)
         if loaded.score.bias is not None:
             torch.nn.init.zeros_(loaded.score.bias)
+    loaded.score.float()  # scores are float32, whatever the trunk is held in
     return _settle(loaded, tokenizer), fresh
 
 
@@ -154,8 +156,22 @@ def _settle(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTr
         del model.config.quantization_config
         model.hf_quantizer = None  # else save_pretrained refuses
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        _grow(model, len(tokenizer))
     return model
+
+
+def _grow(model: PreTrainedModel, num_tokens: int) -> None:
+    """Give tokens that the checkpoint lacks the mean of its embeddings.
+
+    Random rows would differ between policy and reference, and take nearly all probability from a
+    model whose logits all lie far below 0, as GPT-2's do (Hewitt 2021).
+    """
+    old = model.get_input_embeddings().num_embeddings
+    model.resize_token_embeddings(num_tokens, mean_resizing=False)
+    with torch.no_grad():
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+            for rows in layer.parameters() if layer is not None else ():
+                rows[old:] = rows[:old].mean(0)
 
 
 def _locate(model: str) -> tuple[str, dict[str, Any]]:

@@ -1,0 +1,234 @@
+"""docs/recipe-keys.md: every key of every recipe, with type, default, range and meaning.
+
+    python tools/make_recipe_docs.py
+
+Meanings are the comments above the fields in align/config.py and align/options.py (or the
+`Attributes` of a docstring in align/types.py). A test fails when the page is out of date.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import MISSING, Field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+PAGE = Path(__file__).parents[1] / "docs" / "recipe-keys.md"
+sys.path.insert(0, str(PAGE.parents[1]))
+
+from align import config  # noqa: E402
+from align.cli import STAGES  # noqa: E402
+from align.recipe_builder import RANGES  # noqa: E402
+
+HEAD = """\
+# Recipe keys
+
+Made by `python tools/make_recipe_docs.py` from the code; do not edit by hand.
+How a recipe is written: [recipes.md](recipes.md).
+
+A dotted key such as `optim.lr` is `lr` in the section `optim`. In a recipe it stands indented under
+its section; on a command line it is `optim.lr=1e-5`. "null" means: not set.
+"""
+
+# what a field without a comment of its own means: Class.field -> meaning
+MEANINGS: dict[str, str] = {
+    "CommonRecipe.data": "where the rows come from; see the section `data`",
+    "CommonRecipe.output_dir": "folder of the run",
+    "CommonRecipe.overwrite": "replace what a run has left in `output_dir`",
+    "CommonRecipe.seed": "of sampling, shuffling, splits and new heads",
+    "CommonRecipe.trust_remote_code": "run Python code that comes with a model from the hub",
+    "DPOConfig.f_divergence": "map of the log-ratios (sigmoid, hinge, robust, exo_pair)",
+    "DPOConfig.orpo_coef": "weight of orpo's odds-ratio term",
+    "DPOConfig.simpo_gamma": "margin that simpo asks for, reward units",
+    "DataConfig.max_test_rows": "the same of the held-out rows",
+    "DataConfig.on_bad_row": "stop at the first bad row, or skip them and count them by reason",
+    "DataConfig.test": "held-out sources; empty = `test_fraction` of the training prompts",
+    "DataConfig.train": "sources of training rows",
+    "EvalRecipe.data": "`data.test`, or else `data.train`: prompts, best with references",
+    "EvalRecipe.models": "name -> folder, hub id, GGUF file or JSONL of outputs",
+    "EvalRecipe.output_dir": "folder of the run",
+    "EvalRecipe.overwrite": "replace what a run has left in `output_dir`",
+    "EvalRecipe.precision": "as for training",
+    "EvalRecipe.reward": "a reward or a list of them, as for PPO; scores every model's outputs",
+    "EvalRecipe.seed": "of sampling and of the choice of rows",
+    "EvalRecipe.tokens_per_microbatch": "tokens of one forward pass: sets the memory, not the result",
+    "EvalRecipe.trust_remote_code": "run Python code that comes with a model from the hub",
+    "GenerateRecipe.pairs": "how samples become pairs; null = samples only",
+    "GenerateRecipe.reward": "a reward or a list of them, as for PPO; scores every sample",
+    "GenerateRecipe.tokens_per_microbatch": "tokens of one forward pass: sets the memory only",
+    "KLConfig.horizon": "sequences over which `coef` may change by about a fifth",
+    "KLConfig.target": "nats per response that an adaptive `coef` aims at",
+    "OptimOptions.beta1": "AdamW: decay of the gradient's mean",
+    "OptimOptions.beta2": "AdamW: decay of the gradient's square",
+    "OptimOptions.eps": "AdamW: added to the root of the second moment",
+    "OptimOptions.lr": "peak learning rate",
+    "OptimOptions.schedule": "of the learning rate, after the warm-up",
+    "OptimOptions.weight_decay": "AdamW: per step, times lr; none on norms and biases",
+    "PPOConfig.clip_range": "how far the probability ratio may leave 1 before it earns nothing more",
+    "PPOConfig.epochs": "passes over each rollout",
+    "PPOConfig.gae_lambda": "0 = one-step residual, 1 = whole return minus value",
+    "PPOConfig.gamma": "discount per token",
+    "PPOConfig.value_coef": "factor of the value loss",
+    "PPOConfig.whiten_advantages": "shift and scale them to mean 0, variance 1 over the rollout",
+    "PPORecipe.eval_every": "iterations between held-out evaluations; 0 = start and end only",
+    "PPORecipe.keep_checkpoints": "newest checkpoints that are kept",
+    "PPORecipe.save_every": "iterations between checkpoints; 0 = none",
+    "PPORecipe.tokens_per_microbatch": "tokens of one forward and backward: sets the memory only",
+    "RewardTerm.weight": "factor before the sum",
+    "TrainOptions.keep_checkpoints": "newest checkpoints that are kept",
+}
+"""A comment in the code goes before these; a test fails when one is no longer needed."""
+
+
+def render() -> str:
+    """The whole page."""
+    recipes = {command: getattr(config, stage[0]) for command, stage in STAGES.items()}
+    parts = [HEAD, _overview(recipes), _table("Keys of every command but `eval`", CommonRecipe, "")]
+    for command, cls in recipes.items():
+        inherited = set() if cls.__mro__[1] is object else {f.name for f in fields(CommonRecipe)}
+        parts.append(_table(f"Keys of `align {command}` alone", cls, "", leave_out=inherited))
+    for name, cls in _sections(recipes.values()).items():
+        parts.append(_table(f"Section `{name}`", cls, f"{name}."))
+    return "\n".join(part for part in parts if part)
+
+
+CommonRecipe = config.CommonRecipe
+
+
+def _overview(recipes: dict[str, type]) -> str:
+    lines = ["| command | sections |", "|---|---|"]
+    for command, cls in recipes.items():
+        names = [f.name for f in fields(cls) if _section_class(get_type_hints(cls)[f.name])]
+        lines.append(f"| `align {command}` | {', '.join(f'`{n}`' for n in names)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _sections(recipes: Any) -> dict[str, type]:
+    """Section -> class, the sections of a source and of a reward included, in order of use."""
+    found: dict[str, type] = {}
+    for cls in recipes:
+        for name, hint in get_type_hints(cls).items():
+            inner = _section_class(hint)
+            if inner is not None:
+                found.setdefault(name if name != "sampling" else "generation", inner)
+    found["data.train"] = config.DataSource
+    order = ["data", "data.train", *(n for n in found if not n.startswith("data"))]
+    return {name: found[name] for name in order}
+
+
+def _section_class(hint: Any) -> type | None:
+    """The dataclass of a field, of its items or of its value where it may be null."""
+    return next((p for p in (hint, *get_args(hint)) if is_dataclass(p)), None)  # type: ignore
+
+
+def _table(title: str, cls: type, prefix: str, *, leave_out: set[str] = frozenset()) -> str:  # type: ignore
+    hints = get_type_hints(cls)
+    rows = []
+    for f in fields(cls):
+        if f.name in leave_out:
+            continue
+        key, kind = f"`{prefix}{f.name}`", _kind(hints[f.name])
+        if _section_class(hints[f.name]) and f.name not in ("reward", "data", "train", "test"):
+            kind = "section"
+        allowed = _range(cls, f.name)
+        kind = f"{kind}, {allowed}" if allowed else kind
+        rows.append(f"| {key} | {kind} | {_default(f)} | {meaning(cls, f.name)} |")
+    if not rows:
+        return ""
+    heading = ["| key | type | default | meaning |", "|---|---|---|---|"]
+    return "\n".join([f"## {title}\n", *heading, *rows]) + "\n"
+
+
+# ---------------------------------------------------------------- one field
+
+
+def meaning(cls: type, name: str) -> str:
+    owner = _owner(cls, name)
+    written = comments(owner).get(name)
+    text = written or MEANINGS.get(f"{owner.__name__}.{name}", "")
+    return text.replace("|", "\\|")
+
+
+def comments(cls: type) -> dict[str, str]:
+    """Field -> the comment lines directly above it, or its entry under `Attributes`."""
+    found = dict(_attributes(inspect.getdoc(cls) or ""))
+    pending: list[str] = []
+    for line in inspect.getsource(cls).splitlines():
+        text = line.strip()
+        if text.startswith("# "):
+            pending.append(text[2:])
+            continue
+        field_line = re.match(r"(\w+): ", text)
+        if field_line and pending and line.startswith("    ") and not line.startswith("     "):
+            found[field_line[1]] = " ".join(pending)
+        pending = []
+    return found
+
+
+def _attributes(docstring: str) -> Iterator[tuple[str, str]]:
+    _, _, listed = docstring.partition("Attributes:\n")
+    for entry in re.split(r"\n    (?=\w)", "\n" + listed)[1:]:
+        name, _, text = entry.partition(":")
+        text = " ".join(text.split()).rstrip(".").replace("``", "`")
+        yield name, text[:1].lower() + text[1:]
+
+
+def _owner(cls: type, name: str) -> type:
+    """The class that declares the field."""
+    return next(base for base in cls.__mro__ if name in vars(base).get("__annotations__", {}))
+
+
+def _kind(hint: Any) -> str:
+    args = get_args(hint)
+    inner = _section_class(hint)
+    if inner is config.DataSource:
+        return "source, or a list"
+    if inner is config.RewardTerm:
+        return "reward, or a list"
+    if inner is not None:
+        return "section"
+    if type(None) in args:
+        return _kind(next(a for a in args if a is not type(None)))
+    text = str(hint)
+    if "Literal" in text:
+        return " / ".join(f"`{a}`" for a in args)
+    if "dict" in text or "Mapping" in text:
+        return "name: text"
+    if "tuple" in text:
+        return "list of texts"
+    return {"int": "whole number", "float": "number", "bool": "true / false"}.get(
+        getattr(hint, "__name__", ""), "text"
+    )
+
+
+def _range(cls: type, name: str) -> str:
+    names = (f"{base.__name__}.{name}" for base in cls.__mro__)
+    interval = next((RANGES[n] for n in names if n in RANGES), "")
+    return "" if interval == "(-inf, inf)" else interval.replace("inf", "∞")
+
+
+def _default(f: Field[Any]) -> str:
+    if f.default_factory is not MISSING:
+        made = f.default_factory()
+        if not is_dataclass(made):
+            return ""
+        plain = type(made)()  # what differs from the section's own defaults
+        changed = [g.name for g in fields(made) if getattr(made, g.name) != getattr(plain, g.name)]
+        return ", ".join(f"{name} = {getattr(made, name):g}" for name in changed)
+    if f.default is MISSING:
+        return "**needed**"
+    if f.default is None:
+        return "null"
+    if isinstance(f.default, bool):
+        return f"`{str(f.default).lower()}`"
+    if isinstance(f.default, tuple):
+        return f"`[{', '.join(map(str, f.default))}]`" if f.default else ""
+    return f"`{f.default:g}`" if isinstance(f.default, float) else f"`{f.default}`"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(render(), encoding="utf-8")
+    print(f"{PAGE}: written")
