@@ -21,7 +21,9 @@ sys.path.insert(0, str(PAGE.parents[1]))
 
 from align import config  # noqa: E402
 from align.cli import STAGES  # noqa: E402
+from align.config import CommonRecipe  # noqa: E402
 from align.recipe_builder import RANGES  # noqa: E402
+from align.types import DataSource, RewardTerm  # noqa: E402
 
 HEAD = """\
 # Recipe keys
@@ -33,14 +35,16 @@ A dotted key such as `optim.lr` is `lr` in the section `optim`. In a recipe it s
 its section; on a command line it is `optim.lr=1e-5`. "null" means: not set.
 """
 
-# what a field without a comment of its own means: Class.field -> meaning
+# Class.field -> meaning, where the code has no comment, or one for several fields at once
 MEANINGS: dict[str, str] = {
     "CommonRecipe.data": "where the rows come from; see the section `data`",
+    "CommonRecipe.model": "folder, hub id or GGUF file of the model to start from",
     "CommonRecipe.output_dir": "folder of the run",
     "CommonRecipe.overwrite": "replace what a run has left in `output_dir`",
     "CommonRecipe.seed": "of sampling, shuffling, splits and new heads",
     "CommonRecipe.trust_remote_code": "run Python code that comes with a model from the hub",
     "DPOConfig.f_divergence": "map of the log-ratios (sigmoid, hinge, robust, exo_pair)",
+    "DPOConfig.loss_type": "one of the [DPO losses](recipes.md#dpo-losses)",
     "DPOConfig.orpo_coef": "weight of orpo's odds-ratio term",
     "DPOConfig.simpo_gamma": "margin that simpo asks for, reward units",
     "DataConfig.max_test_rows": "the same of the held-out rows",
@@ -48,54 +52,57 @@ MEANINGS: dict[str, str] = {
     "DataConfig.test": "held-out sources; empty = `test_fraction` of the training prompts",
     "DataConfig.train": "sources of training rows",
     "EvalRecipe.data": "`data.test`, or else `data.train`: prompts, best with references",
+    "EvalRecipe.model": "one checkpoint; or several in `models`",
     "EvalRecipe.models": "name -> folder, hub id, GGUF file or JSONL of outputs",
     "EvalRecipe.output_dir": "folder of the run",
     "EvalRecipe.overwrite": "replace what a run has left in `output_dir`",
     "EvalRecipe.precision": "as for training",
     "EvalRecipe.reward": "a reward or a list of them, as for PPO; scores every model's outputs",
     "EvalRecipe.seed": "of sampling and of the choice of rows",
-    "EvalRecipe.tokens_per_microbatch": "tokens of one forward pass: sets the memory, not the result",
+    "EvalRecipe.tokens_per_microbatch": "tokens of one forward pass: sets the memory only",
     "EvalRecipe.trust_remote_code": "run Python code that comes with a model from the hub",
     "GenerateRecipe.pairs": "how samples become pairs; null = samples only",
     "GenerateRecipe.reward": "a reward or a list of them, as for PPO; scores every sample",
     "GenerateRecipe.tokens_per_microbatch": "tokens of one forward pass: sets the memory only",
+    "KLConfig.adaptive": "move `coef` so that KL per response stays near `target`",
+    "KLConfig.coef": "price of KL to the reference, reward units per nat",
+    "KLConfig.estimator": "log-ratio, its half square, or the non-negative unbiased one",
     "KLConfig.horizon": "sequences over which `coef` may change by about a fifth",
     "KLConfig.target": "nats per response that an adaptive `coef` aims at",
     "OptimOptions.beta1": "AdamW: decay of the gradient's mean",
     "OptimOptions.beta2": "AdamW: decay of the gradient's square",
     "OptimOptions.eps": "AdamW: added to the root of the second moment",
     "OptimOptions.lr": "peak learning rate",
-    "OptimOptions.schedule": "of the learning rate, after the warm-up",
+    "OptimOptions.schedule": "shape of the learning rate after the warm-up",
     "OptimOptions.weight_decay": "AdamW: per step, times lr; none on norms and biases",
-    "PPOConfig.clip_range": "how far the probability ratio may leave 1 before it earns nothing more",
+    "PPOConfig.clip_range": "how far the ratio to the old policy may leave 1 and still earn",
     "PPOConfig.epochs": "passes over each rollout",
     "PPOConfig.gae_lambda": "0 = one-step residual, 1 = whole return minus value",
+    "PPOConfig.iterations": "rollouts, each trained on for `epochs` passes",
     "PPOConfig.gamma": "discount per token",
     "PPOConfig.value_coef": "factor of the value loss",
     "PPOConfig.whiten_advantages": "shift and scale them to mean 0, variance 1 over the rollout",
     "PPORecipe.eval_every": "iterations between held-out evaluations; 0 = start and end only",
     "PPORecipe.keep_checkpoints": "newest checkpoints that are kept",
+    "PPORecipe.reference_model": "folder or hub id; null = the model that training starts from",
     "PPORecipe.save_every": "iterations between checkpoints; 0 = none",
     "PPORecipe.tokens_per_microbatch": "tokens of one forward and backward: sets the memory only",
     "RewardTerm.weight": "factor before the sum",
     "TrainOptions.keep_checkpoints": "newest checkpoints that are kept",
 }
-"""A comment in the code goes before these; a test fails when one is no longer needed."""
 
 
 def render() -> str:
     """The whole page."""
     recipes = {command: getattr(config, stage[0]) for command, stage in STAGES.items()}
     parts = [HEAD, _overview(recipes), _table("Keys of every command but `eval`", CommonRecipe, "")]
+    common = frozenset(f.name for f in fields(CommonRecipe))
     for command, cls in recipes.items():
-        inherited = set() if cls.__mro__[1] is object else {f.name for f in fields(CommonRecipe)}
-        parts.append(_table(f"Keys of `align {command}` alone", cls, "", leave_out=inherited))
+        known = common if issubclass(cls, CommonRecipe) else frozenset()
+        parts.append(_table(f"Further keys of `align {command}`", cls, "", leave_out=known))
     for name, cls in _sections(recipes.values()).items():
         parts.append(_table(f"Section `{name}`", cls, f"{name}."))
     return "\n".join(part for part in parts if part)
-
-
-CommonRecipe = config.CommonRecipe
 
 
 def _overview(recipes: dict[str, type]) -> str:
@@ -114,7 +121,7 @@ def _sections(recipes: Any) -> dict[str, type]:
             inner = _section_class(hint)
             if inner is not None:
                 found.setdefault(name if name != "sampling" else "generation", inner)
-    found["data.train"] = config.DataSource
+    found["data.train"] = DataSource
     order = ["data", "data.train", *(n for n in found if not n.startswith("data"))]
     return {name: found[name] for name in order}
 
@@ -124,15 +131,13 @@ def _section_class(hint: Any) -> type | None:
     return next((p for p in (hint, *get_args(hint)) if is_dataclass(p)), None)  # type: ignore
 
 
-def _table(title: str, cls: type, prefix: str, *, leave_out: set[str] = frozenset()) -> str:  # type: ignore
+def _table(title: str, cls: type, prefix: str, *, leave_out: frozenset[str] = frozenset()) -> str:
     hints = get_type_hints(cls)
     rows = []
     for f in fields(cls):
-        if f.name in leave_out:
-            continue
         key, kind = f"`{prefix}{f.name}`", _kind(hints[f.name])
-        if _section_class(hints[f.name]) and f.name not in ("reward", "data", "train", "test"):
-            kind = "section"
+        if f.name in leave_out or (kind == "section" and not meaning(cls, f.name)):
+            continue  # a section has a table of its own
         allowed = _range(cls, f.name)
         kind = f"{kind}, {allowed}" if allowed else kind
         rows.append(f"| {key} | {kind} | {_default(f)} | {meaning(cls, f.name)} |")
@@ -147,9 +152,7 @@ def _table(title: str, cls: type, prefix: str, *, leave_out: set[str] = frozense
 
 def meaning(cls: type, name: str) -> str:
     owner = _owner(cls, name)
-    written = comments(owner).get(name)
-    text = written or MEANINGS.get(f"{owner.__name__}.{name}", "")
-    return text.replace("|", "\\|")
+    return MEANINGS.get(f"{owner.__name__}.{name}") or comments(owner).get(name, "")
 
 
 def comments(cls: type) -> dict[str, str]:
@@ -184,9 +187,9 @@ def _owner(cls: type, name: str) -> type:
 def _kind(hint: Any) -> str:
     args = get_args(hint)
     inner = _section_class(hint)
-    if inner is config.DataSource:
+    if inner is DataSource:
         return "source, or a list"
-    if inner is config.RewardTerm:
+    if inner is RewardTerm:
         return "reward, or a list"
     if inner is not None:
         return "section"

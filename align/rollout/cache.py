@@ -53,13 +53,15 @@ class _SlotLayer(_RecordLayer):
         self.length += 1
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
-    def reserve(self, columns: int) -> None:
-        shape = (*self.keys.shape[:2], columns, self.keys.shape[3])
+    def reserve(self, first: int, more: int) -> None:
+        """Forget the columns before ``first`` and make room for ``more`` new ones."""
+        kept = self.length - first
         for name in ("keys", "values"):
             old = getattr(self, name)
-            new = old.new_zeros(shape)
-            new[:, :, : self.length] = old[:, :, : self.length]
+            new = old.new_zeros(*old.shape[:2], kept + more, old.shape[3])
+            new[:, :, :kept] = old[:, :, first : self.length]
             setattr(self, name, new)
+        self.length = kept
 
 
 def recording_cache() -> Cache:
@@ -105,6 +107,10 @@ class SlotCache(Cache):
         for slot, prompt in zip(slots, prompts, strict=True):
             self.starts[slot] = end - (prompt.stop - prompt.start)
 
+    def release(self, slot: int) -> None:
+        """Nothing of this slot is needed any more, until it is filled again."""
+        self.starts[slot] = self.length
+
     def keep(self, slots: Tensor) -> None:
         """Give up every slot that is not listed, and the columns that none of the rest uses."""
         self.starts = self.starts[slots]
@@ -118,8 +124,11 @@ class SlotCache(Cache):
     def next_step(self) -> DecodeState:
         """Make room for one more column and say which columns each slot may look at."""
         if self.length == self.layers[0].keys.shape[2]:
+            # refilled slots start further right: a long run would else drag its past along
+            unused = int(self.starts.min())
             for layer in self.layers:
-                layer.reserve(self.length + self.GROW)
+                layer.reserve(unused, self.GROW)
+            self.starts -= unused
         columns = torch.arange(self.length + 1)
         mask = columns[None] >= self.starts[:, None]
         return DecodeState(mask.to(self.layers[0].keys.device))

@@ -164,6 +164,7 @@ class _Sampler:
 
     def _draw(self, hidden: Tensor, slots: list[int]) -> int:
         """Sample a token for each listed slot, record it, and free the slots that are done."""
+        assert self.cache is not None
         logits = self.policy.logits(hidden)
         tokens, logprobs = draw_tokens(logits, self.options, self.generator)
         self.last[slots] = tokens
@@ -174,6 +175,7 @@ class _Sampler:
             request.logprobs.append(logprob)
             if token in self.end_ids or len(request.tokens) == self.options.max_new_tokens:
                 self.live[slot] = None
+                self.cache.release(slot)
         return len(slots)
 
     def _compact(self) -> None:

@@ -1,0 +1,254 @@
+"""The documents say what the code does: their numbers, commands, examples and drawings."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from align import cli, config
+from align.data.packing import collate
+from align.data.preferences import load_examples
+from align.evaluation.compare import Comparison
+from align.losses.dpo import LOSSES
+from align.recipes_io import find_recipe, load_recipe, shipped_recipes
+from align.rewards import load_function
+from align.types import DataSource, TokenGroup, TokenSequence
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """Fenced blocks of a language; `jsonl sft` and the like count as a language."""
+    found = re.findall(r"^```([^\n]*)\n(.*?)^```", page.read_text("utf-8"), re.M | re.S)
+    return [body for name, body in found if name.strip() == language]
+
+
+# ---------------------------------------------------------------- numbers that are logged
+
+WRITERS = [
+    *(f"stages/{n}.py" for n in ("sft", "reward_model", "dpo", "ppo", "ppo_update", "generate")),
+    "training/loop.py",
+    "run_folder.py",
+    "evaluation/harness.py",
+]
+# keys of dictionaries that are no logged numbers: arguments, manifest, checkpoints
+NO_NUMBERS = {
+    "stages/ppo.py": {"before"},
+    "stages/ppo_update.py": {"actor", "critic", "clip_range", "denominator", "ratio_error"},
+    "training/loop.py": {"model", "before"},
+    "run_folder.py": {
+        *("stage", "status", "seed", "command", "started", "versions", "hardware"),
+        *("python", "platform", "cpu", "threads", "gpus"),
+    },
+    "evaluation/harness.py": {
+        *("models", "comparisons", "num_resamples", "seed", "reference", "on_tokens"),
+        *("reward_mean", "sample_chrf_mean"),  # named in full below
+    },
+}
+
+
+def string_keys(tree: ast.AST) -> set[str]:
+    """Keys of dictionary literals and of `x["key"] = ...`."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Dict):
+            found |= {k.value for k in node.keys if isinstance(k, ast.Constant)}
+        if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store):
+            found |= {node.slice.value} if isinstance(node.slice, ast.Constant) else set()
+    return {key for key in found if isinstance(key, str)}
+
+
+def written_keys(writer: str) -> set[str]:
+    """Keys of a file as they are logged.
+
+    What `measure` gives is logged in training, and with `eval_` in front on held-out rows; what
+    `evaluate` adds is logged with `eval_` in front only.
+    """
+    tree = ast.parse((ROOT / "align" / writer).read_text(encoding="utf-8"))
+    held_out: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and node.name in ("measure", "_measure", "evaluate"):
+            held_out |= {f"eval_{key}" for key in string_keys(node)}
+            node.body = node.body if node.name != "evaluate" else []
+    return (string_keys(tree) - NO_NUMBERS.get(writer, set())) | held_out
+
+
+def documented() -> set[str]:
+    page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    return set(re.findall(r"`([^`]+)`", page))
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_every_logged_number_is_explained(writer: str) -> None:
+    missing = written_keys(writer) - documented()
+    assert not missing, f"docs/metrics.md does not explain {sorted(missing)} of align/{writer}"
+
+
+def test_every_explained_number_is_logged() -> None:
+    page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    explained = set(re.findall(r"^\| `([^`]+)` \|", page, re.M))
+    logged = set().union(*(written_keys(writer) for writer in WRITERS))
+    logged |= {f.name for f in fields(Comparison)}
+    # `_per_sample` makes these from a metric's name
+    logged |= {f"sample_{m}_{end}" for m in ("chrf", "reward") for end in ("mean", "ci95")}
+    logged |= {"reward_mean", "reward_ci95"}
+    assert explained - logged == set(), "docs/metrics.md explains what no code writes"
+    assert {f.name for f in fields(Comparison)} <= explained
+
+
+def test_the_gate_rejects() -> None:
+    tree = ast.parse('def evaluate():\n    x["new"] = 1\n    return {"loss": 2, **more}')
+    assert string_keys(tree) == {"new", "loss"}
+    assert not string_keys(tree) <= documented() | {"loss"}
+
+
+# ---------------------------------------------------------------- commands
+
+
+def commands() -> Iterator[tuple[str, list[str]]]:
+    """(page, arguments of align) of every command line in a fenced block without a language."""
+    for page in PAGES:
+        for block in blocks(page, ""):
+            for line in block.splitlines():
+                words = shlex.split(line, comments=True) if "align" in line else []
+                if words[:1] in (["align"], [".venv/bin/align"]):
+                    yield page.name, words[1:]
+                elif "-m" in words and words[words.index("-m") + 1] == "align":
+                    yield page.name, words[words.index("-m") + 2 :]
+
+
+@pytest.fixture
+def _examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder of somebody who follows the documents: their YAML and Python files lie in it."""
+    monkeypatch.chdir(tmp_path)
+    for page in PAGES:
+        for block in [*blocks(page, "yaml"), *blocks(page, "python")]:
+            name = re.match(r"# (\S+\.(?:yaml|py))\n", block)
+            if name:
+                Path(name[1]).write_text(block, encoding="utf-8")
+    for line in [w for _, w in commands() if w[:1] == ["cp"]]:
+        Path(line[2]).write_text(find_recipe(line[1]).read_text("utf-8"), encoding="utf-8")
+
+
+@pytest.mark.usefixtures("_examples")
+def test_commands_parse() -> None:
+    found = list(commands())
+    assert len(found) > 15
+    for page, words in found:
+        args = cli._parser().parse_args(words)
+        if args.command in cli.STAGES:
+            recipe = getattr(config, cli.STAGES[args.command][0])
+            load_recipe(recipe, args.recipe, args.overrides)
+        elif args.command == "check":
+            assert find_recipe(args.recipe), page
+
+
+@pytest.mark.usefixtures("_examples")
+def test_example_recipes_load() -> None:
+    stages = {"sft": "sft", "dpo": "dpo", "ppo": "ppo", "rm": "rm", "shp": "dpo"}
+    names = sorted(p for p in Path().glob("*.yaml"))
+    assert len(names) >= 8
+    for path in names:
+        word = next(w for w in re.split(r"[_.]", path.name) if w in stages)
+        load_recipe(getattr(config, cli.STAGES[stages[word]][0]), str(path), [])
+
+
+@pytest.mark.usefixtures("_examples")
+def test_example_rewards_run() -> None:
+    reward = load_function("my_rewards:brevity")
+    assert reward(["p"], ["one two"], [()]) == pytest.approx([-0.2])
+
+
+def test_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z-]+):", makefile, re.M))
+    for page in PAGES:
+        for block in blocks(page, ""):
+            for line in block.splitlines():
+                words = shlex.split(line, comments=True) if line.startswith("make ") else []
+                assert {w for w in words[1:] if "=" not in w} <= targets, f"{page.name}: {line}"
+
+
+def test_linked_files_exist() -> None:
+    for page in PAGES:
+        for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / link).exists(), f"{page.name} links to {link}"
+
+
+# ---------------------------------------------------------------- data, recipes, drawing
+
+
+@pytest.mark.parametrize("kind", ["sft", "preference", "prompt"])
+def test_example_rows_are_read(kind: str, tmp_path: Path) -> None:
+    lines = "".join(blocks(ROOT / "docs" / "data.md", f"jsonl {kind}")).splitlines()
+    assert len(lines) >= 5
+    for number, line in enumerate(lines):
+        path = tmp_path / f"{number}.jsonl"
+        path.write_text(line, encoding="utf-8")
+        loaded = load_examples([DataSource(path=str(path))], kind=kind)  # type: ignore[arg-type]
+        assert len(loaded.examples) == 1
+
+
+def test_rows_of_the_readme_are_json() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = [r for r in re.findall(r"`(\{\".*?\})`", readme) if "[turns" not in r]
+    assert len(rows) >= 5
+    assert all(json.loads(row) for row in rows)
+
+
+def make_recipe_docs() -> ModuleType:
+    path = ROOT / "tools" / "make_recipe_docs.py"
+    spec = importlib.util.spec_from_file_location("make_recipe_docs", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_recipe_keys_are_up_to_date() -> None:
+    tool = make_recipe_docs()
+    page = tool.PAGE.read_text(encoding="utf-8")
+    assert page == tool.render(), "run `python tools/make_recipe_docs.py`"
+    assert "|  |\n" not in page, "a key without a meaning: comment it in the code"
+
+
+def test_every_dpo_loss_is_listed() -> None:
+    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    section = page.partition("## DPO losses")[2].partition("\n## ")[0]
+    assert set(re.findall(r"^\| `(\w+)` \|", section, re.M)) == set(LOSSES)
+
+
+def test_the_drawing_of_a_row_is_right() -> None:
+    drawing = next(b for b in blocks(ROOT / "docs" / "design.md", "") if "predictor" in b)
+    drawn = {line.split()[0]: line.split()[1:] for line in drawing.splitlines()}
+    parts = {
+        letter: [i for i, t in enumerate(drawn["input_ids"]) if t[0] == letter] for letter in "PCR"
+    }
+    prompt, chosen, rejected = (np.array(parts[letter], dtype=np.int32) for letter in "PCR")
+    answers = tuple(TokenSequence(ids, np.ones(len(ids), bool)) for ids in (chosen, rejected))
+    batch = collate([TokenGroup(prompt, answers)])
+    for name in ("position_ids", "segment_ids", "prefix_ids", "predictor"):
+        assert getattr(batch, name)[0].tolist() == [int(n) for n in drawn[name]], name
+    assert batch.loss_mask[0].tolist() == [mark == "x" for mark in drawn["loss_mask"]]
+
+
+SHIPPED = shipped_recipes()
+
+
+@pytest.mark.parametrize("name", [n for n in SHIPPED if not n.startswith("tiny/")])
+def test_every_number_of_a_recipe_has_a_comment(name: str) -> None:
+    for number, line in enumerate(SHIPPED[name].read_text("utf-8").splitlines(), start=1):
+        setting = re.match(r"\s*(\w+):\s+-?[\d.]+(e-?\d+)?\s*$", line)
+        assert not setting or setting[1] == "seed", f"{name}:{number}: {line.strip()}: no comment"
