@@ -171,7 +171,7 @@ def _models(command: str, recipe: Any) -> Iterator[str]:
         config = config or found
         size = count_parameters(role, found, lora=lora, trained=trained)
         sizes.append(size)
-        yield f"{role:<11} {model}: {size.total:,} parameters, {size.trained:,} trained"
+        yield f"{role:<12} {model}: {size.total:,} parameters, {size.trained:,} trained"
     if not sizes or missing:
         return
     # a frozen trunk is held in bf16 on a GPU (align.models), in float32 on a CPU
@@ -196,7 +196,7 @@ def _roles(command: str, recipe: Any) -> list[Role]:
     else:
         trained = command != "generate"
         lora = getattr(recipe, "lora", None)
-        name = "actor" if command == "ppo" else "model"
+        name = {"ppo": "actor", "rm": "reward model"}.get(command, "model")
         roles = [(name, recipe.model, lora, trained)]
     if isinstance(recipe, PPORecipe):
         rewards = [term.model for term in recipe.reward if term.model]
@@ -245,7 +245,7 @@ def count_parameters(
     from align.models.lora import add_lora
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    scalar = role in ("critic", "reward")
+    scalar = role in ("critic", "reward", "reward model")
     if scalar:
         config.num_labels = 1
     auto = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM

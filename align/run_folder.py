@@ -89,6 +89,8 @@ class Run:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """One line of metrics.jsonl, and the same to every live tracker; numbers only."""
+        if not metrics:
+            return
         for tracker in self.trackers:
             tracker(dict(metrics), step)
         if self.is_main:
@@ -97,12 +99,12 @@ class Run:
                 file.write(json.dumps(line) + "\n")
 
     def forget_after(self, step: int) -> None:
-        """Drop the lines of steps that a resumed run will do again."""
-        path = self.folder / "metrics.jsonl"
-        if self.is_main and path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and _step(line) <= step]
-            path.write_text("".join(kept), encoding="utf-8")
+        """Drop the rows of steps that a resumed run will do again, and what a crash cut short."""
+        for path in (self.folder / "metrics.jsonl", self.folder / "samples.jsonl"):
+            if self.is_main and path.exists():
+                lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+                kept = [line for line in lines if line.endswith("\n") and _step(line) <= step]
+                path.write_text("".join(kept), encoding="utf-8")
 
     def append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Rows of a JSONL file in the folder."""
@@ -133,13 +135,17 @@ def duration(seconds: float) -> str:
 
 def change(before: Mapping[str, float], after: Mapping[str, float]) -> list[list[str]]:
     """Rows of a closing table: every held-out number before and after."""
+    if not after:
+        return [["held out", ""], ["nothing", "(data.test_fraction is 0)"]]
     rows = [["held out", "before", "after"]]
     rows += [[name, f"{before[name]:.4g}", f"{after[name]:.4g}"] for name in after]
     return rows
 
 
 def _step(line: str) -> int:
-    return int(json.loads(line)["step"])
+    """The step that a row of metrics or samples belongs to; a row without one belongs to none."""
+    row = json.loads(line)
+    return int(row.get("step", row.get("iteration", 0)))
 
 
 def _remove(path: Path) -> None:

@@ -141,6 +141,33 @@ def architecture(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
     return save
 
 
+@pytest.fixture(scope="session")
+def demonstrations() -> list[dict[str, str]]:
+    """Thirty prompts, each another one, with completions of one to six words."""
+    import random
+
+    rng = random.Random(0)
+    prompts = [f"{a} {b}: " for a in WORDS for b in WORDS if a != b]
+    return [
+        {"prompt": prompt, "completion": " ".join(rng.choices(WORDS, k=rng.randint(1, 6)))}
+        for prompt in rng.sample(prompts, 30)
+    ]
+
+
+@pytest.fixture(scope="session")
+def preferences(demonstrations: list[dict[str, str]]) -> list[dict[str, Any]]:
+    """The same prompts; what is said with ``good`` beats what is said with ``bad``."""
+    return [
+        {
+            "prompt": row["prompt"],
+            "chosen": f"{row['completion']} good",
+            "rejected": f"bad {row['completion'][::-1]}",
+            "margin": 0.5 * (number % 3),
+        }
+        for number, row in enumerate(demonstrations)
+    ]
+
+
 @pytest.fixture
 def write_rows(tmp_path: Path) -> Callable[[str, Sequence[Mapping[str, Any]]], Path]:
     """``write_rows("name.jsonl", rows)``: a JSONL file in the test's folder."""
@@ -191,6 +218,34 @@ def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, str, int], Any]:
             yield
 
     return stop
+
+
+@pytest.fixture
+def spy_steps(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], dict[str, list[float]]]:
+    """``norms = spy_steps(module)``: gradient norms at each real step of its optimizers, in order.
+
+    Keys are ``"0"``, ``"1"``, ... for the optimizers that the module makes.
+    """
+
+    def spy(module: Any) -> dict[str, list[float]]:
+        original, norms = module.make_optimizer, {}
+
+        def spied(*args: Any, **options: Any) -> Any:
+            optimizer = original(*args, **options)
+            found = norms.setdefault(str(len(norms)), [])
+
+            def before_step(*_: Any) -> None:
+                held = [p for group in optimizer.param_groups for p in group["params"]]
+                squares = [p.grad.double().square().sum() for p in held if p.grad is not None]
+                found.append(float(sum(squares)) ** 0.5)
+
+            optimizer.register_step_pre_hook(before_step)
+            return optimizer
+
+        monkeypatch.setattr(module, "make_optimizer", spied)
+        return norms
+
+    return spy
 
 
 @pytest.fixture(scope="session")

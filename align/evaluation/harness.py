@@ -71,7 +71,10 @@ class _Evaluation:
 
     def __init__(self, recipe: EvalRecipe, examples: Sequence[PromptExample]) -> None:
         self.recipe, self.examples = recipe, examples
-        self.device = PartialState().device
+        state = PartialState()
+        if state.num_processes > 1:
+            raise AlignError("eval: runs in one process; start it without `accelerate launch`")
+        self.device = state.device
         self.references = [e.references for e in examples]
         self.has_references = all(self.references)
         self.rows: list[dict[str, Any]] = []

@@ -59,11 +59,19 @@ class _Packed(nn.Module):
         """Acts in training mode only, as transformers' does."""
         self.inner.gradient_checkpointing_enable({"use_reentrant": False})
 
-    def save(self, folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    def save(
+        self,
+        folder: str | Path,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        end_ids: Sequence[int] = (),
+    ) -> None:
         """Weights as safetensors with tokenizer and chat template beside them; LoRA merged in.
 
         The adapter is kept beside the merged model, in ``<folder>_adapter``.
         """
+        if end_ids:  # so that plain `generate` stops where training taught it to
+            self.inner.generation_config.eos_token_id = list(end_ids)
         folder = Path(folder)
         model: Any = self.model
         if model is not self.inner:

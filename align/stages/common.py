@@ -11,10 +11,10 @@ from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
 from align.config import CommonRecipe, DataConfig
-from align.data.chat import encode_examples
+from align.data.chat import encode_examples, end_token_ids
 from align.data.preferences import Example, load_examples, split_by_prompt
 from align.data.subset import pick
-from align.models import load_tokenizer
+from align.models import Policy, load_tokenizer
 from align.progress import say, track
 from align.recipes_io import to_yaml
 from align.run_folder import Run
@@ -96,6 +96,17 @@ def load_data(session: Session, data: DataConfig, kind: Kind, *, seed: int) -> t
     if session.run.is_main:
         _tell(reports, dropped_train, facts)
     return train_split, test_split
+
+
+def policy_end_ids(policy: Policy, session: Session) -> tuple[int, ...]:
+    """What ends a response: the model's own end tokens and its chat template's."""
+    return end_token_ids(session.tokenizer, policy.inner.generation_config.eos_token_id)
+
+
+def save_policy(policy: Policy, session: Session) -> None:
+    """The trained model in ``output_dir/model``."""
+    end_ids = policy_end_ids(policy, session)
+    policy.save(session.run.folder / "model", session.tokenizer, end_ids=end_ids)
 
 
 def trained_parameters(model: torch.nn.Module) -> dict[str, int]:

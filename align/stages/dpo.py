@@ -24,7 +24,7 @@ from align.models.load import weights_hash
 from align.models.lora import adapter_off
 from align.models.policy import batch_sequences
 from align.run_folder import change
-from align.stages.common import Session, load_data, open_session, trained_parameters
+from align.stages.common import Session, load_data, open_session, save_policy, trained_parameters
 from align.stages.reference import ReferenceCache
 from align.training.loop import Measure, Measured, evaluate_groups, train
 from align.types import AlignError, TokenBatch, TokenGroup
@@ -84,7 +84,7 @@ def run(recipe: DPORecipe) -> None:
         resume=recipe.resume == "auto",
     )
     if session.accelerator.is_main_process:
-        policy.save(session.run.folder / "model", session.tokenizer)
+        save_policy(policy, session)
     session.run.finish(change(before, after), held_out=after)
 
 
@@ -195,6 +195,8 @@ def _check(recipe: DPORecipe) -> None:
         raise AlignError(
             f"dpo.loss_type: got {options.loss_type!r}; allowed are {', '.join(LOSSES)}"
         )
+    if options.loss_type in LOSSES_WITHOUT_REFERENCE and options.reference_model is not None:
+        raise AlignError(f"dpo.reference_model: {options.loss_type} has no reference; remove it")
     if options.reference == "adapter_off" and recipe.lora is None:
         raise AlignError("dpo.reference: adapter_off needs `lora`; use cached or online")
     if options.reference == "adapter_off" and options.reference_model is not None:

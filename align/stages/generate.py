@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 
 from align.config import GenerateRecipe, PairsConfig
-from align.data.chat import decode_response, end_token_ids
+from align.data.chat import decode_response
 from align.models import load_policy
 from align.progress import Progress, say
 from align.rewards import build_reward
 from align.rewards.model import reward_model_loader
 from align.rollout.sampler import sample
-from align.stages.common import load_data, open_session
+from align.stages.common import load_data, open_session, policy_end_ids
 from align.training.distributed import gather_in_order, my_share
 from align.types import AlignError, PromptExample
 
@@ -50,7 +50,7 @@ def run(recipe: GenerateRecipe) -> None:
             policy,
             [g.prefix_ids for g in mine],
             recipe.generation,
-            end_ids=end_token_ids(tokenizer, policy.inner.generation_config.eos_token_id),
+            end_ids=policy_end_ids(policy, session),
             seed=recipe.seed + accelerator.process_index,
             prefill_tokens=recipe.tokens_per_microbatch,
             on_tokens=lambda n: bar.advance(steps=0, tokens=n),
@@ -65,6 +65,8 @@ def run(recipe: GenerateRecipe) -> None:
     if not accelerator.is_main_process:
         return
     rows = _score(recipe, prompts.examples, answers, accelerator)
+    for name in ("samples.jsonl", "pairs.jsonl"):  # of a run that was cut short
+        (session.run.folder / name).unlink(missing_ok=True)
     session.run.append("samples.jsonl", rows)
     report = [["sampled", ""], ["responses", str(len(rows))]]
     report.append(["ended by themselves", f"{np.mean([r['finished'] for r in rows]):.1%}"])

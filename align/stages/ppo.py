@@ -19,14 +19,22 @@ import torch
 from torch import Tensor
 
 from align.config import PPORecipe
-from align.data.chat import decode_response, end_token_ids
+from align.data.chat import decode_response
 from align.losses import adapt_kl_coef, explained_variance, masked_mean
 from align.models.load import weights_hash
 from align.progress import Progress, say
 from align.rollout.experience import make_experience, over_rollout, rollout_groups
 from align.rollout.sampler import sample
 from align.run_folder import change
-from align.stages.common import Session, Split, load_data, open_session, trained_parameters
+from align.stages.common import (
+    Session,
+    Split,
+    load_data,
+    open_session,
+    policy_end_ids,
+    save_policy,
+    trained_parameters,
+)
 from align.stages.ppo_roles import Roles, load_roles
 from align.stages.ppo_update import Update
 from align.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
@@ -49,7 +57,7 @@ def run(recipe: PPORecipe) -> None:
     stage = _PPO(recipe, session, roles, prompts, held_out)
     before, after = stage.train()
     if session.accelerator.is_main_process:
-        roles.actor.save(session.run.folder / "model", session.tokenizer)
+        save_policy(roles.actor, session)
         roles.critic.save(session.run.folder / "critic", session.tokenizer)
     session.run.finish(change(before, after), held_out=after)
 
@@ -64,8 +72,7 @@ class _PPO:
         self.prompts, self.held_out = prompts, held_out
         self.update = Update(recipe, session, roles)
         self.kl_coef = recipe.kl.coef
-        eos = roles.actor.inner.generation_config.eos_token_id
-        self.end_ids = end_token_ids(session.tokenizer, eos)
+        self.end_ids = policy_end_ids(roles.actor, session)
 
     def train(self) -> tuple[dict[str, float], dict[str, float]]:
         """All iterations; returns the held-out numbers before and after."""

@@ -13,7 +13,7 @@ from align.config import SFTRecipe
 from align.models import load_policy
 from align.models.load import weights_hash
 from align.run_folder import change
-from align.stages.common import load_data, open_session, trained_parameters
+from align.stages.common import load_data, open_session, save_policy, trained_parameters
 from align.training.loop import Measured, evaluate_groups, train
 from align.types import TokenBatch
 
@@ -65,5 +65,5 @@ def run(recipe: SFTRecipe) -> None:
         resume=recipe.resume == "auto",
     )
     if session.accelerator.is_main_process:
-        policy.save(session.run.folder / "model", session.tokenizer)
+        save_policy(policy, session)
     session.run.finish(change(before, after), held_out=after)

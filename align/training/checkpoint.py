@@ -103,6 +103,5 @@ def _restore(
         of_this = {k.rpartition("/"): v for k, v in moments.items()}
         state = {key: v for (owner, _, key), v in of_this.items() if owner == name}
         if state:
-            optimizer.state[parameter] = {
-                key: v.to(parameter.device) if v.ndim else v for key, v in state.items()
-            }
+            # the step count too: a fused AdamW keeps it beside its parameter
+            optimizer.state[parameter] = {k: v.to(parameter.device) for k, v in state.items()}

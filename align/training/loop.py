@@ -77,7 +77,7 @@ def train(
     optimizer = make_optimizer(model, optim)
     peak = optimizer.param_groups[0]["lr"]
     trained = {"model": (accelerator.unwrap_model(model), optimizer)}
-    total = num_steps(len(groups), train)
+    total, per_epoch = num_steps(len(groups), train), steps_per_epoch(len(groups), train)
     before, step = _resumed(run, trained, total, resume)
     if before is None:
         before = evaluate()
@@ -94,7 +94,7 @@ def train(
             step += 1
             bar.advance(tokens=int(metrics["tokens"]), loss=metrics["loss"])
             if step % train.log_every == 0 or step == total:
-                run.log(step, {**metrics, "lr": lr, "epoch": step * train.minibatch / len(groups)})
+                run.log(step, {**metrics, "lr": lr, "epoch": step / per_epoch})
             if train.eval_every and step % train.eval_every == 0 and step < total:
                 latest = evaluate()
                 run.log(step, {f"eval_{k}": v for k, v in latest.items()})
@@ -116,7 +116,12 @@ def num_steps(num_groups: int, options: TrainOptions) -> int:
     """Optimizer steps of a run; the last minibatch of an epoch may be short, none is dropped."""
     if options.max_steps is not None:
         return options.max_steps
-    return max(1, math.ceil(options.epochs * math.ceil(num_groups / options.minibatch)))
+    steps = options.epochs * steps_per_epoch(num_groups, options)
+    return max(1, math.ceil(round(steps, 6)))  # 1.1 * 10 is above 11
+
+
+def steps_per_epoch(num_groups: int, options: TrainOptions) -> int:
+    return math.ceil(num_groups / options.minibatch)
 
 
 def minibatches(

@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from align.training import checkpoint as module
+from align.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from align.types import AlignError
+
+Pair = tuple[torch.nn.Module, torch.optim.Optimizer]
+
+
+def made(seed: int, width: int = 4) -> Pair:
+    torch.manual_seed(seed)
+    model = torch.nn.Sequential(torch.nn.Linear(3, width), torch.nn.Linear(width, 1))
+    model[0].bias.requires_grad_(False)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return model, torch.optim.AdamW(trained, lr=0.1, fused=True)
+
+
+def step(pair: Pair, seed: int) -> None:
+    model, optimizer = pair
+    torch.manual_seed(seed)
+    model(torch.randn(5, 3)).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def names(folder: Path) -> list[str]:
+    return [p.name for p in checkpoints(folder)]
+
+
+def test_goes_on_exactly(tmp_path: Path) -> None:
+    """Weights, both moments and the step count: the next steps are the same bit for bit."""
+    whole = {"actor": made(0), "critic": made(1, width=6)}
+    for pair in whole.values():
+        step(pair, 10)
+        step(pair, 11)
+    save_checkpoint(tmp_path, 2, whole, {"kl_coef": 0.1 + 0.2}, keep=1)
+    resumed = {"actor": made(0), "critic": made(1, width=6)}
+    state = load_checkpoint(tmp_path / "step-2", resumed)
+    assert state == {"step": 2, "kl_coef": 0.1 + 0.2}
+    for pairs in (whole, resumed):
+        for pair in pairs.values():
+            step(pair, 12)
+    for role in whole:
+        for (name, a), b in zip(
+            whole[role][0].named_parameters(), resumed[role][0].parameters(), strict=True
+        ):
+            assert torch.equal(a, b), name
+
+
+def test_only_what_is_trained_is_saved(tmp_path: Path) -> None:
+    pair = made(0)
+    step(pair, 10)
+    save_checkpoint(tmp_path, 1, {"model": pair}, {}, keep=1)
+    frozen = pair[0][0].bias.clone()
+    other = made(5)
+    load_checkpoint(tmp_path / "step-1", {"model": other})
+    assert torch.equal(other[0][1].weight, pair[0][1].weight)
+    assert not torch.equal(other[0][0].bias, frozen)
+
+
+def test_the_newest_are_kept_by_number(tmp_path: Path) -> None:
+    pair = {"model": made(0)}
+    for number in (8, 9, 10, 11):
+        save_checkpoint(tmp_path, number, pair, {}, keep=3)
+    assert names(tmp_path) == ["step-9", "step-10", "step-11"]
+    save_checkpoint(tmp_path, 12, pair, {}, keep=1)
+    assert names(tmp_path) == ["step-12"]
+
+
+def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
+    pair = {"model": made(0)}
+    save_checkpoint(tmp_path, 1, pair, {"n": 1}, keep=2)
+    save_checkpoint(tmp_path, 1, pair, {"n": 2}, keep=2)
+    assert load_checkpoint(tmp_path / "step-1", pair)["n"] == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["step-1"]
+
+
+def test_half_written_checkpoints_do_not_count(tmp_path: Path) -> None:
+    pair = {"model": made(0)}
+    save_checkpoint(tmp_path, 1, pair, {}, keep=2)
+    (tmp_path / "partial-step-2").mkdir()
+    (tmp_path / "partial-step-2" / "state.json").write_text('{"step": 2}')
+    (tmp_path / "step-3").mkdir()  # renamed by hand, without its state
+    assert names(tmp_path) == ["step-1"]
+    save_checkpoint(tmp_path, 2, pair, {}, keep=2)  # over the leftover
+    assert names(tmp_path) == ["step-1", "step-2"]
+
+
+def test_a_save_that_dies_leaves_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = {"actor": made(0), "critic": made(1)}
+    save_checkpoint(tmp_path, 1, pair, {}, keep=1)
+    written = 0
+
+    def dying(tensors: object, path: Path) -> None:
+        nonlocal written
+        written += 1
+        if written == 3:
+            raise OSError("No space left on device")
+        path.write_bytes(b"half")
+
+    monkeypatch.setattr(module, "_save_tensors", dying)
+    with pytest.raises(AlignError, match=r"step-2: cannot be written: No space left"):
+        save_checkpoint(tmp_path, 2, pair, {}, keep=1)
+    assert names(tmp_path) == ["step-1"]
+    assert load_checkpoint(tmp_path / "step-1", pair)["step"] == 1
+
+
+def test_nothing_is_pickled(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, 1, {"model": made(0)}, {"before": None}, keep=1)
+    found = sorted(p.name for p in (tmp_path / "step-1").iterdir())
+    assert found == ["model.optimizer.safetensors", "model.safetensors", "state.json"]
+    assert json.loads((tmp_path / "step-1" / "state.json").read_text())["before"] is None
+
+
+def test_other_models_are_refused(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, 1, {"model": made(0)}, {}, keep=1)
+    model = torch.nn.Linear(3, 1)
+    optimizer = torch.optim.AdamW(model.parameters())
+    with pytest.raises(AlignError, match="holds other parameters than this recipe trains"):
+        load_checkpoint(tmp_path / "step-1", {"model": (model, optimizer)})
+
+
+def test_a_broken_file_is_one_line(tmp_path: Path) -> None:
+    pair = {"model": made(0)}
+    save_checkpoint(tmp_path, 1, pair, {}, keep=1)
+    (tmp_path / "step-1" / "model.safetensors").write_bytes(b"x")
+    with pytest.raises(AlignError, match=r"step-1: cannot be read: .*; remove it"):
+        load_checkpoint(tmp_path / "step-1", pair)

@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from align.run_folder import Run, change, duration
+from align.types import AlignError, SourceReport
+
+ReadJsonl = Callable[[Path], list[dict[str, Any]]]
+
+
+def open_run(folder: Path, **options: Any) -> Run:
+    return Run("sft", str(folder), config_yaml="seed: 3\n", seed=3, **options)
+
+
+def manifest(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "manifest.json").read_text())
+
+
+def test_manifest_says_what_was_run(tmp_path: Path) -> None:
+    run = open_run(tmp_path / "a" / "run")
+    run.describe(start_weights="abc")
+    report = SourceReport(
+        path="x.jsonl", sha256="f00", rows_read=3, rows_kept=2, dropped={"prompt: empty": 1}
+    )
+    run.describe_data(train=(report,))
+    found = manifest(run.folder)
+    assert found["stage"] == "sft"
+    assert found["status"] == "running"
+    assert found["seed"] == 3
+    assert found["start_weights"] == "abc"
+    assert found["data"]["train"][0]["sha256"] == "f00"
+    assert found["data"]["train"][0]["dropped"] == {"prompt: empty": 1}
+    assert {"python", "torch", "transformers"} <= found["versions"].keys()
+    assert found["hardware"]["threads"] >= 1
+    assert (run.folder / "config.yaml").read_text() == "seed: 3\n"
+    run.finish([["held out", "after"], ["loss", "1.0"]], held_out={"loss": 1.0})
+    found = manifest(run.folder)
+    assert found["status"] == "done"
+    assert found["seconds"] >= 0
+    assert found["held_out"] == {"loss": 1.0}
+    assert not list(run.folder.glob("*.tmp"))
+
+
+def test_a_run_is_never_written_over_unasked(tmp_path: Path) -> None:
+    open_run(tmp_path)
+    with pytest.raises(AlignError, match=r"already holds a run; add resume=auto .* overwrite=true"):
+        open_run(tmp_path)
+    assert open_run(tmp_path, resume="auto").folder == tmp_path
+
+
+def test_overwrite_removes_what_a_run_writes_and_nothing_else(tmp_path: Path) -> None:
+    run = open_run(tmp_path)
+    run.log(1, {"loss": 2.0})
+    run.append("samples.jsonl", [{"a": 1}])
+    (tmp_path / "checkpoints" / "step-1").mkdir(parents=True)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "notes.txt").write_text("mine")
+    open_run(tmp_path, overwrite=True)
+    found = sorted(p.name for p in tmp_path.iterdir())
+    assert found == ["config.yaml", "manifest.json", "notes.txt"]
+
+
+def test_a_file_in_the_way_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(AlignError, match="output_dir: "):
+        open_run(tmp_path / "file" / "run")
+
+
+def test_resume_forgets_the_steps_it_does_again(tmp_path: Path, read_jsonl: ReadJsonl) -> None:
+    run = open_run(tmp_path)
+    for step in (1, 2, 3):
+        run.log(step, {"loss": float(step)})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 1, "lo')  # killed in the middle of a line
+    run.forget_after(2)
+    found = read_jsonl(tmp_path / "metrics.jsonl")
+    assert [(row["step"], row["loss"]) for row in found] == [(1, 1.0), (2, 2.0)]
+    run.forget_after(-1)
+    assert read_jsonl(tmp_path / "metrics.jsonl") == []
+
+
+def test_appended_rows_are_utf8_jsonl(tmp_path: Path, read_jsonl: ReadJsonl) -> None:
+    run = open_run(tmp_path)
+    run.append("samples.jsonl", [{"response": "Ünï\ncode"}])
+    run.append("samples.jsonl", [{"response": "b"}])
+    assert "Ünï" in (tmp_path / "samples.jsonl").read_text("utf-8")
+    assert [r["response"] for r in read_jsonl(tmp_path / "samples.jsonl")] == ["Ünï\ncode", "b"]
+
+
+def test_only_the_main_process_writes(tmp_path: Path) -> None:
+    run = open_run(tmp_path / "run", is_main=False)
+    run.log(1, {"loss": 1.0})
+    run.append("samples.jsonl", [{}])
+    run.describe(x=1)
+    run.finish([["a"]])
+    assert not (tmp_path / "run").exists()
+
+
+def test_closing_table() -> None:
+    rows = change({"loss": 1.23456, "accuracy": 0.5}, {"loss": 1.0, "accuracy": 0.75})
+    assert rows == [
+        ["held out", "before", "after"],
+        ["loss", "1.235", "1"],
+        ["accuracy", "0.5", "0.75"],
+    ]
+    assert duration(3.24) == "3.2 s"
+    assert duration(61.4) == "1 min 01 s"
