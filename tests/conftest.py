@@ -155,6 +155,31 @@ def demonstrations() -> list[dict[str, str]]:
 
 
 @pytest.fixture(scope="session")
+def tiny_sft(
+    tiny: Path, demonstrations: list[dict[str, str]], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The tiny model after a few steps on the demonstrations: its responses end, and vary."""
+    from align.config import DataConfig, SFTRecipe
+    from align.options import OptimOptions, TrainOptions
+    from align.stages import sft
+    from align.types import DataSource
+
+    folder = tmp_path_factory.mktemp("tiny_sft")
+    rows = folder / "demonstrations.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in demonstrations), encoding="utf-8")
+    recipe = SFTRecipe(
+        model=str(tiny),
+        output_dir=str(folder / "run"),
+        data=DataConfig(train=(DataSource(path=str(rows)),), test_fraction=0.0),
+        precision="fp32",
+        train=TrainOptions(max_steps=20, minibatch=30),
+        optim=OptimOptions(lr=0.01),
+    )
+    sft.run(recipe)
+    return folder / "run" / "model"
+
+
+@pytest.fixture(scope="session")
 def preferences(demonstrations: list[dict[str, str]]) -> list[dict[str, Any]]:
     """The same prompts; what is said with ``good`` beats what is said with ``bad``."""
     return [
@@ -213,9 +238,13 @@ def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, str, int], Any]:
                 raise Stopped
             return original(*args, **options)
 
-        with monkeypatch.context() as patch, pytest.raises(Stopped):
+        with monkeypatch.context() as patch:
             patch.setattr(owner, name, stopping)
-            yield
+            try:
+                yield
+            except Stopped:
+                return
+        pytest.fail(f"{name} was called {calls} times, {call} were needed to kill the run")
 
     return stop
 

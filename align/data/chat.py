@@ -97,10 +97,15 @@ def encode_completion(
     return _ending(tokenizer, encode_text(tokenizer, text), ends, finished=finished)
 
 
-def decode_response(tokenizer: Tokenizer, ids: Sequence[int] | np.ndarray) -> str:
-    """The text of a sampled response: its final end token removed, everything else kept."""
+def decode_response(
+    tokenizer: Tokenizer, ids: Sequence[int] | np.ndarray, *, end_ids: Sequence[int] = ()
+) -> str:
+    """The text of a sampled response: its final end token removed, everything else kept.
+
+    ``end_ids`` are end tokens that the tokenizer does not know of, as a model may have.
+    """
     tokens = [int(i) for i in ids]
-    if tokens and tokens[-1] in end_token_ids(tokenizer):
+    if tokens and tokens[-1] in (*end_token_ids(tokenizer), *end_ids):
         tokens.pop()
     return tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 

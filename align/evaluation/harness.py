@@ -39,6 +39,9 @@ def run(recipe: EvalRecipe) -> None:
     models = recipe.models or ({Path(recipe.model).name: recipe.model} if recipe.model else {})
     if not models:
         raise AlignError("model: none given; set model=FOLDER, or models to name several")
+    for name in models:
+        if Path(name).name != name:
+            raise AlignError(f"models: {name!r} names a file in outputs/; give it a plain name")
     session = Run(
         "eval",
         recipe.output_dir,

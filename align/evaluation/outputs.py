@@ -64,17 +64,18 @@ class Answerer:
         reference: Reference | None = None,
         on_tokens: Callable[[int], None] | None = None,
     ) -> Outputs:
+        end_ids = end_token_ids(self.tokenizer, self.policy.inner.generation_config.eos_token_id)
         rollout = sample(
             self.policy,
             [encode_prompt(self.tokenizer, e.prompt) for e in examples],
             options,
-            end_ids=end_token_ids(self.tokenizer, self.policy.inner.generation_config.eos_token_id),
+            end_ids=end_ids,
             seed=seed,
             prefill_tokens=self.tokens_per_microbatch,
             on_tokens=on_tokens,
         )
         responses = [
-            decode_response(self.tokenizer, ids[mask].tolist())
+            decode_response(self.tokenizer, ids[mask].tolist(), end_ids=end_ids)
             for ids, mask in zip(rollout.input_ids, rollout.response_mask, strict=True)
         ]
         return Outputs(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
@@ -45,7 +46,9 @@ def add_lora(
         modules_to_save=["score"] if task == "classifier" else None,
     )
     try:
-        return get_peft_model(model, config)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft's, about transformers 6
+            return get_peft_model(model, config)
     except ValueError as error:
         raise AlignError(f"lora.target_modules: {str(error).splitlines()[0]}") from error
 

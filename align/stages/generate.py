@@ -41,7 +41,7 @@ def run(recipe: GenerateRecipe) -> None:
         precision=recipe.precision,
         trust_remote_code=recipe.trust_remote_code,
     )
-    k = recipe.generation.samples_per_prompt
+    k, end_ids = recipe.generation.samples_per_prompt, policy_end_ids(policy, session)
     mine = my_share(prompts.groups, accelerator)
     with Progress(
         len(mine) * k, "generate", unit="response", shown=accelerator.is_main_process
@@ -50,13 +50,13 @@ def run(recipe: GenerateRecipe) -> None:
             policy,
             [g.prefix_ids for g in mine],
             recipe.generation,
-            end_ids=policy_end_ids(policy, session),
+            end_ids=end_ids,
             seed=recipe.seed + accelerator.process_index,
             prefill_tokens=recipe.tokens_per_microbatch,
             on_tokens=lambda n: bar.advance(steps=0, tokens=n),
         )
     texts = [
-        decode_response(tokenizer, ids[mask].tolist())
+        decode_response(tokenizer, ids[mask].tolist(), end_ids=end_ids)
         for ids, mask in zip(rollout.input_ids.cpu(), rollout.response_mask.cpu(), strict=True)
     ]
     finished = rollout.finished.tolist()

@@ -153,7 +153,7 @@ class _PPO:
         """The responses as text and their raw scores ``[B]``, one per row of the rollout."""
         k = self.recipe.generation.samples_per_prompt
         responses = [
-            decode_response(self.session.tokenizer, ids[mask].tolist())
+            decode_response(self.session.tokenizer, ids[mask].tolist(), end_ids=self.end_ids)
             for ids, mask in zip(rollout.input_ids, rollout.response_mask, strict=True)
         ]
         repeated = [example for example in examples for _ in range(k)]

@@ -125,7 +125,9 @@ def test_unknown_target_modules_are_one_line(tiny: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_classifier_trains_and_keeps_its_head(tiny: Path, batch: TokenBatch, tmp_path: Path) -> None:
+def test_classifier_trains_and_keeps_its_head(
+    tiny: Path, batch: TokenBatch, tmp_path: Path
+) -> None:
     scalar = load_scalar_model(
         str(tiny), device=CPU, precision="fp32", lora=LoraOptions(r=4, alpha=8.0)
     )

@@ -68,9 +68,7 @@ def test_turns_are_scored_by_the_models_own_template(tiny_chat: Path, tmp_path: 
     assert got == pytest.approx(want, abs=1e-5)
 
 
-def test_neighbours_share_their_prompt(
-    reward_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_neighbours_share_their_prompt(reward_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[TokenGroup] = []
     original = module.pack
 

@@ -174,9 +174,7 @@ def test_a_long_run_forgets_its_past(
 
 def test_more_tokens_than_positions_are_refused(policy: Policy) -> None:
     with pytest.raises(AlignError, match=r"256 positions, but .* 258 tokens"):
-        sample(
-            policy, [np.full(250, 9, np.int32)], options(max_new_tokens=8), end_ids=ENDS, seed=0
-        )
+        sample(policy, [np.full(250, 9, np.int32)], options(max_new_tokens=8), end_ids=ENDS, seed=0)
 
 
 # ---------------------------------------------------------------- one draw

@@ -209,7 +209,10 @@ def test_longer_answers_are_the_baseline(run_rm: RunRM, write_rows: Callable[...
 
 def test_microbatches_change_nothing(run_rm: RunRM) -> None:
     options = ("optim.lr=0.5", "optim.eps=1", "train.minibatch=15", "reward_model.use_margin=true")
-    whole, cut = run_rm("whole", *options), run_rm("cut", *options, "train.tokens_per_microbatch=40")
+    whole, cut = (
+        run_rm("whole", *options),
+        run_rm("cut", *options, "train.tokens_per_microbatch=40"),
+    )
     rows = [("sun moon: ", "cat good"), ("sun moon: ", "bad tac")]
     assert plain_scores(whole / "model", rows) == pytest.approx(
         plain_scores(cut / "model", rows), abs=2e-5

@@ -148,9 +148,10 @@ def test_lora_trains_little_and_saves_a_merged_model(
     assert 0 < found["parameters_trained"] < 0.3 * found["parameters"]
     assert (folder / "model_adapter" / "adapter_config.json").is_file()
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    ids = tokenizer("red cat: ")["input_ids"] + tokenizer(
-        "good dog</s>", add_special_tokens=False
-    )["input_ids"]
+    ids = (
+        tokenizer("red cat: ")["input_ids"]
+        + tokenizer("good dog</s>", add_special_tokens=False)["input_ids"]
+    )
     start = len(tokenizer("red cat: ")["input_ids"])
     want = nll(folder / "model", ids, list(range(start, len(ids)))) / (len(ids) - start)
     before, after = (read_jsonl(folder / "metrics.jsonl")[i]["eval_loss"] for i in (0, -1))
@@ -196,9 +197,7 @@ def test_resumed_lora_run_is_the_whole_run(
     whole = run_sft("whole", *options)
     with stop_at(loop, "_step", 4):
         run_sft("cut", *options)
-    assert_same_weights(
-        whole / "model", run_sft("cut", *options, "resume=auto") / "model"
-    )
+    assert_same_weights(whole / "model", run_sft("cut", *options, "resume=auto") / "model")
 
 
 def test_killed_while_saving(

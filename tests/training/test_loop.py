@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,7 @@ def test_loss_is_per_counted_token_of_the_minibatch(
 def test_every_row_once_an_epoch() -> None:
     steps = list(minibatches(10, 4, 3, start=0, stop=6))
     assert [len(members) for members in steps] == [4, 4, 2, 4, 4, 2]
-    first, second = sum(steps[:3], []), sum(steps[3:], [])
+    first, second = list(chain(*steps[:3])), list(chain(*steps[3:]))
     assert sorted(first) == sorted(second) == list(range(10))
     assert first != second
     assert first != list(range(10))
@@ -134,8 +135,9 @@ def test_the_optimizer_really_steps_that_often(
     # 30 rows by 8 are 4 steps an epoch
     folder = run_sft("run", "train.max_steps=null", "train.epochs=2", "train.log_every=3")
     assert len(norms["0"]) == 8
-    logged = [row["step"] for row in read_jsonl(folder / "metrics.jsonl") if "loss" in row]
-    assert logged == [3, 6, 8]  # and the last one
+    logged = [row for row in read_jsonl(folder / "metrics.jsonl") if "loss" in row]
+    assert [row["step"] for row in logged] == [3, 6, 8]  # and the last one
+    assert [row["epoch"] for row in logged] == [0.75, 1.5, 2.0]
 
 
 def test_gradients_are_clipped_once_a_step(

@@ -9,9 +9,7 @@ from align.training.optim import lr_factor, make_optimizer, set_lr
 
 def factors(schedule: str, *, total: int = 10, warmup: float = 0.2, final: float = 0.0) -> list:
     return [
-        lr_factor(
-            step, total, schedule=schedule, warmup_fraction=warmup, final_lr_fraction=final
-        )
+        lr_factor(step, total, schedule=schedule, warmup_fraction=warmup, final_lr_fraction=final)
         for step in range(total)
     ]
 

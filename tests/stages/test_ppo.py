@@ -1,0 +1,533 @@
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sacrebleu import sentence_chrf
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
+
+from align.config import EvalRecipe, PPORecipe, RewardRecipe
+from align.evaluation import harness
+from align.models import load_scalar_model, load_tokenizer
+from align.models.policy import ScalarModel
+from align.stages import ppo, ppo_update, reward_model
+from align.training import checkpoint
+from align.types import AlignError, Experience, TokenGroup
+
+CPU = torch.device("cpu")
+Row = dict[str, Any]
+ReadJsonl = Callable[[Path], list[Row]]
+RunPPO = Callable[..., Path]
+MakeRecipe = Callable[..., Any]
+
+REWARDS = """
+def count_o(prompts, responses, references):
+    return [float(r.count("o")) for r in responses]
+
+def length(prompts, responses, references):
+    return [len(r) / 10 for r in responses]
+"""
+
+
+@pytest.fixture(autouse=True)
+def rewards_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    (tmp_path / "tiny_rewards.py").write_text(REWARDS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    yield
+    sys.modules.pop("tiny_rewards", None)
+
+
+@pytest.fixture
+def prompts_file(write_rows: Callable[..., Path], demonstrations: list[Row]) -> Path:
+    rows = [{"prompt": r["prompt"], "references": [r["completion"]]} for r in demonstrations]
+    return write_rows("prompts.jsonl", rows)
+
+
+@pytest.fixture
+def run_ppo(tiny: Path, tmp_path: Path, make_recipe: MakeRecipe, prompts_file: Path) -> RunPPO:
+    """Three iterations of eight prompts with two samples each, two steps on each."""
+    tree = {
+        "model": str(tiny),
+        "data": {"train": str(prompts_file), "test_fraction": 0.1},
+        "precision": "fp32",
+        "reward": {"function": "tiny_rewards:count_o"},
+        "generation": {"max_new_tokens": 8, "temperature": 0.7, "samples_per_prompt": 2},
+        "ppo": {"iterations": 3, "rollout_batch": 16, "epochs": 2},
+        "kl": {"coef": 0.05},
+        "optim": {"lr": 0.003, "schedule": "constant", "warmup_fraction": 0.0},
+    }
+
+    def run(name: str, *overrides: str) -> Path:
+        folder = tmp_path / name
+        ppo.run(make_recipe(PPORecipe, tree, f"output_dir={folder}", *overrides))
+        return folder
+
+    return run
+
+
+@pytest.fixture
+def reward_folder(
+    tiny: Path,
+    tmp_path: Path,
+    make_recipe: MakeRecipe,
+    write_rows: Callable[..., Path],
+    preferences: list[Row],
+) -> Path:
+    """A reward model, trained by the stage that ships."""
+    tree = {
+        "model": str(tiny),
+        "output_dir": str(tmp_path / "rm"),
+        "precision": "fp32",
+        "data": {"train": str(write_rows("pairs.jsonl", preferences)), "test_fraction": 0},
+        "train": {"max_steps": 10, "minibatch": 16},
+        "optim": {"lr": 0.01},
+    }
+    reward_model.run(make_recipe(RewardRecipe, tree))
+    return tmp_path / "rm" / "model"
+
+
+def steps(folder: Path, read_jsonl: ReadJsonl) -> list[Row]:
+    return [r for r in read_jsonl(folder / "metrics.jsonl") if "policy_loss" in r]
+
+
+def plain_scores(model: Path, rows: Sequence[Row], key: str = "response") -> list[float]:
+    """By transformers alone; prompt and response are tokenised apart, as in sampling."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    plain = AutoModelForSequenceClassification.from_pretrained(model).eval()
+    scores = []
+    for row in rows:
+        ids = tokenizer(row["prompt"])["input_ids"]
+        ids += tokenizer(row[key] + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
+        with torch.no_grad():
+            scores.append(plain(torch.tensor([ids])).logits.item())
+    return scores
+
+
+@pytest.fixture
+def experiences(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Row, Experience]]:
+    """What each iteration made of its rollout: (keyword arguments, experience)."""
+    found: list[tuple[Row, Experience]] = []
+    original = ppo.make_experience
+
+    def spying(rollout: Any, **options: Any) -> Experience:
+        made = original(rollout, **options)
+        found.append((options, made))
+        return made
+
+    monkeypatch.setattr(ppo, "make_experience", spying)
+    return found
+
+
+# ---------------------------------------------------------------- gates of the first iteration
+
+
+@pytest.mark.parametrize("options", [[], ["lora.r=4"], ["gradient_checkpointing=true"]])
+def test_first_ratio_is_1_and_first_kl_is_0(
+    options: list[str], run_ppo: RunPPO, read_jsonl: ReadJsonl
+) -> None:
+    folder = run_ppo("run", *options, "ppo.num_minibatches=2", "tokens_per_microbatch=64")
+    found = steps(folder, read_jsonl)
+    assert len(found) == 3
+    for row in found:
+        assert row["first_ratio_error"] < 1e-5
+    assert abs(found[0]["kl"]) < 1e-5
+    assert abs(found[-1]["kl"]) > 1e-4
+    assert found[0]["approx_kl"] >= 0
+
+
+def test_numbers_are_those_of_the_samples(run_ppo: RunPPO, read_jsonl: ReadJsonl) -> None:
+    folder = run_ppo("run")
+    samples = read_jsonl(folder / "samples.jsonl")
+    assert len(samples) == 3 * 16
+    assert {"iteration", "id", "prompt", "response", "score", "kl", "finished"} <= samples[0].keys()
+    for number, row in enumerate(steps(folder, read_jsonl), start=1):
+        mine = [s for s in samples if s["iteration"] == number]
+        assert len({s["id"] for s in mine}) == 8
+        assert [s["score"] for s in mine] == [s["response"].count("o") for s in mine]
+        assert row["score_mean"] == pytest.approx(np.mean([s["score"] for s in mine]), abs=1e-5)
+        assert row["kl"] == pytest.approx(np.mean([s["kl"] for s in mine]), abs=1e-5)
+        assert row["eos_rate"] == pytest.approx(np.mean([s["finished"] for s in mine]))
+    evaluated = [r for r in read_jsonl(folder / "metrics.jsonl") if "eval_score" in r]
+    assert [r["step"] for r in evaluated] == [0, 3]
+    assert abs(evaluated[0]["eval_kl"]) < 1e-5
+
+
+# ---------------------------------------------------------------- rewards
+
+
+def test_metric_and_weighted_sum(
+    run_ppo: RunPPO, read_jsonl: ReadJsonl, demonstrations: list[Row]
+) -> None:
+    references = {r["prompt"]: r["completion"] for r in demonstrations}
+
+    def chrf(row: Row) -> float:
+        return sentence_chrf(row["response"], [references[row["prompt"]]]).score
+
+    one = run_ppo("one", "reward={metric: chrf}", "ppo.iterations=1")
+    rows = read_jsonl(one / "samples.jsonl")
+    assert [r["score"] for r in rows] == pytest.approx([chrf(r) for r in rows], rel=1e-5)
+    several = "reward=[{metric: chrf, weight: 0.1}, {function: 'tiny_rewards:length', weight: -2}]"
+    both = run_ppo("both", several, "ppo.iterations=1")
+    rows = read_jsonl(both / "samples.jsonl")
+    want = [0.1 * chrf(r) - 2 * len(r["response"]) / 10 for r in rows]
+    assert [r["score"] for r in rows] == pytest.approx(want, rel=1e-4, abs=1e-5)
+
+
+def test_one_response_has_one_score(
+    run_ppo: RunPPO,
+    reward_folder: Path,
+    tmp_path: Path,
+    make_recipe: MakeRecipe,
+    write_rows: Callable[..., Path],
+    read_jsonl: ReadJsonl,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In PPO, in reward-model training, in align eval, and through plain transformers."""
+    folder = run_ppo("run", f"reward={{model: {reward_folder}}}", "ppo.iterations=1")
+    samples = read_jsonl(folder / "samples.jsonl")
+    want = plain_scores(reward_folder, samples)
+    assert np.std(want) > 0.05
+    assert [s["score"] for s in samples] == pytest.approx(want, abs=1e-5)
+
+    firsts, seconds = samples[0::2], samples[1::2]
+    outputs = write_rows("outputs.jsonl", firsts)
+    evaluation = {
+        "models": {"sampled": str(outputs)},
+        "output_dir": str(tmp_path / "eval"),
+        "precision": "fp32",
+        "data": str(write_rows("asked.jsonl", [{"prompt": s["prompt"]} for s in firsts])),
+        "reward": {"model": str(reward_folder)},
+        "num_resamples": 10,
+    }
+    harness.run(make_recipe(EvalRecipe, evaluation))
+    found = {r["prompt"]: r["reward"] for r in read_jsonl(tmp_path / "eval/outputs/sampled.jsonl")}
+    assert [found[s["prompt"]] for s in firsts] == pytest.approx(want[0::2], abs=1e-5)
+
+    recorded: list[np.ndarray] = []
+    original = reward_model.scores_of
+
+    def spying(scalar: ScalarModel, groups: Sequence[TokenGroup], budget: int) -> np.ndarray:
+        recorded.append(original(scalar, groups, budget))
+        return recorded[-1]
+
+    monkeypatch.setattr(reward_model, "scores_of", spying)
+    pairs = [
+        {"prompt": a["prompt"], "chosen": a["response"], "rejected": b["response"]}
+        for a, b in zip(firsts, seconds, strict=True)
+        if a["response"] != b["response"] and a["response"].strip() and b["response"].strip()
+    ]
+    assert len(pairs) > 4
+    again = {
+        "model": str(reward_folder),
+        "output_dir": str(tmp_path / "again"),
+        "precision": "fp32",
+        "data": {"train": str(write_rows("pairs.jsonl", pairs)), "test_fraction": 0},
+        "train": {"max_steps": 1},
+        "optim": {"lr": 1e-30},
+    }
+    reward_model.run(make_recipe(RewardRecipe, again))
+    wanted = [
+        score
+        for pair in zip(
+            plain_scores(reward_folder, pairs, "chosen"),
+            plain_scores(reward_folder, pairs, "rejected"),
+            strict=True,
+        )
+        for score in pair
+    ]
+    assert recorded[0].tolist() == pytest.approx(wanted, abs=1e-5)
+
+
+def test_reward_model_with_a_tokenizer_of_its_own(
+    run_ppo: RunPPO,
+    architecture: Callable[[str], Path],
+    tmp_path: Path,
+    read_jsonl: ReadJsonl,
+    experiences: list[tuple[Row, Experience]],
+) -> None:
+    """Same words, another vocabulary: the critic can then not start from it."""
+    base = architecture("gpt2")
+    tokenizer = load_tokenizer(str(base))
+    tokenizer.add_tokens(["good dog", " cat", "moon"])
+    torch.manual_seed(0)
+    scalar = load_scalar_model(str(base), device=CPU, precision="fp32")
+    scalar.inner.resize_token_embeddings(len(tokenizer))
+    scalar.save(tmp_path / "other", tokenizer)
+    folder = run_ppo("run", f"reward={{model: {tmp_path / 'other'}}}", "ppo.iterations=1")
+    samples = read_jsonl(folder / "samples.jsonl")
+    want = plain_scores(tmp_path / "other", samples)
+    assert [s["score"] for s in samples] == pytest.approx(want, abs=1e-5)
+    assert not experiences[0][1].values.any()  # a new head says 0 everywhere
+    assert json.loads((folder / "critic" / "config.json").read_text())["model_type"] == "llama"
+
+
+def test_missing_eos_and_the_reward_models_mean(
+    run_ppo: RunPPO,
+    tiny_sft: Path,
+    reward_folder: Path,
+    read_jsonl: ReadJsonl,
+    experiences: list[tuple[Row, Experience]],
+) -> None:
+    mean = json.loads((reward_folder / "reward_stats.json").read_text())["mean"]
+    assert abs(mean) > 1e-3
+    reward = f"reward={{model: {reward_folder}}}"
+    for name, value in (("fixed", -3.0), ("own", None)):
+        experiences.clear()
+        text = "null" if value is None else str(value)
+        folder = run_ppo(
+            name,
+            reward,
+            f"model={tiny_sft}",
+            f"ppo.missing_eos_score={text}",
+            "ppo.iterations=1",
+            "generation.max_new_tokens=6",
+        )
+        samples = read_jsonl(folder / "samples.jsonl")
+        finished = [s["finished"] for s in samples]
+        assert 0 < sum(finished) < len(finished)
+        want = [s["score"] - mean if s["finished"] or value is None else value for s in samples]
+        ((options, experience),) = experiences
+        assert options["scores"].tolist() == pytest.approx(want, abs=1e-5)
+        # kl is 0 here, so a response's rewards sum to what is paid, on its last token
+        assert experience.rewards.sum(1).tolist() == pytest.approx(want, abs=1e-4)
+        last = experience.rollout.response_mask.sum(1) - 1
+        paid = experience.rewards[torch.arange(len(last)), last]
+        assert paid.tolist() == pytest.approx(want, abs=1e-4)
+
+
+# ---------------------------------------------------------------- the KL coefficient
+
+
+def test_adaptive_kl_moves_towards_its_target(run_ppo: RunPPO, read_jsonl: ReadJsonl) -> None:
+    # the error is clipped to a fifth: 1 -+ .2 * 16 sequences / 64 = .95, 1.05
+    options = ("kl.adaptive=true", "kl.horizon=64", "kl.coef=0.1", "optim.lr=0.01")
+    found = steps(run_ppo("low", *options, "kl.target=0.001"), read_jsonl)
+    assert found[1]["kl"] > 0.0012
+    # the first KL is 0, below any target
+    want = [0.1, 0.1 * 0.95, 0.1 * 0.95 * 1.05]
+    assert [row["kl_coef"] for row in found] == pytest.approx(want)
+    found = steps(run_ppo("high", *options, "kl.target=1000"), read_jsonl)
+    assert [row["kl_coef"] for row in found] == pytest.approx([0.1, 0.095, 0.09025])
+    found = steps(run_ppo("fixed", "kl.coef=0.1", "optim.lr=0.01"), read_jsonl)
+    assert [row["kl_coef"] for row in found] == [0.1] * 3
+
+
+def test_kl_charges_and_the_entropy_bonus_really_act(
+    run_ppo: RunPPO, read_jsonl: ReadJsonl, experiences: list[tuple[Row, Experience]]
+) -> None:
+    options = (
+        "ppo.iterations=5",
+        "ppo.rollout_batch=32",
+        "ppo.missing_eos_score=null",
+        "generation.temperature=1",
+        "optim.lr=0.01",
+        "kl.coef=0",
+    )
+    free = steps(run_ppo("free", *options), read_jsonl)[-1]
+    assert free["kl"] > 0.3
+    for charge, estimator in (("reward", "k1"), ("loss", "k2"), ("loss", "k3")):
+        experiences.clear()
+        held = run_ppo(
+            estimator, *options, "kl.coef=3", f"kl.charge={charge}", f"kl.estimator={estimator}"
+        )
+        assert steps(held, read_jsonl)[-1]["kl"] < 0.5 * free["kl"]
+        charged = [options["kl_coef"] for options, _ in experiences]
+        assert charged == [3.0 if charge == "reward" else 0.0] * 5
+    bonus = steps(run_ppo("bonus", *options, "ppo.entropy_coef=1"), read_jsonl)[-1]
+    assert bonus["entropy"] > free["entropy"] + 0.2
+
+
+# ---------------------------------------------------------------- steps
+
+
+def test_epochs_and_minibatches_really_step(
+    run_ppo: RunPPO, spy_steps: Callable[..., dict[str, list[float]]]
+) -> None:
+    norms = spy_steps(ppo_update)
+    run_ppo("run", "ppo.epochs=3", "ppo.num_minibatches=4", "ppo.iterations=2")
+    actor, critic = norms.values()
+    assert len(actor) == len(critic) == 2 * 3 * 4
+    norms.clear()
+    run_ppo("warm", "ppo.critic_warmup=1", "ppo.num_minibatches=2", "ppo.iterations=2")
+    actor, critic = norms.values()
+    assert (len(actor), len(critic)) == (4, 8)  # one iteration, and two
+
+
+def test_gradients_of_both_are_clipped(
+    run_ppo: RunPPO, spy_steps: Callable[..., dict[str, list[float]]], read_jsonl: ReadJsonl
+) -> None:
+    norms = spy_steps(ppo_update)
+    folder = run_ppo("run", "optim.max_grad_norm=0.001", "ppo.value_coef=1", "ppo.iterations=1")
+    for found in norms.values():
+        assert found == pytest.approx([0.001] * 2, rel=1e-2)
+    (row,) = steps(folder, read_jsonl)
+    assert row["grad_norm"] > 0.01
+    assert row["critic_grad_norm"] > 0.01
+
+
+def test_microbatches_change_nothing(run_ppo: RunPPO, read_jsonl: ReadJsonl) -> None:
+    """The eight prompts fit in one prefill either way, so both runs sample the same."""
+    options = ("ppo.iterations=2", "optim.lr=0.3", "optim.eps=1", "ppo.entropy_coef=0.1")
+    whole = run_ppo("whole", *options)
+    cut = run_ppo("cut", *options, "tokens_per_microbatch=70")
+    for part in ("model", "critic"):
+        first, second = (load_file(f / part / "model.safetensors") for f in (whole, cut))
+        for name, tensor in first.items():
+            scale = tensor.abs().max()
+            assert (tensor - second[name]).abs().max() <= 1e-6 * scale, name
+    for key in ("policy_loss", "value_loss", "grad_norm", "approx_kl"):
+        want, got = ([r[key] for r in steps(f, read_jsonl)] for f in (whole, cut))
+        assert got == pytest.approx(want, rel=1e-3, abs=1e-6)
+
+
+def test_schedule_and_the_critics_own_rate(run_ppo: RunPPO, read_jsonl: ReadJsonl) -> None:
+    # 3 iterations of 2 steps, linear from .003: the last step of each is 1 - 1/6, 3/6, 5/6
+    folder = run_ppo("run", "optim.schedule=linear")
+    want = [0.003 * share for share in (5 / 6, 3 / 6, 1 / 6)]
+    assert [r["lr"] for r in steps(folder, read_jsonl)] == pytest.approx(want)
+    frozen = run_ppo("frozen", "critic.lr=1e-30")
+    trained, kept = (load_file(f / "critic" / "model.safetensors") for f in (folder, frozen))
+    assert kept["score.weight"].abs().max() < 1e-20  # a new head starts at 0
+    assert trained["score.weight"].abs().max() > 1e-3
+
+
+# ---------------------------------------------------------------- what comes out
+
+
+def test_raises_a_trivial_reward(run_ppo: RunPPO, read_jsonl: ReadJsonl) -> None:
+    folder = run_ppo(
+        "run",
+        "ppo.iterations=10",
+        "ppo.rollout_batch=32",
+        "ppo.missing_eos_score=null",
+        "generation.temperature=1",
+        "kl.coef=0.01",
+        "optim.lr=0.01",
+    )
+    found = steps(folder, read_jsonl)
+    assert found[-1]["score_mean"] > found[0]["score_mean"] + 1.5
+    assert found[-1]["kl"] > 0.5
+    held_out = json.loads((folder / "manifest.json").read_text())["held_out"]
+    assert held_out["score"] > found[0]["score_mean"] + 1
+
+
+@pytest.mark.parametrize("lora", ["lora=null", "lora.r=4"])
+def test_actor_and_critic_are_plain_transformers(lora: str, run_ppo: RunPPO, tiny: Path) -> None:
+    folder = run_ppo("run", lora)
+    actor = AutoModelForCausalLM.from_pretrained(folder / "model")
+    critic = AutoModelForSequenceClassification.from_pretrained(folder / "critic")
+    assert critic.config.num_labels == 1
+    assert AutoTokenizer.from_pretrained(folder / "model").eos_token == "</s>"
+    assert AutoTokenizer.from_pretrained(folder / "critic").pad_token == "<pad>"
+    before = load_file(tiny / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    for model in (actor, critic):
+        assert not torch.equal(model.state_dict()[name], before[name])
+    assert critic.state_dict()["score.weight"].abs().max() > 0
+
+
+def test_critic_starts_from_the_reward_model(run_ppo: RunPPO, reward_folder: Path) -> None:
+    folder = run_ppo(
+        "run", f"reward={{model: {reward_folder}}}", "critic.lr=1e-30", "ppo.iterations=1"
+    )
+    want = load_file(reward_folder / "model.safetensors")
+    found = load_file(folder / "critic" / "model.safetensors")
+    assert want.keys() == found.keys()
+    assert all(torch.equal(found[name], want[name]) for name in want)
+
+
+# ---------------------------------------------------------------- going on
+
+SAVING = ("save_every=1", "kl.adaptive=true", "kl.target=0.01", "kl.horizon=64", "eval_every=2")
+
+
+def timeless(path: Path, read_jsonl: ReadJsonl) -> list[Row]:
+    return [{k: v for k, v in r.items() if "second" not in k} for r in read_jsonl(path)]
+
+
+KILLED = {
+    "sampling": (ppo, "sample", 4),  # the third rollout, after one for the held-out prompts
+    "scoring": (ppo, "make_experience", 3),
+    "between the steps of an update": (ppo_update.Update, "_minibatch", 6),
+    "before saving": (ppo, "save_checkpoint", 3),
+    "saving": (checkpoint, "_save_tensors", 6),  # half of the second checkpoint is there
+}
+
+
+def test_killed_anywhere_resumed_is_the_whole_run(
+    run_ppo: RunPPO,
+    stop_at: Callable[..., Any],
+    assert_same_weights: Callable[..., None],
+    read_jsonl: ReadJsonl,
+) -> None:
+    whole = run_ppo("whole", *SAVING)
+    for phase, (owner, name, call) in KILLED.items():
+        with stop_at(owner, name, call):
+            run_ppo(phase, *SAVING)
+        resumed = run_ppo(phase, *SAVING, "resume=auto")
+        for part in ("model", "critic"):
+            assert_same_weights(whole / part, resumed / part)
+        for file in ("metrics.jsonl", "samples.jsonl"):
+            assert timeless(whole / file, read_jsonl) == timeless(resumed / file, read_jsonl)
+
+
+def test_resumed_lora_run_is_the_whole_run(
+    run_ppo: RunPPO, stop_at: Callable[..., Any], assert_same_weights: Callable[..., None]
+) -> None:
+    options = (*SAVING, "lora.r=4")
+    whole = run_ppo("whole", *options)
+    with stop_at(ppo, "make_experience", 3):
+        run_ppo("cut", *options)
+    resumed = run_ppo("cut", *options, "resume=auto")
+    for part in ("model", "critic"):
+        assert_same_weights(whole / part, resumed / part)
+
+
+def test_same_seed_same_run(
+    run_ppo: RunPPO, assert_same_weights: Callable[..., None], read_jsonl: ReadJsonl
+) -> None:
+    first, again, other = run_ppo("a"), run_ppo("b"), run_ppo("c", "seed=1")
+    assert_same_weights(first / "model", again / "model")
+    texts = [[r["response"] for r in read_jsonl(f / "samples.jsonl")] for f in (first, other)]
+    assert texts[0] != texts[1]
+
+
+def test_prompts_are_gone_through_in_passes() -> None:
+    seen = [i for iteration in range(5) for i in ppo.prompt_batch(10, 4, 0, iteration)]
+    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
+    assert seen[:10] != seen[10:]
+    assert ppo.prompt_batch(3, 8, 0, 0).count(0) >= 2  # more prompts wanted than there are
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("overrides", "match"),
+    [
+        (["generation.temperature=0"], "temperature"),
+        (["generation.top_p=0.9"], "top_p"),
+        (["reward=[]"], "reward"),
+        (["ppo.rollout_batch=15"], "no multiple of generation.samples_per_prompt=2"),
+        (["ppo.num_minibatches=9"], "9 minibatches need as many prompts"),
+        (["lora.r=4", "lora.dropout=0.1"], "lora.dropout: has to be 0"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_anything_is_written(
+    overrides: list[str], match: str, run_ppo: RunPPO, tmp_path: Path
+) -> None:
+    with pytest.raises(AlignError, match=match):
+        run_ppo("run", *overrides)
+    assert not (tmp_path / "run").exists()
