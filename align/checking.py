@@ -11,7 +11,7 @@ import math
 import re
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -70,16 +70,15 @@ def check(command: str, recipe: Any) -> Iterator[str]:
 
 def _count_rows(source: DataSource, data: DataConfig, kind: Kind) -> tuple[int, str]:
     """Rows of one source, read and checked as the run will do it."""
-    from align.data.preferences import load_examples
+    from align.data.preferences import load_examples, with_columns
 
     path = Path(source.path)
     if not path.exists():
         if looks_like_hub_id(source.path):
             return 0, f"{source.path} [{source.split}]: a hub data set; rows not counted"
         return 0, f"{source.path}: not there yet{_did_you_mean(path)}; rows not counted"
-    if not source.columns:
-        source = replace(source, columns=data.columns)
-    loaded = load_examples((source,), kind=kind, on_bad_row=data.on_bad_row)
+    sources = with_columns((source,), data.columns)
+    loaded = load_examples(sources, kind=kind, on_bad_row=data.on_bad_row)
     dropped = sum(sum(report.dropped.values()) for report in loaded.reports)
     note = f", {dropped:,} bad ones left out" if dropped else ""
     return len(loaded.examples), f"{source.path}: {len(loaded.examples):,} rows{note}"

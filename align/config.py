@@ -146,7 +146,6 @@ class PPOConfig:
     clip_range: float = 0.2
     # 0 = no clipping of the value loss
     value_clip_range: float = 0.2
-    value_coef: float = 0.1
     # weight of the entropy bonus, reward units per nat
     entropy_coef: float = 0.0
     gamma: float = 1.0
@@ -154,7 +153,8 @@ class PPOConfig:
     whiten_advantages: bool = True
     # variance 1, mean kept: changes the effective KL coefficient
     whiten_rewards: bool = False
-    # score of a response that did not end in EOS; null = its own score
+    # score of a response that did not end in EOS, in units above the reward's own mean;
+    # null = its own score, judged as if it had ended there
     missing_eos_score: float | None = -1.0
     # iterations in which the critic alone learns
     critic_warmup: int = 0

@@ -74,7 +74,6 @@ RANGES: dict[str, str] = {
     "PPOConfig.num_minibatches": "[1, inf)",
     "PPOConfig.clip_range": "(0, inf)",
     "PPOConfig.value_clip_range": "[0, inf)",
-    "PPOConfig.value_coef": "[0, inf)",
     "PPOConfig.entropy_coef": "[0, inf)",
     "PPOConfig.gamma": "[0, 1]",
     "PPOConfig.gae_lambda": "[0, 1]",

@@ -215,6 +215,8 @@ def _check_whole(recipe: Any) -> None:
             raise KeyProblem("generation.top_p", "must be 1 for PPO: the ratio needs all tokens")
         if recipe.generation.temperature == 0:
             raise KeyProblem("generation.temperature", "is 0; PPO has to sample, such as at 0.7")
+        _check_ppo_batches(recipe)
+        _check_kl(recipe)
     if isinstance(recipe, GenerateRecipe) and recipe.pairs:
         if not recipe.reward:
             raise KeyProblem("reward", "is empty; pairs are made by a reward, such as a metric")
@@ -222,3 +224,37 @@ def _check_whole(recipe: Any) -> None:
             raise KeyProblem("generation.samples_per_prompt", "is 1; pairs need at least 2")
     if isinstance(recipe, EvalRecipe) and (recipe.model is None) == (not recipe.models):
         raise KeyProblem("models", "set `models` (name: folder) or `model`, not both or none")
+
+
+def _check_ppo_batches(recipe: PPORecipe) -> None:
+    k, batch = recipe.generation.samples_per_prompt, recipe.ppo.rollout_batch
+    if batch % k:
+        raise KeyProblem(
+            "ppo.rollout_batch", f"is {batch}, no multiple of generation.samples_per_prompt={k}"
+        )
+    if batch // k < recipe.ppo.num_minibatches:
+        raise KeyProblem(
+            "ppo.num_minibatches",
+            f"is {recipe.ppo.num_minibatches}, more than the {batch // k} prompts of an iteration "
+            "(ppo.rollout_batch / generation.samples_per_prompt)",
+        )
+    if recipe.lora is not None and recipe.lora.dropout:
+        raise KeyProblem("lora.dropout", "must be 0 in PPO, or old and new log-probs differ")
+
+
+def _check_kl(recipe: PPORecipe) -> None:
+    kl = recipe.kl
+    if kl.charge == "loss" and kl.estimator == "k1":
+        raise KeyProblem(
+            "kl.estimator",
+            "is k1, whose expected gradient as a loss is 0, so that it would charge nothing; "
+            "use k2 or k3, or kl.charge=reward",
+        )
+    if kl.adaptive and kl.coef == 0:
+        raise KeyProblem("kl.coef", "is 0 and would stay 0 with kl.adaptive; start above 0")
+    if kl.adaptive and recipe.ppo.rollout_batch >= 5 * kl.horizon:
+        raise KeyProblem(
+            "kl.horizon",
+            f"is {kl.horizon}; one rollout of {recipe.ppo.rollout_batch} could turn kl.coef "
+            f"negative; use more than {recipe.ppo.rollout_batch // 5}",
+        )

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from align.progress import say, table
 from align.types import AlignError, SourceReport
@@ -58,11 +59,15 @@ class Run:
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "versions": _versions(),
             "hardware": _hardware(),
+            "recipe": _lasting(config_yaml),
         }
+        # of the run that is resumed, until it is known that this is still the same run
+        self._previous: dict[str, Any] | None = None
+        self._config_yaml = config_yaml
         if is_main:
-            self._open(resume, overwrite, config_yaml)
+            self._open(resume, overwrite)
 
-    def _open(self, resume: str, overwrite: bool, config_yaml: str) -> None:
+    def _open(self, resume: str, overwrite: bool) -> None:
         held = (self.folder / "manifest.json").exists()
         if held and overwrite:
             for name in OURS:
@@ -76,8 +81,34 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise AlignError(f"output_dir: {self.folder}: {error.strerror}") from error
-        (self.folder / "config.yaml").write_text(config_yaml, encoding="utf-8")
-        self._write_manifest()
+        if held and not overwrite:
+            text = (self.folder / "manifest.json").read_text(encoding="utf-8")
+            self._previous = json.loads(text)
+        else:
+            self.begin()
+
+    def begin(self) -> None:
+        """Write down what this run is; nothing of an earlier run is left to go on with."""
+        self._previous = None
+        if self.is_main:
+            (self.folder / "config.yaml").write_text(self._config_yaml, encoding="utf-8")
+            self._write_manifest()
+
+    def resume(self) -> None:
+        """Go on with the folder's run, if it is still the same run.
+
+        Raises:
+            AlignError: The recipe, the data or the starting weights are others than they were.
+        """
+        previous = self._previous or {}
+        for key in ("recipe", "data", "start_weights"):
+            before, now = previous.get(key), _plain(self._manifest.get(key))
+            if before is not None and before != now:
+                raise AlignError(
+                    f"resume: {self.folder}: {_first_difference(key, before, now)}; restore it, or "
+                    "start anew with overwrite=true"
+                )
+        self.begin()
 
     def describe(self, **facts: Any) -> None:
         """Add facts to the manifest: data reports, hashes, parameter counts."""
@@ -121,11 +152,47 @@ class Run:
             say(f"  -> {self.folder}")
 
     def _write_manifest(self) -> None:
-        if self.is_main:
+        if self.is_main and self._previous is None and self.folder.is_dir():
             path = self.folder / "manifest.json"
             partial = path.with_suffix(".tmp")
             partial.write_text(json.dumps(self._manifest, indent=2) + "\n", encoding="utf-8")
             os.replace(partial, path)
+
+
+VOLATILE = (
+    "resume", "overwrite", "trackers", "save_every", "eval_every", "keep_checkpoints", "log_every",
+    "output_dir",
+)  # fmt: skip
+"""Keys that may change when a run is resumed: they change nothing of what is learnt."""
+
+
+def _lasting(config_yaml: str) -> dict[str, Any]:
+    """The recipe as ``a.b: value``, without what may change."""
+    flat: dict[str, Any] = {}
+
+    def walk(value: Any, key: str) -> None:
+        if isinstance(value, dict):
+            for name, inner in value.items():
+                if name not in VOLATILE:
+                    walk(inner, f"{key}.{name}" if key else str(name))
+        else:
+            flat[key] = value
+
+    walk(yaml.safe_load(config_yaml), "")
+    return flat
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value))
+
+
+def _first_difference(key: str, before: Any, now: Any) -> str:
+    if key == "recipe":
+        name = next(k for k in {**before, **now} if before.get(k) != now.get(k))
+        return f"{name} was {before.get(name)!r} and is now {now.get(name)!r}"
+    if key == "data":
+        return "a data file has changed since the run began (sha256, or what was read from it)"
+    return "the model that training starts from has other weights than when the run began"
 
 
 def duration(seconds: float) -> str:

@@ -11,7 +11,8 @@ from transformers import LlamaConfig
 from align import cli
 from align.checking import Size, check, count_parameters, looks_like_hub_id
 from align.config import DPOConfig, DPORecipe, PPORecipe, SFTRecipe, TrainOptions
-from align.types import DataSource, LoraOptions, RewardTerm
+from align.options import LoraOptions
+from align.types import DataSource, RewardTerm
 
 # embedding and head 2 x 256 x 64; a layer: q, k, v, o 4 x 64 x 64, gate, up, down 3 x 64 x 128,
 # two norms of 64; a last norm of 64

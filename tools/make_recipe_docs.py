@@ -80,7 +80,6 @@ MEANINGS: dict[str, str] = {
     "PPOConfig.gae_lambda": "0 = one-step residual, 1 = whole return minus value",
     "PPOConfig.iterations": "rollouts, each trained on for `epochs` passes",
     "PPOConfig.gamma": "discount per token",
-    "PPOConfig.value_coef": "factor of the value loss",
     "PPOConfig.whiten_advantages": "shift and scale them to mean 0, variance 1 over the rollout",
     "PPORecipe.eval_every": "iterations between held-out evaluations; 0 = start and end only",
     "PPORecipe.keep_checkpoints": "newest checkpoints that are kept",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias, TypeVar
 
@@ -26,6 +26,13 @@ class Loaded:
 
     examples: tuple[Example, ...]
     reports: tuple[SourceReport, ...]
+
+
+def with_columns(
+    sources: Sequence[DataSource], columns: Mapping[str, str]
+) -> tuple[DataSource, ...]:
+    """The sources with ``columns`` for all of them; what a source says itself comes first."""
+    return tuple(replace(s, columns={**columns, **s.columns}) for s in sources)
 
 
 def load_examples(

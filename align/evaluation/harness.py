@@ -18,7 +18,7 @@ import numpy as np
 from accelerate import PartialState
 
 from align.config import EvalRecipe
-from align.data.preferences import load_examples
+from align.data.preferences import load_examples, with_columns
 from align.data.subset import pick
 from align.evaluation.bleu import corpus_bleu, corpus_chrf
 from align.evaluation.compare import Comparison, compare_corpus, compare_values, mean_ci95
@@ -198,7 +198,9 @@ class _Evaluation:
             "bleu_signature": bleu.signature,
             "chrf": chrf.score,
             "chrf_signature": chrf.signature,
-            "exact_match": float(np.mean([response in refs for response, refs in pairs])),
+            "exact_match": float(
+                np.mean([answer.strip() in [r.strip() for r in refs] for answer, refs in pairs])
+            ),
         }
 
     def _scored(self, source: RewardSource, responses: Sequence[str], k: int) -> list[float]:
@@ -240,7 +242,7 @@ def _prompts(recipe: EvalRecipe, session: Run) -> tuple[PromptExample, ...]:
     sources = data.test or data.train
     if not sources:
         raise AlignError("data: no prompts given; name a file, a folder or a hub data set")
-    named = [replace(s, columns={**data.columns, **s.columns}) for s in sources]
+    named = with_columns(sources, data.columns)
     loaded = load_examples(named, kind="prompt", on_bad_row=data.on_bad_row, seed=recipe.seed)
     session.describe_data(prompts=loaded.reports)
     examples = [e for e in loaded.examples if isinstance(e, PromptExample)]

@@ -64,6 +64,8 @@ class Answerer:
         reference: Reference | None = None,
         on_tokens: Callable[[int], None] | None = None,
     ) -> Outputs:
+        # KL is a mean over what the policy itself says; of greedy or nucleus outputs it is none
+        sampled = options.temperature > 0 and options.top_p == 1
         end_ids = end_token_ids(self.tokenizer, self.policy.inner.generation_config.eos_token_id)
         rollout = sample(
             self.policy,
@@ -82,7 +84,7 @@ class Answerer:
             responses,
             lengths=rollout.response_mask.sum(1).tolist(),
             finished=rollout.finished.tolist(),
-            kl=None if reference is None else reference.kl(rollout, options, self),
+            kl=reference.kl(rollout, options, self) if reference and sampled else None,
         )
 
 
@@ -122,7 +124,10 @@ def read_outputs(path: str, examples: Sequence[PromptExample]) -> Outputs:
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-            answers[_key(row["prompt"])] = str(row["response"])
+            key = _key(row["prompt"])
+            if key in answers:
+                raise AlignError(f"{path}:{number}: a second response to the same prompt")
+            answers[key] = str(row["response"])
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise AlignError(
                 f"{path}:{number}: not a row with `prompt` and `response` ({error})"

@@ -151,15 +151,23 @@ LOSSES: dict[str, Callable[[_Pair], Tensor]] = {
 LOSSES_WITH_LENGTHS = frozenset({"ipo", "sigmoid_norm", "simpo", "orpo"})
 LOSSES_WITHOUT_REFERENCE = frozenset({"simpo", "orpo"})
 LOSSES_WITH_SMOOTHING = frozenset({"sigmoid", "robust", "exo_pair"})
-# those written in D, whose implicit reward is b s(x)
+# those written in D
 LOSSES_WITH_DIVERGENCE = frozenset({"sigmoid", "hinge", "robust", "exo_pair"})
 
 # f'(ratio) up to a constant, as a function of the log-ratio x: Wang et al. 2023 (arXiv:2309.16240)
+# e^30: large enough never to matter, small enough that its square is still a float32
+MAX_EXPONENT = 30.0
+
+
+def _expm1(x: Tensor) -> Tensor:
+    return torch.expm1(x.clamp(max=MAX_EXPONENT))
+
+
 DIVERGENCES: dict[str, Callable[[Tensor, Number], Tensor]] = {
     "reverse_kl": lambda x, alpha: x,
-    "forward_kl": lambda x, alpha: -torch.expm1(-x),
+    "forward_kl": lambda x, alpha: -_expm1(-x),
     "js_divergence": lambda x, alpha: math.log(2) + logsigmoid(x),
-    "alpha_divergence": lambda x, alpha: torch.expm1((alpha - 1) * x) / (alpha - 1),
+    "alpha_divergence": lambda x, alpha: _expm1((alpha - 1) * x) / (alpha - 1),
 }
 
 

@@ -71,7 +71,9 @@ def load_causal_lm(
     """A decoder with its language-model head."""
     where, options = _locate(model)
     if from_scratch:
-        config = _guarded(model, AutoConfig.from_pretrained, where, **options)
+        config = _guarded(
+            model, AutoConfig.from_pretrained, where, trust_remote_code=trust_remote_code, **options
+        )
         loaded = AutoModelForCausalLM.from_config(
             config, attn_implementation=BACKEND, dtype=torch.float32
         )
@@ -189,7 +191,7 @@ def _locate(model: str) -> tuple[str, dict[str, Any]]:
                 f"model: {model}: only pickled weights (pytorch_model.bin), which are never loaded; "
                 "convert them to safetensors first"
             )
-        return str(path), {}
+        return str(path), {"use_safetensors": True}
     looks_local = model.startswith((".", "/", "~", "runs/")) or model.count("/") != 1
     if looks_local and "/" in model or path.exists():
         raise AlignError(f"model: {model}: no such folder{_nearest(path)}")

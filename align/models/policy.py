@@ -7,7 +7,8 @@ tokens (row-major) or the sequences: nothing of the size ``[B, T, V]``, and no p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,21 +66,30 @@ class _Packed(nn.Module):
         tokenizer: PreTrainedTokenizerBase,
         *,
         end_ids: Sequence[int] = (),
+        extra_files: Mapping[str, str] | None = None,
     ) -> None:
         """Weights as safetensors with tokenizer and chat template beside them; LoRA merged in.
 
-        The adapter is kept beside the merged model, in ``<folder>_adapter``.
+        The adapter is kept beside the merged model, in ``<folder>_adapter``. The folder appears
+        whole or not at all.
         """
         if end_ids:  # so that plain `generate` stops where training taught it to
             self.inner.generation_config.eos_token_id = list(end_ids)
         folder = Path(folder)
+        partial = folder.with_name(f"{folder.name}.partial")
         model: Any = self.model
         if model is not self.inner:
             model.save_pretrained(f"{folder}_adapter")
-            model = model.merge_and_unload()
+            # a small update added to a trunk that is held in bf16 would be rounded away
+            model = model.float().merge_and_unload()
             self.model = model
-        model.save_pretrained(str(folder))
-        tokenizer.save_pretrained(str(folder))
+        shutil.rmtree(partial, ignore_errors=True)
+        model.save_pretrained(str(partial))
+        tokenizer.save_pretrained(str(partial))
+        for name, text in (extra_files or {}).items():
+            (partial / name).write_text(text, encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
 
 
 class Policy(_Packed):

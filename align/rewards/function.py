@@ -52,7 +52,7 @@ def load_function(name: str) -> FunctionReward:
         )
     working_directory = str(Path.cwd())
     if working_directory not in sys.path:
-        sys.path.insert(0, working_directory)
+        sys.path.append(working_directory)
     # a module written after Python listed the folder would not be found
     importlib.invalidate_caches()
     try:

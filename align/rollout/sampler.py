@@ -26,12 +26,12 @@ REFILL_SHARE = 0.25
 
 
 class _Request:
-    """One response being written."""
+    """One response being written, with the uniform numbers that will draw its tokens."""
 
-    __slots__ = ("logprobs", "prompt", "row", "tokens")
+    __slots__ = ("logprobs", "prompt", "row", "tokens", "uniforms")
 
-    def __init__(self, row: int, prompt: np.ndarray) -> None:
-        self.row, self.prompt = row, prompt
+    def __init__(self, row: int, prompt: np.ndarray, uniforms: list[float]) -> None:
+        self.row, self.prompt, self.uniforms = row, prompt, uniforms
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
 
@@ -44,17 +44,20 @@ def sample(
     *,
     end_ids: Sequence[int],
     seed: int,
+    numbers: Sequence[int] | None = None,
     prefill_tokens: int = 4096,
     on_tokens: Callable[[int], None] | None = None,
 ) -> Rollout:
     """``samples_per_prompt`` responses to each prompt; row ``i * k + j`` is sample j of prompt i.
 
-    The same seed, prompts and options give the same samples on one machine. With
+    Token t of sample j of prompt i is drawn by a random number that depends on (seed, i, j, t)
+    only: neither slots nor prefills nor processes change what is sampled, but for rounding. With
     ``temperature=0`` decoding is greedy and the log-probabilities are those at temperature 1.
 
     Args:
         prompts: int32 token ids of each prompt, at least one token each.
         end_ids: Token ids that end a response; the end token is part of the response.
+        numbers: What i is for each prompt, where these are a part of all prompts.
         prefill_tokens: Prompt tokens of one prefill: bounds memory, changes no result.
         on_tokens: Called with the number of tokens that each step produced.
     """
@@ -63,10 +66,27 @@ def sample(
     training = policy.training
     policy.eval()
     try:
-        requests = _Sampler(policy, options, end_ids, seed, prefill_tokens).run(prompts, on_tokens)
+        requests = _requests(prompts, numbers or range(len(prompts)), options, seed)
+        _Sampler(policy, options, end_ids, prefill_tokens).run(requests, on_tokens)
     finally:
         policy.train(training)
     return _to_rollout(requests, end_ids, policy.device)
+
+
+def _requests(
+    prompts: Sequence[np.ndarray], numbers: Sequence[int], options: GenerationOptions, seed: int
+) -> list[_Request]:
+    k = options.samples_per_prompt
+
+    def uniforms(number: int, j: int) -> list[float]:
+        rng = np.random.default_rng([seed, number, j])
+        return rng.random(options.max_new_tokens).tolist()
+
+    return [
+        _Request(i * k + j, prompt, uniforms(number, j))
+        for i, (prompt, number) in enumerate(zip(prompts, numbers, strict=True))
+        for j in range(k)
+    ]
 
 
 class _Sampler:
@@ -75,21 +95,15 @@ class _Sampler:
         policy: Policy,
         options: GenerationOptions,
         end_ids: Sequence[int],
-        seed: int,
         prefill_tokens: int,
     ) -> None:
         self.policy, self.options, self.end_ids = policy, options, frozenset(end_ids)
         self.prefill_tokens = prefill_tokens
-        self.generator = torch.Generator(device=policy.device).manual_seed(seed)
         self.cache: SlotCache | None = None
         self.live: list[_Request | None] = []
         self.last = torch.zeros(0, dtype=torch.int64)
 
-    def run(
-        self, prompts: Sequence[np.ndarray], on_tokens: Callable[[int], None] | None
-    ) -> list[_Request]:
-        k = self.options.samples_per_prompt
-        requests = [_Request(i * k + j, p) for i, p in enumerate(prompts) for j in range(k)]
+    def run(self, requests: Sequence[_Request], on_tokens: Callable[[int], None] | None) -> None:
         # longest prompts first: neighbours in the cache then start at about the same column
         queue = sorted(requests, key=lambda r: (-len(r.prompt), r.row))[::-1]
         while queue or any(self.live):
@@ -102,13 +116,13 @@ class _Sampler:
                 made = self._step()
             if on_tokens is not None:
                 on_tokens(made)
-        return requests
 
     def _admit(self, queue: list[_Request], free: list[int]) -> int:
         """Prefill the next prompts of the queue and draw the first token of their responses."""
         if not any(self.live):
-            self.cache, self.live = None, []
-            free = list(range(min(self.options.slots, len(queue))))
+            # as many slots as there are requests for, however few of them fit into this prefill
+            num_slots = min(self.options.slots, len(queue))
+            self.cache, self.live, free = None, [None] * num_slots, list(range(num_slots))
         taken: list[_Request] = []
         distinct: dict[int, int] = {}  # id of a prompt array -> its number in this prefill
         tokens = 0
@@ -136,9 +150,8 @@ class _Sampler:
         slots = free[: len(taken)]
         if self.cache is None:
             longest = max(p.stop - p.start for p in places)
-            self.cache = SlotCache(len(taken), record, longest)
-            self.live, slots = [None] * len(taken), list(range(len(taken)))
-            self.last = torch.zeros(len(taken), dtype=torch.int64, device=self.policy.device)
+            self.cache = SlotCache(len(self.live), record, longest)
+            self.last = torch.zeros(len(self.live), dtype=torch.int64, device=self.policy.device)
         self.cache.fill(slots, record, places)
         ends = torch.tensor([p.stop - 1 for p in places], device=self.policy.device)
         for slot, request in zip(slots, taken, strict=True):
@@ -166,11 +179,14 @@ class _Sampler:
         """Sample a token for each listed slot, record it, and free the slots that are done."""
         assert self.cache is not None
         logits = self.policy.logits(hidden)
-        tokens, logprobs = draw_tokens(logits, self.options, self.generator)
+        requests = [request for request in (self.live[slot] for slot in slots) if request]
+        uniforms = torch.tensor(
+            [request.uniforms[len(request.tokens)] for request in requests], dtype=torch.float64
+        )
+        tokens, logprobs = draw_tokens(logits, self.options, uniforms.to(logits.device))
         self.last[slots] = tokens
-        for slot, token, logprob in zip(slots, tokens.tolist(), logprobs.tolist(), strict=True):
-            request = self.live[slot]
-            assert request is not None
+        drawn = zip(slots, requests, tokens.tolist(), logprobs.tolist(), strict=True)
+        for slot, request, token, logprob in drawn:
             request.tokens.append(token)
             request.logprobs.append(logprob)
             if token in self.end_ids or len(request.tokens) == self.options.max_new_tokens:
@@ -191,7 +207,7 @@ class _Sampler:
 
 
 def draw_tokens(
-    logits: Tensor, options: GenerationOptions, generator: torch.Generator
+    logits: Tensor, options: GenerationOptions, uniforms: Tensor
 ) -> tuple[Tensor, Tensor]:
     """``[N,V]`` float32 logits -> token ids ``[N]`` and their log-probabilities ``[N]``, nats.
 
@@ -203,7 +219,7 @@ def draw_tokens(
     if greedy:
         tokens = logits.argmax(-1)
     else:
-        tokens = _choose(_nucleus((logits - log_total).exp_(), options.top_p), generator)
+        tokens = _choose(_nucleus((logits - log_total).exp_(), options.top_p), uniforms)
     return tokens, (logits.gather(-1, tokens[:, None]) - log_total)[:, 0]
 
 
@@ -220,8 +236,10 @@ def _nucleus(probs: Tensor, top_p: float) -> Tensor:
 BLOCK = 256
 
 
-def _choose(probs: Tensor, generator: torch.Generator) -> Tensor:
+def _choose(probs: Tensor, uniforms: Tensor) -> Tensor:
     """One index per row of ``[N,V]`` weights, by inverting their cumulative sum in float64.
+
+    ``uniforms`` ``[N]``, float64 in [0, 1), says where in the cumulative sum.
 
     In two steps, a block of the vocabulary and a token in it: `torch.multinomial` draws a random
     number for every entry, which on a CPU costs as much as the model's own products.
@@ -229,10 +247,7 @@ def _choose(probs: Tensor, generator: torch.Generator) -> Tensor:
     blocks = F.pad(probs, (0, -probs.shape[1] % BLOCK)).view(len(probs), -1, BLOCK)
     mass = blocks.sum(-1).double()
     reached = mass.cumsum(-1)
-    point = torch.rand(
-        (len(probs), 1), generator=generator, dtype=torch.float64, device=probs.device
-    )
-    point = point * reached[:, -1:]
+    point = uniforms[:, None] * reached[:, -1:]
     block = _first_above(reached, point)
     inside = blocks[torch.arange(len(probs), device=probs.device), block[:, 0]]
     before = (reached - mass).gather(-1, block)

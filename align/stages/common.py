@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from align.config import CommonRecipe, DataConfig
 from align.data.chat import encode_examples, end_token_ids
-from align.data.preferences import Example, load_examples, split_by_prompt
+from align.data.preferences import Example, load_examples, split_by_prompt, with_columns
 from align.data.subset import pick
 from align.models import Policy, load_tokenizer
 from align.progress import say, track
@@ -93,6 +93,9 @@ def load_data(session: Session, data: DataConfig, kind: Kind, *, seed: int) -> t
         "dropped_when_tokenised": {"train": dropped_train, "test": dropped_test},
     }
     session.run.describe(**facts)
+    world = session.accelerator.num_processes
+    if min(len(train_split.groups), len(test_split.groups) or world) < world:
+        raise AlignError(f"data: {world} processes need at least as many rows on each side")
     if session.run.is_main:
         _tell(reports, dropped_train, facts)
     return train_split, test_split
@@ -109,6 +112,20 @@ def save_policy(policy: Policy, session: Session) -> None:
     policy.save(session.run.folder / "model", session.tokenizer, end_ids=end_ids)
 
 
+def require_same_vocabulary(key: str, model: str, recipe: CommonRecipe, session: Session) -> None:
+    """Refuse a model that does not speak of the policy's tokens."""
+    if not same_vocabulary(model, recipe, session):
+        raise AlignError(
+            f"{key}: {model} has another vocabulary than {recipe.model}, so its numbers would be "
+            "of other tokens; name a model with the same tokenizer"
+        )
+
+
+def same_vocabulary(model: str, recipe: CommonRecipe, session: Session) -> bool:
+    other = load_tokenizer(model, trust_remote_code=recipe.trust_remote_code)
+    return bool(other.get_vocab() == session.tokenizer.get_vocab())
+
+
 def trained_parameters(model: torch.nn.Module) -> dict[str, int]:
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -121,7 +138,7 @@ def _read(
 ) -> tuple[tuple[Example, ...], tuple[SourceReport, ...]]:
     if not sources:
         return (), ()
-    named = [replace(s, columns={**data.columns, **s.columns}) for s in sources]
+    named = with_columns(sources, data.columns)
     loaded = load_examples(named, kind=kind, on_bad_row=data.on_bad_row, seed=seed)
     return loaded.examples, loaded.reports
 

@@ -24,7 +24,14 @@ from align.models.load import weights_hash
 from align.models.lora import adapter_off
 from align.models.policy import batch_sequences
 from align.run_folder import change
-from align.stages.common import Session, load_data, open_session, save_policy, trained_parameters
+from align.stages.common import (
+    Session,
+    load_data,
+    open_session,
+    require_same_vocabulary,
+    save_policy,
+    trained_parameters,
+)
 from align.stages.reference import ReferenceCache
 from align.training.loop import Measure, Measured, evaluate_groups, train
 from align.types import AlignError, TokenBatch, TokenGroup
@@ -178,6 +185,8 @@ def _reference(
 
 
 def _frozen(recipe: DPORecipe, session: Session) -> Policy:
+    if recipe.dpo.reference_model is not None:
+        require_same_vocabulary("dpo.reference_model", recipe.dpo.reference_model, recipe, session)
     reference = load_policy(
         recipe.dpo.reference_model or recipe.model,
         device=session.accelerator.device,

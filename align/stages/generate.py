@@ -51,7 +51,8 @@ def run(recipe: GenerateRecipe) -> None:
             [g.prefix_ids for g in mine],
             recipe.generation,
             end_ids=end_ids,
-            seed=recipe.seed + accelerator.process_index,
+            seed=recipe.seed,
+            numbers=my_share(list(range(len(prompts.groups))), accelerator),
             prefill_tokens=recipe.tokens_per_microbatch,
             on_tokens=lambda n: bar.advance(steps=0, tokens=n),
         )
@@ -65,6 +66,7 @@ def run(recipe: GenerateRecipe) -> None:
     if not accelerator.is_main_process:
         return
     rows = _score(recipe, prompts.examples, answers, accelerator)
+    session.run.begin()
     for name in ("samples.jsonl", "pairs.jsonl"):  # of a run that was cut short
         (session.run.folder / name).unlink(missing_ok=True)
     session.run.append("samples.jsonl", rows)

@@ -39,12 +39,11 @@ from align.stages.ppo_roles import Roles, load_roles
 from align.stages.ppo_update import Update
 from align.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from align.training.distributed import gather_rollout, my_share
-from align.types import AlignError, Experience, PromptExample, Rollout
+from align.types import Experience, PromptExample, Rollout
 
 
 def run(recipe: PPORecipe) -> None:
     """Optimise ``recipe.model`` against ``recipe.reward``; saves actor and critic."""
-    _check(recipe)
     session = open_session(recipe, "ppo")
     prompts, held_out = load_data(session, recipe.data, "prompt", seed=recipe.seed)
     roles = load_roles(recipe, session)
@@ -142,7 +141,8 @@ class _PPO:
             [split.groups[i].prefix_ids for i in mine],
             self.recipe.generation,
             end_ids=self.end_ids,
-            seed=seed * accelerator.num_processes + accelerator.process_index,
+            seed=seed,
+            numbers=my_share(list(range(len(members))), accelerator),
             prefill_tokens=self.recipe.tokens_per_microbatch,
         )
         return gather_rollout(rollout, self.recipe.generation.samples_per_prompt, accelerator)
@@ -223,7 +223,8 @@ class _PPO:
         kl = log_ratio.sum(1)
         # constant per prompt at the optimum (REFERENCE a'): the live distance to it
         soft_value = (experience.scores - self.kl_coef * kl).view(-1, k)
-        return {
+        gap = {"optimality_gap": soft_value.std(1).mean().item()} if k > 1 else {}
+        return gap | {
             "score_mean": scores.mean().item(),
             "score_std": scores.std().item() if len(scores) > 1 else 0.0,
             "reward_mean": experience.rewards.sum(1).mean().item(),
@@ -233,7 +234,6 @@ class _PPO:
             "entropy": -masked_mean(rollout.logprobs, mask).item(),
             "length_mean": mask.sum(1).float().mean().item(),
             "eos_rate": rollout.finished.float().mean().item(),
-            "optimality_gap": soft_value.std(1).mean().item() if k > 1 else 0.0,
             "explained_variance": explained_variance(
                 experience.values, experience.returns, mask
             ).item(),
@@ -280,8 +280,10 @@ class _PPO:
         run = self.session.run
         found = checkpoints(run.folder / "checkpoints") if self.recipe.resume == "auto" else []
         if not found:
+            run.begin()
             run.forget_after(-1)
             return None, 0
+        run.resume()
         state = load_checkpoint(found[-1], self.update.trained)
         self.kl_coef = state["kl_coef"]
         run.forget_after(state["step"])
@@ -301,28 +303,3 @@ def prompt_batch(num_prompts: int, size: int, seed: int, iteration: int) -> list
             orders[epoch] = np.random.default_rng([seed, epoch]).permutation(num_prompts)
         members.append(int(orders[epoch][position % num_prompts]))
     return members
-
-
-def _check(recipe: PPORecipe) -> None:
-    """Refuse what cannot run before anything is loaded."""
-    k, batch = recipe.generation.samples_per_prompt, recipe.ppo.rollout_batch
-    if not recipe.reward:
-        raise AlignError("reward: none given; name a model, a function `module:name` or a metric")
-    if recipe.generation.temperature <= 0:
-        raise AlignError("generation.temperature: PPO has to sample; set it above 0")
-    if recipe.generation.top_p != 1:
-        raise AlignError(
-            f"generation.top_p: got {recipe.generation.top_p}; PPO samples from the policy itself, "
-            "so it has to be 1"
-        )
-    if recipe.lora is not None and recipe.lora.dropout:
-        raise AlignError("lora.dropout: has to be 0 in PPO, or old and new log-probs differ")
-    if batch % k:
-        raise AlignError(
-            f"ppo.rollout_batch: {batch} is no multiple of generation.samples_per_prompt={k}"
-        )
-    if batch // k < recipe.ppo.num_minibatches:
-        raise AlignError(
-            f"ppo.num_minibatches: {recipe.ppo.num_minibatches} minibatches need as many prompts "
-            f"per iteration, and there are {batch // k} (ppo.rollout_batch / samples_per_prompt)"
-        )

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from align.config import PPORecipe
-from align.models import Policy, ScalarModel, load_policy, load_scalar_model, load_tokenizer
+from align.models import Policy, ScalarModel, load_policy, load_scalar_model
 from align.models.lora import adapter_off
 from align.progress import say
 from align.rewards import build_reward
 from align.rewards.model import reward_model_loader
-from align.stages.common import Session
+from align.stages.common import Session, require_same_vocabulary, same_vocabulary
 from align.types import RewardSource, TokenBatch
 
 
@@ -58,10 +58,16 @@ def _critic(recipe: PPORecipe, session: Session) -> ScalarModel:
     A critic reads the actor's tokens, so a reward model with another vocabulary cannot start one.
     A critic without a trained head starts at 0 everywhere.
     """
-    start = recipe.critic.model
-    if start is None:
-        models = [term.model for term in recipe.reward if term.model is not None]
-        start = next((m for m in models if _same_vocabulary(m, recipe, session)), recipe.model)
+    start, weight = recipe.critic.model, 1.0
+    if start is not None:
+        require_same_vocabulary("critic.model", start, recipe, session)
+    else:
+        start = recipe.model
+        for term in recipe.reward:
+            if term.model is not None and same_vocabulary(term.model, recipe, session):
+                # values are in the unit of what is paid, and that is weight * score
+                start, weight = term.model, term.weight
+                break
     critic = load_scalar_model(
         start,
         device=session.accelerator.device,
@@ -70,16 +76,10 @@ def _critic(recipe: PPORecipe, session: Session) -> ScalarModel:
         gradient_checkpointing=recipe.gradient_checkpointing,
         trust_remote_code=recipe.trust_remote_code,
     )
-    if critic.fresh_head:
-        critic.scale_head(0.0)
+    critic.scale_head(0.0 if critic.fresh_head else weight)
     if session.run.is_main:
         say(f"  critic starts from {start}" + (", with a new head" if critic.fresh_head else ""))
     return critic
-
-
-def _same_vocabulary(model: str, recipe: PPORecipe, session: Session) -> bool:
-    other = load_tokenizer(model, trust_remote_code=recipe.trust_remote_code)
-    return bool(other.get_vocab() == session.tokenizer.get_vocab())
 
 
 def _reference(
@@ -94,6 +94,8 @@ def _reference(
                 return cast(Tensor, actor(batch, temperature=temperature).logprobs)
 
         return adapter_switched_off
+    if recipe.reference_model is not None:
+        require_same_vocabulary("reference_model", recipe.reference_model, recipe, session)
     reference = load_policy(
         recipe.reference_model or recipe.model,
         device=session.accelerator.device,

@@ -104,7 +104,7 @@ class Update:
                     self.accelerator.backward(loss * world)
             with without_sync(self.accelerator, self.critic, last=last):
                 loss = self._value_loss(take, batch, denominator)
-                self.accelerator.backward(loss * self.recipe.ppo.value_coef * world)
+                self.accelerator.backward(loss * world)
             found["value_loss"] = loss.item()
             worst = max(worst, error)
             for name, value in found.items():

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from align.config import RewardRecipe
 from align.data.packing import pack
+from align.data.subset import pick
 from align.losses import bradley_terry_loss
 from align.models import ScalarModel, load_scalar_model
 from align.models.load import weights_hash
@@ -25,7 +26,6 @@ from align.run_folder import change
 from align.stages.common import Session, Split, load_data, open_session, trained_parameters
 from align.training.loop import Measure, Measured, evaluate_groups, train
 from align.types import TokenBatch, TokenGroup
-
 
 REFERENCE_PAIRS = 100
 """Training pairs whose 200 scores set the gain: their spread is known to about 5%."""
@@ -119,7 +119,7 @@ def _longer_wins(groups: Sequence[TokenGroup]) -> dict[str, float]:
         return {}
     lengths = [[len(c.input_ids) for c in g.continuations] for g in groups]
     wins = [(chosen > rejected) + 0.5 * (chosen == rejected) for chosen, rejected in lengths]
-    return {"accuracy of longer": float(np.mean(wins))}
+    return {"accuracy_of_longer": float(np.mean(wins))}
 
 
 def _finish(
@@ -127,7 +127,7 @@ def _finish(
 ) -> None:
     """Normalise the head, save the model, and write what its scores look like."""
     budget = recipe.train.tokens_per_microbatch
-    reference = scores_of(scalar, train_data.groups[:REFERENCE_PAIRS], budget)
+    reference = scores_of(scalar, pick(train_data.groups, REFERENCE_PAIRS, recipe.seed), budget)
     gain = 1.0
     if recipe.reward_model.normalize and reference.std() > 0:
         gain = 1.0 / float(reference.std())
@@ -139,15 +139,17 @@ def _finish(
         "std": float(reference.std() * gain),
         "scores": int(reference.size),
     }
-    scalar.save(session.run.folder / "model", session.tokenizer)
     if test_data.groups:
         held_out = scores_of(scalar, test_data.groups, budget)
         gaps = held_out[0::2] - held_out[1::2]
         counts, edges = np.histogram(gaps, bins=20)
         stats["held_out_margins"] = {"counts": counts.tolist(), "edges": edges.tolist()}
         _plot_margins(gaps, session)
-    path = session.run.folder / "model" / "reward_stats.json"
-    path.write_text(json.dumps(stats, indent=2) + "\n", encoding="utf-8")
+    scalar.save(
+        session.run.folder / "model",
+        session.tokenizer,
+        extra_files={"reward_stats.json": json.dumps(stats, indent=2) + "\n"},
+    )
 
 
 @torch.no_grad()

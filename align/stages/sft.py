@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 
 from align.config import SFTRecipe
+from align.losses import nll_loss
 from align.models import load_policy
 from align.models.load import weights_hash
 from align.run_folder import change
@@ -35,7 +36,7 @@ def run(recipe: SFTRecipe) -> None:
     model = session.accelerator.prepare(policy)
 
     def measure(batch: TokenBatch, members: Sequence[int]) -> Measured:
-        loss = -model(batch).logprobs.sum()
+        loss = nll_loss(model(batch).logprobs, denominator=1)
         count = float(batch.loss_mask.sum())
         return Measured(loss, {"loss": (loss.item(), count)})
 

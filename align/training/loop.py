@@ -74,6 +74,12 @@ def train(
         raise AlignError("data: no training rows are left; see the dropped rows in manifest.json")
     longest = max(longest_sequence(group) for group in groups)
     check_length(accelerator.unwrap_model(model), longest, "a training row has")
+    shortest = min(train.minibatch, len(groups) % train.minibatch or train.minibatch)
+    if shortest < accelerator.num_processes:
+        raise AlignError(
+            f"train.minibatch: an epoch's last minibatch has {shortest} rows, too few for "
+            f"{accelerator.num_processes} processes; change it"
+        )
     optimizer = make_optimizer(model, optim)
     peak = optimizer.param_groups[0]["lr"]
     trained = {"model": (accelerator.unwrap_model(model), optimizer)}
@@ -154,11 +160,6 @@ def _step(
     started = time.monotonic()
     model.train()
     mine = my_share(members, accelerator)
-    if len(members) < accelerator.num_processes:
-        raise AlignError(
-            f"train.minibatch: a minibatch of {len(members)} cannot be shared by "
-            f"{accelerator.num_processes} processes; raise it or use fewer processes"
-        )
     # every process knows the whole minibatch, so the denominator needs no exchange
     denominator = max(sum(units(groups[i]) for i in members), 1)
     batches = pack([groups[i] for i in mine], tokens_per_microbatch=train.tokens_per_microbatch)
@@ -233,8 +234,10 @@ def _resumed(
     """Go on from the newest whole checkpoint: (held-out numbers of the start, its step)."""
     found = checkpoints(run.folder / "checkpoints") if resume else []
     if not found:
+        run.begin()
         run.forget_after(-1)
         return None, 0
+    run.resume()
     state = load_checkpoint(Path(found[-1]), trained)
     run.forget_after(state["step"])
     if run.is_main:

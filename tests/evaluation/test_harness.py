@@ -172,8 +172,9 @@ def test_greedy_outputs_are_plain_transformers(
 def test_kl_is_log_p_minus_log_ref_of_the_samples(
     run_eval: RunEval, tiny: Path, tiny_sft: Path, prompts: list[Row], read_jsonl: ReadJsonl
 ) -> None:
-    """Of the greedy outputs themselves, where there are no others."""
-    folder = run_eval("run", f"models={{m: {tiny_sft}}}", f"reference_model={tiny}")
+    """Of the outputs themselves, where they were sampled and there are no others."""
+    sampled = "generation.temperature=1.0"
+    folder = run_eval("run", f"models={{m: {tiny_sft}}}", f"reference_model={tiny}", sampled)
     rows = read_jsonl(folder / "outputs" / "m.jsonl")
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     total = 0.0
@@ -203,7 +204,7 @@ def test_somebody_elses_outputs(
     assert theirs["bleu"] == pytest.approx(100)
     assert theirs["exact_match"] == 1.0
     assert theirs["length_mean"] is theirs["kl"] is theirs["eos_rate"] is None
-    assert ours["kl"] is not None
+    assert ours["kl"] is None  # greedy outputs have a log-ratio, and that is no KL
     missing = write_rows("missing.jsonl", answers[:-1])
     with pytest.raises(AlignError, match=r"no response for 1 of 12 prompts.*prompts.jsonl:12"):
         run_eval("b", f"models={{theirs: {missing}}}")

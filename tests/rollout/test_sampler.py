@@ -185,7 +185,8 @@ LOGITS = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log() + 3.0
 
 def drawn(count: int, **changes: float) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return draw_tokens(LOGITS.expand(count, 4), options(**changes), generator)
+    uniforms = torch.rand(count, generator=generator, dtype=torch.float64)
+    return draw_tokens(LOGITS.expand(count, 4), options(**changes), uniforms)
 
 
 @pytest.mark.parametrize(
@@ -225,8 +226,9 @@ def test_frequencies_are_the_probabilities(size: int, top_p: float) -> None:
         probs[order[ordered.cumsum(0) - ordered >= top_p]] = 0
         probs /= probs.sum()
     count = 20_000
+    uniforms = torch.rand(count, generator=generator, dtype=torch.float64)
     tokens, _ = draw_tokens(
-        logits.expand(count, size), options(temperature=1.0, top_p=top_p), generator
+        logits.expand(count, size), options(temperature=1.0, top_p=top_p), uniforms
     )
     seen = torch.bincount(tokens, minlength=size).double()
     assert len(seen) == size

@@ -178,6 +178,8 @@ def test_cache_is_keyed_by_weights_and_token_ids(
     # another beta, another seed, another name of the same weights: nothing is computed again
     again = cached(run_dpo("b", "data.test_fraction=0", "dpo.beta=0.3", "seed=1"))
     assert again == first
+    # nor for new adapters on them, which change nothing yet
+    assert cached(run_dpo("l", "data.test_fraction=0", "lora.r=4", "seed=2")) == first
     weights = load_file(model / "model.safetensors")
     weights["model.norm.weight"] = weights["model.norm.weight"] * 1.01
     save_file(weights, model / "model.safetensors", {"format": "pt"})

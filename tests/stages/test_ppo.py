@@ -56,10 +56,10 @@ def prompts_file(write_rows: Callable[..., Path], demonstrations: list[Row]) -> 
 
 
 @pytest.fixture
-def run_ppo(tiny: Path, tmp_path: Path, make_recipe: MakeRecipe, prompts_file: Path) -> RunPPO:
+def run_ppo(tiny_sft: Path, tmp_path: Path, make_recipe: MakeRecipe, prompts_file: Path) -> RunPPO:
     """Three iterations of eight prompts with two samples each, two steps on each."""
     tree = {
-        "model": str(tiny),
+        "model": str(tiny_sft),  # its responses differ in length
         "data": {"train": str(prompts_file), "test_fraction": 0.1},
         "precision": "fp32",
         "reward": {"function": "tiny_rewards:count_o"},
@@ -275,7 +275,6 @@ def test_reward_model_with_a_tokenizer_of_its_own(
 
 def test_missing_eos_and_the_reward_models_mean(
     run_ppo: RunPPO,
-    tiny_sft: Path,
     reward_folder: Path,
     read_jsonl: ReadJsonl,
     experiences: list[tuple[Row, Experience]],
@@ -289,10 +288,9 @@ def test_missing_eos_and_the_reward_models_mean(
         folder = run_ppo(
             name,
             reward,
-            f"model={tiny_sft}",
             f"ppo.missing_eos_score={text}",
             "ppo.iterations=1",
-            "generation.max_new_tokens=6",
+            "generation.max_new_tokens=5",
         )
         samples = read_jsonl(folder / "samples.jsonl")
         finished = [s["finished"] for s in samples]
@@ -336,17 +334,17 @@ def test_kl_charges_and_the_entropy_bonus_really_act(
         "kl.coef=0",
     )
     free = steps(run_ppo("free", *options), read_jsonl)[-1]
-    assert free["kl"] > 0.3
+    assert free["kl"] > 2
     for charge, estimator in (("reward", "k1"), ("loss", "k2"), ("loss", "k3")):
         experiences.clear()
         held = run_ppo(
             estimator, *options, "kl.coef=3", f"kl.charge={charge}", f"kl.estimator={estimator}"
         )
-        assert steps(held, read_jsonl)[-1]["kl"] < 0.5 * free["kl"]
+        assert steps(held, read_jsonl)[-1]["kl"] < 0.7 * free["kl"]
         charged = [options["kl_coef"] for options, _ in experiences]
         assert charged == [3.0 if charge == "reward" else 0.0] * 5
     bonus = steps(run_ppo("bonus", *options, "ppo.entropy_coef=1"), read_jsonl)[-1]
-    assert bonus["entropy"] > free["entropy"] + 0.2
+    assert bonus["entropy"] > free["entropy"] + 0.5
 
 
 # ---------------------------------------------------------------- steps
@@ -365,11 +363,39 @@ def test_epochs_and_minibatches_really_step(
     assert (len(actor), len(critic)) == (4, 8)  # one iteration, and two
 
 
+@pytest.mark.parametrize("budget", [4096, 70])
+def test_losses_are_means_over_all_tokens(
+    budget: int,
+    run_ppo: RunPPO,
+    read_jsonl: ReadJsonl,
+    experiences: list[tuple[Row, Experience]],
+) -> None:
+    """At ratio 1 they are known: minus the mean advantage, and half the mean squared return."""
+    folder = run_ppo(
+        "run",
+        "ppo.epochs=1",
+        "ppo.iterations=1",
+        "ppo.whiten_advantages=false",
+        f"tokens_per_microbatch={budget}",
+    )
+    (row,), ((_, experience),) = steps(folder, read_jsonl), experiences
+    counted = experience.rollout.response_mask
+    assert counted.sum() < counted.numel()  # lengths differ
+    want = -experience.advantages[counted].mean().item()
+    assert abs(want) > 0.01
+    assert row["policy_loss"] == pytest.approx(want, abs=1e-5)
+    assert not experience.values.any()  # a new critic
+    want = 0.5 * experience.returns[counted].square().mean().item()
+    assert row["value_loss"] == pytest.approx(want, rel=1e-4)
+    assert row["tokens"] == int(counted.sum())
+    assert row["clip_fraction"] == 0
+
+
 def test_gradients_of_both_are_clipped(
     run_ppo: RunPPO, spy_steps: Callable[..., dict[str, list[float]]], read_jsonl: ReadJsonl
 ) -> None:
     norms = spy_steps(ppo_update)
-    folder = run_ppo("run", "optim.max_grad_norm=0.001", "ppo.value_coef=1", "ppo.iterations=1")
+    folder = run_ppo("run", "optim.max_grad_norm=0.001", "ppo.iterations=1")
     for found in norms.values():
         assert found == pytest.approx([0.001] * 2, rel=1e-2)
     (row,) = steps(folder, read_jsonl)
@@ -424,14 +450,16 @@ def test_raises_a_trivial_reward(run_ppo: RunPPO, read_jsonl: ReadJsonl) -> None
 
 
 @pytest.mark.parametrize("lora", ["lora=null", "lora.r=4"])
-def test_actor_and_critic_are_plain_transformers(lora: str, run_ppo: RunPPO, tiny: Path) -> None:
+def test_actor_and_critic_are_plain_transformers(
+    lora: str, run_ppo: RunPPO, tiny_sft: Path
+) -> None:
     folder = run_ppo("run", lora)
     actor = AutoModelForCausalLM.from_pretrained(folder / "model")
     critic = AutoModelForSequenceClassification.from_pretrained(folder / "critic")
     assert critic.config.num_labels == 1
     assert AutoTokenizer.from_pretrained(folder / "model").eos_token == "</s>"
     assert AutoTokenizer.from_pretrained(folder / "critic").pad_token == "<pad>"
-    before = load_file(tiny / "model.safetensors")
+    before = load_file(tiny_sft / "model.safetensors")
     name = "model.layers.0.self_attn.q_proj.weight"
     for model in (actor, critic):
         assert not torch.equal(model.state_dict()[name], before[name])
@@ -521,8 +549,11 @@ def test_prompts_are_gone_through_in_passes() -> None:
         (["generation.top_p=0.9"], "top_p"),
         (["reward=[]"], "reward"),
         (["ppo.rollout_batch=15"], "no multiple of generation.samples_per_prompt=2"),
-        (["ppo.num_minibatches=9"], "9 minibatches need as many prompts"),
-        (["lora.r=4", "lora.dropout=0.1"], "lora.dropout: has to be 0"),
+        (["ppo.num_minibatches=9"], "ppo.num_minibatches: is 9, more than"),
+        (["lora.r=4", "lora.dropout=0.1"], "lora.dropout: must be 0"),
+        (["kl.charge=loss"], "kl.estimator: is k1"),
+        (["kl.adaptive=true", "kl.coef=0"], "kl.coef: is 0"),
+        (["kl.adaptive=true", "kl.horizon=2"], "kl.horizon: is 2"),
     ],
 )
 def test_what_cannot_run_is_refused_before_anything_is_written(

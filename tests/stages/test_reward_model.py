@@ -204,7 +204,7 @@ def test_longer_answers_are_the_baseline(run_rm: RunRM, write_rows: Callable[...
     tokenizer_lengths_differ = write_rows("test.jsonl", rows[:2])
     folder = run_rm("run", f"data.test={tokenizer_lengths_differ}")
     held_out = json.loads((folder / "manifest.json").read_text())["held_out"]
-    assert held_out["accuracy of longer"] == 0.5
+    assert held_out["accuracy_of_longer"] == 0.5
 
 
 def test_microbatches_change_nothing(run_rm: RunRM) -> None:
