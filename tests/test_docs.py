@@ -48,7 +48,7 @@ NO_NUMBERS = {
     "stages/ppo_update.py": {"actor", "critic", "clip_range", "denominator", "ratio_error"},
     "training/loop.py": {"model", "before"},
     "run_folder.py": {
-        *("stage", "status", "seed", "command", "started", "versions", "hardware"),
+        *("stage", "status", "seed", "command", "started", "versions", "hardware", "recipe"),
         *("python", "platform", "cpu", "threads", "gpus"),
     },
     "evaluation/harness.py": {
