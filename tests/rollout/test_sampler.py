@@ -89,18 +89,18 @@ def test_k_samples_share_their_prompt(policy: Policy, prompts: list[np.ndarray])
     assert len({tuple(a) for a in answers(rollout)[:3]}) > 1
 
 
-@pytest.mark.parametrize(("slots", "prefill"), [(1, 4096), (4, 4096), (5, 10), (100, 1)])
-def test_slots_and_prefills_change_no_greedy_result(
-    policy: Policy, prompts: list[np.ndarray], slots: int, prefill: int
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize(("slots", "prefill"), [(1, 4096), (5, 10), (100, 1)])
+def test_slots_and_prefills_change_no_result(
+    policy: Policy, prompts: list[np.ndarray], temperature: float, slots: int, prefill: int
 ) -> None:
-    greedy = options(temperature=0, samples_per_prompt=1)
-    want = sample(policy, prompts, greedy, end_ids=ENDS, seed=0)
+    want = sample(policy, prompts, options(temperature=temperature), end_ids=ENDS, seed=0)
     got = sample(
         policy,
         prompts,
-        options(temperature=0, samples_per_prompt=1, slots=slots),
+        options(temperature=temperature, slots=slots),
         end_ids=ENDS,
-        seed=1,
+        seed=0,
         prefill_tokens=prefill,
     )
     assert_complete(got, 20)
@@ -139,6 +139,15 @@ def test_the_seed_decides(policy: Policy, prompts: list[np.ndarray]) -> None:
     assert torch.equal(first.input_ids, again.input_ids)
     assert torch.equal(first.logprobs, again.logprobs)
     assert answers(first) != answers(other)
+
+
+def test_a_share_of_the_prompts_gets_the_same_samples(
+    policy: Policy, prompts: list[np.ndarray]
+) -> None:
+    """As one of two processes sees it: the odd prompts, under their own numbers."""
+    whole = answers(sample(policy, prompts, options(), end_ids=ENDS, seed=5))
+    share = sample(policy, prompts[1::2], options(), end_ids=ENDS, seed=5, numbers=[1, 3, 5])
+    assert answers(share) == [whole[3 * i + j] for i in (1, 3, 5) for j in range(3)]
 
 
 def test_mode_and_random_state_are_left_alone(policy: Policy, prompts: list[np.ndarray]) -> None:

@@ -213,6 +213,18 @@ def test_killed_while_saving(
     assert_same_weights(whole / "model", run_sft("cut", *options, "resume=auto") / "model")
 
 
+def test_another_run_is_not_gone_on_with(
+    run_sft: RunSFT, stop_at: Callable[..., Any], write_rows: Callable[..., Path]
+) -> None:
+    with stop_at(loop, "_step", 4):
+        run_sft("run", "train.save_every=2")
+    with pytest.raises(AlignError, match=r"optim.lr was 0.01 and is now 0.02"):
+        run_sft("run", "resume=auto", "optim.lr=0.02")
+    write_rows("sft.jsonl", [{"prompt": "red", "completion": "cat"}] * 9)
+    with pytest.raises(AlignError, match="a data file has changed"):
+        run_sft("run", "resume=auto")
+
+
 def test_resume_without_a_checkpoint_starts_again(
     run_sft: RunSFT, stop_at: Callable[..., Any], assert_same_weights: Callable[..., None]
 ) -> None:

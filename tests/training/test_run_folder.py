@@ -84,6 +84,45 @@ def test_resume_forgets_the_steps_it_does_again(tmp_path: Path, read_jsonl: Read
     assert read_jsonl(tmp_path / "metrics.jsonl") == []
 
 
+def report(sha256: str) -> SourceReport:
+    return SourceReport(path="x.jsonl", sha256=sha256, rows_read=1, rows_kept=1, dropped={})
+
+
+@pytest.mark.parametrize(
+    ("config", "sha256", "weights", "match"),
+    [
+        ("optim: {lr: 0.2}", "f00", "abc", r"optim.lr was 0.1 and is now 0.2; restore it"),
+        ("optim: {lr: 0.1, eps: 1}", "f00", "abc", r"optim.eps was None and is now 1"),
+        ("optim: {lr: 0.1}", "bad", "abc", "a data file has changed"),
+        ("optim: {lr: 0.1}", "f00", "def", "other weights than when the run began"),
+        ("{optim: {lr: 0.1}, train: {save_every: 5}, resume: auto}", "f00", "abc", None),
+    ],
+)
+def test_only_the_same_run_goes_on(
+    tmp_path: Path, config: str, sha256: str, weights: str, match: str | None
+) -> None:
+    def opened(config_yaml: str, sha256: str, weights: str, resume: str) -> Run:
+        run = Run("sft", str(tmp_path), config_yaml=config_yaml, seed=3, resume=resume)
+        run.describe_data(train=(report(sha256),))
+        run.describe(start_weights=weights)
+        return run
+
+    opened("optim: {lr: 0.1}", "f00", "abc", "never")
+    before = manifest(tmp_path)
+    run = opened(config, sha256, weights, "auto")
+    # until it is known to be the same run, what the folder says of itself stays
+    assert manifest(tmp_path) == before
+    if match is not None:
+        with pytest.raises(AlignError, match=match):
+            run.resume()
+        assert manifest(tmp_path) == before
+        return
+    run.resume()
+    assert (tmp_path / "config.yaml").read_text() == config
+    opened("optim: {lr: 0.2}", "bad", "def", "auto").begin()  # nothing to go on with
+    assert manifest(tmp_path)["start_weights"] == "def"
+
+
 def test_appended_rows_are_utf8_jsonl(tmp_path: Path, read_jsonl: ReadJsonl) -> None:
     run = open_run(tmp_path)
     run.append("samples.jsonl", [{"response": "Ünï\ncode"}])
