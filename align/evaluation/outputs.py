@@ -118,16 +118,20 @@ def read_outputs(path: str, examples: Sequence[PromptExample]) -> Outputs:
     """Somebody else's answers: JSONL rows with ``prompt`` and ``response``, in any order."""
     answers: dict[str, str] = {}
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise AlignError(f"models: {path}: cannot be read: {error}") from error
     for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
             key = _key(row["prompt"])
             if key in answers:
                 raise AlignError(f"{path}:{number}: a second response to the same prompt")
-            answers[key] = str(row["response"])
+            if not isinstance(row["response"], str):
+                raise AlignError(f"{path}:{number}: response: is no string")
+            answers[key] = row["response"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise AlignError(
                 f"{path}:{number}: not a row with `prompt` and `response` ({error})"
