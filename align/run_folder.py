@@ -203,7 +203,10 @@ def duration(seconds: float) -> str:
 def change(before: Mapping[str, float], after: Mapping[str, float]) -> list[list[str]]:
     """Rows of a closing table: every held-out number before and after."""
     if not after:
-        return [["held out", ""], ["nothing", "no row fell on that side; see data.test, data.test_fraction"]]
+        return [
+            ["held out", ""],
+            ["nothing", "no row fell on that side; see data.test, data.test_fraction"],
+        ]
     rows = [["held out", "before", "after"]]
     rows += [[name, f"{before[name]:.4g}", f"{after[name]:.4g}"] for name in after]
     return rows
