@@ -88,7 +88,6 @@ def train(
     if before is None:
         before = evaluate()
         run.log(0, {f"eval_{k}": v for k, v in before.items()})
-    latest = before
     with Progress(total, run.stage, shown=run.is_main) as bar:
         bar.advance(steps=step)
         for members in minibatches(len(groups), train.minibatch, seed, start=step, stop=total):
@@ -102,16 +101,15 @@ def train(
             if step % train.log_every == 0 or step == total:
                 run.log(step, {**metrics, "lr": lr, "epoch": step / per_epoch})
             if train.eval_every and step % train.eval_every == 0 and step < total:
-                latest = evaluate()
-                run.log(step, {f"eval_{k}": v for k, v in latest.items()})
+                run.log(step, {f"eval_{k}": v for k, v in evaluate().items()})
             if train.save_every and step % train.save_every == 0 and accelerator.is_main_process:
                 folder = run.folder / "checkpoints"
                 save_checkpoint(
                     folder, step, trained, {"before": before}, keep=train.keep_checkpoints
                 )
-    latest = evaluate()
-    run.log(step, {f"eval_{k}": v for k, v in latest.items()})
-    return before, latest
+    after = evaluate()
+    run.log(step, {f"eval_{k}": v for k, v in after.items()})
+    return before, after
 
 
 def longest_sequence(group: TokenGroup) -> int:
