@@ -153,8 +153,10 @@ class TokenGroup:
 class Segment:
     """Columns ``start:stop`` of ``row``; it continues ``prefix_start:prefix_stop`` of that row.
 
+    What is continued is a whole segment, which stands before this one and may continue another.
+
     ``sequence`` numbers the continuations in the order in which the caller gave them, -1 for a
-    shared prefix.
+    shared prefix. ``offset`` tokens of a continuation stand in front, in an opening that it shares.
     """
 
     row: int
@@ -163,15 +165,17 @@ class Segment:
     prefix_start: int = 0
     prefix_stop: int = 0
     sequence: int = -1
+    offset: int = 0
 
 
 @dataclass(frozen=True)
 class TokenBatch:
     """Several sequences in a row, prompts shared, no padding where it can be avoided.
 
-    A token attends to earlier tokens of its own segment and to the whole of the segment that it
-    continues. The first token of a response is predicted by the last token of its prefix: that is
-    what ``predictor`` says, for every token, so one gather serves every loss.
+    A token attends to earlier tokens of its own segment, to the whole of the segment that it
+    continues, and so on up. What all groups of a batch open with (a system prompt, an instruction)
+    stands in it once. The first token of a response is predicted by the last token of its prefix:
+    that is what ``predictor`` says, for every token, so one gather serves every loss.
 
     Attributes:
         input_ids: ``[B,T]`` token ids.
@@ -203,7 +207,7 @@ class TokenBatch:
 
     @property
     def num_tokens(self) -> int:
-        """Real tokens, padding left out."""
+        """Tokens computed: padding left out, shared ones once."""
         return sum(s.stop - s.start for s in self.segments)
 
     @property
@@ -258,13 +262,15 @@ class RewardTerm:
         model: Folder or hub id of a reward model (one label), with its tokenizer beside it.
         function: ``module:name`` of a Python function
             ``f(prompts, responses, references) -> list of floats``.
-        metric: A sentence metric against the references, 0-100: ``chrf``, ``chrf++``, ``bleu``.
+        metric: A sentence metric against the references, 0-100: ``chrf``,
+            ``chrf1``, ``chrf++``, ``bleu``. ``chrf1`` is chrF with beta 1: sacreBLEU's default, 2,
+            counts recall twice, which a longer answer raises.
         weight: Factor before the sum.
     """
 
     model: str | None = None
     function: str | None = None
-    metric: Literal["chrf", "chrf++", "bleu"] | None = None
+    metric: Literal["chrf", "chrf1", "chrf++", "bleu"] | None = None
     weight: float = 1.0
 
 

@@ -1,7 +1,8 @@
 """Token groups -> microbatches under a token budget: the one place that builds a ``TokenBatch``.
 
-Everything of a microbatch lies in one row, prompts once, so there is no padding at all. Nothing is
-cut here: a group is placed whole, or gets a microbatch of its own.
+Everything of a microbatch lies in one row, prompts once, so there is no padding at all. What all
+groups open with (the system prompt, the instruction) is computed once for the row. Nothing is cut
+here: a group is placed whole, or gets a microbatch of its own.
 """
 
 from __future__ import annotations
@@ -15,15 +16,13 @@ from torch import Tensor
 
 from align.types import Segment, TokenBatch, TokenGroup
 
+SHORTEST_OPENING = 8
+"""Tokens: sharing fewer saves less than the longer keys of every segment cost."""
 
-def collate(groups: Sequence[TokenGroup], *, first_sequence: int = 0) -> TokenBatch:
-    """Lay the groups behind one another in one row.
 
-    Args:
-        groups: At least one group with at least one token.
-        first_sequence: Number of the first continuation; the others count on in order.
-    """
-    return _one_row(zip(groups, _first_sequences(groups, first_sequence), strict=True))
+def collate(groups: Sequence[TokenGroup]) -> TokenBatch:
+    """Lay the groups, at least one with at least one token, behind one another in one row."""
+    return _one_row(zip(groups, _first_sequences(groups), strict=True), _opening(groups))
 
 
 def pack(groups: Sequence[TokenGroup], *, tokens_per_microbatch: int) -> list[TokenBatch]:
@@ -32,9 +31,16 @@ def pack(groups: Sequence[TokenGroup], *, tokens_per_microbatch: int) -> list[To
     A group longer than the budget gets a microbatch of its own. ``Segment.sequence`` numbers the
     continuations in the caller's order over the whole list, so results can be put back in place.
     """
-    numbered = list(zip(groups, _first_sequences(groups, 0), strict=True))
-    bins = _first_fit([g.num_tokens for g in groups], tokens_per_microbatch)
-    return [_one_row(numbered[i] for i in sorted(members)) for members in bins]
+    numbered = list(zip(groups, _first_sequences(groups), strict=True))
+    opening = _opening(groups)
+    lengths = [g.num_tokens - len(opening) for g in groups]
+    bins = _first_fit(lengths, tokens_per_microbatch - len(opening))
+    return [_one_row((numbered[i] for i in sorted(members)), opening) for members in bins]
+
+
+def longest_sequence(group: TokenGroup) -> int:
+    """Tokens of the prefix and the longest continuation."""
+    return len(group.prefix_ids) + max((len(c.input_ids) for c in group.continuations), default=0)
 
 
 def counted_coordinates(batch: TokenBatch) -> tuple[Tensor, Tensor]:
@@ -48,13 +54,50 @@ def counted_coordinates(batch: TokenBatch) -> tuple[Tensor, Tensor]:
     segment = batch.segment_ids[rows, columns].long() - 1  # segment s is segments[s - 1]
     device = batch.input_ids.device
     sequence = torch.tensor([s.sequence for s in batch.segments], dtype=torch.int64, device=device)
-    start = torch.tensor([s.start for s in batch.segments], dtype=torch.int64, device=device)
+    first = [s.start - s.offset for s in batch.segments]
+    start = torch.tensor(first, dtype=torch.int64, device=device)
     return sequence[segment], columns - start[segment]
 
 
-def _first_sequences(groups: Sequence[TokenGroup], first: int) -> list[int]:
-    counts = [len(g.continuations) for g in groups]
-    return [first + sum_before for sum_before in np.cumsum([0, *counts])[:-1].tolist()]
+def path(batch: TokenBatch, segment: Segment) -> list[int]:
+    """Columns of a segment and of all that it continues, in the order of its tokens."""
+    by_bounds = {(s.row, s.start, s.stop): s for s in batch.segments}
+    columns: list[int] = []
+    at: Segment | None = segment
+    while at is not None:
+        columns = [*range(at.start, at.stop), *columns]
+        at = by_bounds[at.row, at.prefix_start, at.prefix_stop] if at.prefix_stop else None
+    return columns
+
+
+def _first_sequences(groups: Sequence[TokenGroup]) -> list[int]:
+    """Number of each group's first continuation."""
+    return np.cumsum([0, *(len(g.continuations) for g in groups)])[:-1].tolist()
+
+
+def _opening(groups: Sequence[TokenGroup]) -> np.ndarray:
+    """The uncounted tokens that all groups begin with, int32; empty where it would not pay."""
+    nothing = np.zeros(0, dtype=np.int32)
+    if len(groups) < 2:
+        return nothing
+    heads = [_uncounted_head(group) for group in groups]
+    length = min(len(head) for head in heads)
+    if length < SHORTEST_OPENING:
+        return nothing
+    same = np.all(np.stack([head[:length] for head in heads]) == heads[0][:length], axis=0)
+    length = length if same.all() else int(same.argmin())
+    return heads[0][:length] if length >= SHORTEST_OPENING else nothing
+
+
+def _uncounted_head(group: TokenGroup) -> np.ndarray:
+    """What may be shared of a group's beginning: each segment keeps a token of its own."""
+    if len(group.prefix_ids):
+        return group.prefix_ids[:-1]
+    if len(group.continuations) != 1:
+        return group.prefix_ids
+    only = group.continuations[0]
+    uncounted = len(only.loss_mask) if not only.loss_mask.any() else int(only.loss_mask.argmax())
+    return only.input_ids[: min(uncounted, len(only.input_ids) - 1)]
 
 
 def _first_fit(lengths: Sequence[int], budget: int) -> list[list[int]]:
@@ -87,29 +130,38 @@ class _Piece:
     prefix_id: int  # 1-based segment number, 0 = none
 
 
-def _pieces(group: TokenGroup, sequence: int, start: int, num_segments: int) -> list[_Piece]:
-    """The group's segments, the prefix first, from column ``start`` on."""
+def _pieces(
+    group: TokenGroup, sequence: int, start: int, num_segments: int, opening: int
+) -> list[_Piece]:
+    """The group's segments, the prefix first, from column ``start`` on.
+
+    ``opening`` tokens of the group already stand in the row's first segment.
+    """
     pieces: list[_Piece] = []
-    prefix_start, prefix_stop, prefix_id, column = 0, 0, 0, start
+    prefix_start, prefix_stop, prefix_id, column = 0, opening, min(opening, 1), start
     if len(group.prefix_ids):
-        prefix_start, prefix_stop = start, start + len(group.prefix_ids)
-        prefix_id, column = num_segments + 1, prefix_stop
-        uncounted = np.zeros(len(group.prefix_ids), dtype=bool)
-        segment = Segment(row=0, start=prefix_start, stop=prefix_stop)
-        pieces.append(_Piece(group.prefix_ids, uncounted, segment, 0))
+        own = group.prefix_ids[opening:]
+        segment = Segment(0, start, start + len(own), prefix_start, prefix_stop)
+        pieces.append(_Piece(own, np.zeros(len(own), dtype=bool), segment, prefix_id))
+        prefix_start, prefix_stop, opening = segment.start, segment.stop, 0
+        prefix_id, column = num_segments + 1, segment.stop
     for k, continuation in enumerate(group.continuations):
-        stop = column + len(continuation.input_ids)
-        segment = Segment(0, column, stop, prefix_start, prefix_stop, sequence + k)
-        pieces.append(_Piece(continuation.input_ids, continuation.loss_mask, segment, prefix_id))
+        ids, mask = continuation.input_ids[opening:], continuation.loss_mask[opening:]
+        stop = column + len(ids)
+        segment = Segment(0, column, stop, prefix_start, prefix_stop, sequence + k, opening)
+        pieces.append(_Piece(ids, mask, segment, prefix_id))
         column = stop
     return pieces
 
 
-def _one_row(numbered: Iterable[tuple[TokenGroup, int]]) -> TokenBatch:
+def _one_row(numbered: Iterable[tuple[TokenGroup, int]], opening: np.ndarray) -> TokenBatch:
     pieces: list[_Piece] = []
+    if len(opening):
+        uncounted = np.zeros(len(opening), dtype=bool)
+        pieces.append(_Piece(opening, uncounted, Segment(0, 0, len(opening)), 0))
     for group, sequence in numbered:
         start = pieces[-1].segment.stop if pieces else 0
-        pieces += _pieces(group, sequence, start, len(pieces))
+        pieces += _pieces(group, sequence, start, len(pieces), len(opening))
     if not pieces:
         raise ValueError("nothing to collate: no group has a token; give at least one group")
     length = pieces[-1].segment.stop
@@ -121,13 +173,13 @@ def _one_row(numbered: Iterable[tuple[TokenGroup, int]]) -> TokenBatch:
     predictor = np.arange(length, dtype=np.int64) - 1
     for number, piece in enumerate(pieces, start=1):
         s = piece.segment
-        len_prefix = s.prefix_stop - s.prefix_start
-        position_ids[s.start : s.stop] = len_prefix + np.arange(s.stop - s.start)
+        before = int(position_ids[s.prefix_stop - 1]) + 1 if s.prefix_stop else 0
+        position_ids[s.start : s.stop] = before + np.arange(s.stop - s.start)
         segment_ids[s.start : s.stop] = number
         prefix_ids[s.start : s.stop] = piece.prefix_id
         if s.stop > s.start:
-            predictor[s.start] = s.prefix_stop - 1 if len_prefix else s.start
-            loss_mask[s.start] &= bool(len_prefix)  # nothing predicts a sequence's first token
+            predictor[s.start] = s.prefix_stop - 1 if s.prefix_stop else s.start
+            loss_mask[s.start] &= bool(s.prefix_stop)  # nothing predicts a sequence's first token
     return TokenBatch(
         input_ids=torch.from_numpy(input_ids)[None],
         position_ids=torch.from_numpy(position_ids)[None],

@@ -1,7 +1,7 @@
 """Attention over packed rows: the one place that turns segments into what a backend wants.
 
-Each segment is a call of its own to scaled-dot-product attention, with the keys of the prefix that
-it continues in front of its own. So no ``[T,T]`` mask exists, nothing is computed between
+Each segment is a call of its own to scaled-dot-product attention, with the keys of all that it
+continues in front of its own. So no ``[T,T]`` mask exists, nothing is computed between
 neighbours, and a row may be as long as memory allows. The segments travel as an extra keyword of
 the model's forward to a function registered with transformers' ``AttentionInterface``, which any
 architecture on that interface calls. Decoding, one query per row against a cache, is its own case.
@@ -92,13 +92,14 @@ def _row(
         lengths = [*lengths, padding]
     # split, not slices: its backward is one concatenation instead of a zero tensor per segment
     queries, keys, values = (t.split(lengths, dim=1) for t in (query, key, value))
-    index_of = {(s.start, s.stop): i for i, s in enumerate(segments)}
+    seen: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # a segment's keys, all before included
     outputs = []
     for i, segment in enumerate(segments):
         k, v = keys[i], values[i]
         if segment.prefix_stop > segment.prefix_start:
-            prefix = index_of[segment.prefix_start, segment.prefix_stop]
-            k, v = torch.cat([keys[prefix], k], dim=1), torch.cat([values[prefix], v], dim=1)
+            before = seen[segment.prefix_start, segment.prefix_stop]
+            k, v = torch.cat([before[0], k], dim=1), torch.cat([before[1], v], dim=1)
+        seen[segment.start, segment.stop] = k, v
         outputs.append(_causal(queries[i], k, v, options))
     if padding:
         outputs.append(torch.zeros_like(queries[-1]))

@@ -194,7 +194,7 @@ def check_length(model: _Packed, longest: int, what: str) -> None:
 
 
 def check_packable(model: _Packed) -> None:
-    """Refuse a model that cannot be packed, by trying: eight tokens, two sequences, one prefix.
+    """Refuse a model that cannot be packed, by trying: eight tokens, two sequences, two prefixes.
 
     The hidden states of a packed row must be those of the sequences alone. This catches models
     that are not on the attention interface, recurrent ones, and position embeddings that ignore
@@ -203,7 +203,8 @@ def check_packable(model: _Packed) -> None:
     vocabulary = model.inner.get_input_embeddings().num_embeddings
     tokens = torch.arange(8, device=model.device)[None] % vocabulary
     where = torch.tensor([[0, 1, 2, 3, 4, 3, 4, 5]], device=model.device)
-    packed = _probe(tokens, where, (Segment(0, 0, 3), Segment(0, 3, 5, 0, 3), Segment(0, 5, 8, 0, 3)))
+    prefixes = Segment(0, 0, 2), Segment(0, 2, 3, 0, 2)
+    packed = _probe(tokens, where, (*prefixes, Segment(0, 3, 5, 2, 3), Segment(0, 5, 8, 2, 3)))
     alone = torch.cat([tokens[:, :3], tokens[:, 5:]], dim=1)
     single = _probe(alone, torch.arange(6, device=model.device)[None], (Segment(0, 0, 6),))
     training = model.training

@@ -12,7 +12,6 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from align.models.attention import DecodeState
-from align.types import Segment
 
 
 class _RecordLayer(CacheLayerMixin):
@@ -93,19 +92,18 @@ class SlotCache(Cache):
     def length(self) -> int:
         return self.layers[0].length
 
-    def fill(self, slots: list[int], prefill: Cache, prompts: list[Segment]) -> None:
-        """Put prompt ``prompts[i]`` of a packed prefill into ``slots[i]``, before the column."""
-        longest = max(p.stop - p.start for p in prompts)
+    def fill(self, slots: list[int], prefill: Cache, prompts: list[list[int]]) -> None:
+        """Put columns ``prompts[i]`` of a packed prefill into ``slots[i]``, before the column."""
+        longest = max(len(columns) for columns in prompts)
         if longest > self.length:
             self._shift(longest - self.length)
         end = self.length
         for layer, recorded in zip(self.layers, prefill.layers, strict=True):
-            for slot, prompt in zip(slots, prompts, strict=True):
-                columns = slice(end - (prompt.stop - prompt.start), end)
-                layer.keys[slot, :, columns] = recorded.keys[0, :, prompt.start : prompt.stop]
-                layer.values[slot, :, columns] = recorded.values[0, :, prompt.start : prompt.stop]
-        for slot, prompt in zip(slots, prompts, strict=True):
-            self.starts[slot] = end - (prompt.stop - prompt.start)
+            for slot, columns in zip(slots, prompts, strict=True):
+                layer.keys[slot, :, end - len(columns) : end] = recorded.keys[0, :, columns]
+                layer.values[slot, :, end - len(columns) : end] = recorded.values[0, :, columns]
+        for slot, columns in zip(slots, prompts, strict=True):
+            self.starts[slot] = end - len(columns)
 
     def release(self, slot: int) -> None:
         """Nothing of this slot is needed any more, until it is filled again."""

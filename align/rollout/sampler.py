@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from align.data.packing import collate
+from align.data.packing import collate, path
 from align.models.policy import Policy, check_length
 from align.models.precision import autocast
 from align.options import GenerationOptions
@@ -146,14 +146,16 @@ class _Sampler:
                 use_cache=True,
                 segments=batch.segments,
             ).last_hidden_state
-        places = [batch.segments[distinct[id(r.prompt)]] for r in taken]
+        segments = batch.segments[-len(groups) :]  # in front of them, perhaps, a shared opening
+        columns = [path(batch, segment) for segment in segments]
+        places = [columns[distinct[id(r.prompt)]] for r in taken]
         slots = free[: len(taken)]
         if self.cache is None:
-            longest = max(p.stop - p.start for p in places)
+            longest = max(len(place) for place in places)
             self.cache = SlotCache(len(self.live), record, longest)
             self.last = torch.zeros(len(self.live), dtype=torch.int64, device=self.policy.device)
         self.cache.fill(slots, record, places)
-        ends = torch.tensor([p.stop - 1 for p in places], device=self.policy.device)
+        ends = torch.tensor([place[-1] for place in places], device=self.policy.device)
         for slot, request in zip(slots, taken, strict=True):
             self.live[slot] = request
         return self._draw(hidden[0, ends], slots)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from align.data.packing import collate, counted_coordinates, pack
+from align.data.packing import collate, counted_coordinates, pack, path
 from align.types import Segment, TokenBatch, TokenGroup, TokenSequence
 
 
@@ -24,7 +24,7 @@ LONE = group([], sequence([9, 10, 11], [True, False, True]))
 
 
 def test_a_pair_and_a_lone_sequence_lie_in_one_row() -> None:
-    batch = collate([PAIR, LONE], first_sequence=5)
+    batch = collate([PAIR, LONE])
     assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 3, 4, 5, 0, 1, 2]]
     assert batch.segment_ids.tolist() == [[1, 1, 1, 2, 2, 3, 3, 3, 4, 4, 4]]
@@ -35,9 +35,9 @@ def test_a_pair_and_a_lone_sequence_lie_in_one_row() -> None:
     assert batch.loss_mask.tolist() == [[False] * 3 + [True] * 5 + [False, False, True]]
     assert batch.segments == (
         Segment(row=0, start=0, stop=3),
-        Segment(row=0, start=3, stop=5, prefix_start=0, prefix_stop=3, sequence=5),
-        Segment(row=0, start=5, stop=8, prefix_start=0, prefix_stop=3, sequence=6),
-        Segment(row=0, start=8, stop=11, sequence=7),
+        Segment(row=0, start=3, stop=5, prefix_start=0, prefix_stop=3, sequence=0),
+        Segment(row=0, start=5, stop=8, prefix_start=0, prefix_stop=3, sequence=1),
+        Segment(row=0, start=8, stop=11, sequence=2),
     )
 
 
@@ -51,6 +51,53 @@ def test_counted_coordinates() -> None:
     which, offset = counted_coordinates(collate([PAIR, LONE]))
     assert which.tolist() == [0, 0, 1, 1, 1, 2]
     assert offset.tolist() == [0, 1, 0, 1, 2, 2]
+
+
+OPENING = [21, 22, 23, 24, 25, 26, 27, 28]
+
+
+def with_opening() -> list[TokenGroup]:
+    """A pair and a demonstration that open alike, as under one system prompt."""
+    demonstration = [*OPENING, 9, 10, 11], [False] * 9 + [True, True]
+    return [
+        group([*OPENING, 1, 2], sequence([4, 5]), sequence([6])),
+        group([], sequence(*demonstration)),
+    ]
+
+
+def test_what_all_groups_open_with_stands_in_the_row_once() -> None:
+    batch = collate(with_opening())
+    assert batch.input_ids.tolist() == [[*OPENING, 1, 2, 4, 5, 6, 9, 10, 11]]
+    assert batch.position_ids[0, 8:].tolist() == [8, 9, 10, 11, 10, 8, 9, 10]
+    assert batch.segment_ids[0, 8:].tolist() == [2, 2, 3, 3, 4, 5, 5, 5]
+    assert batch.prefix_ids[0, 8:].tolist() == [1, 1, 2, 2, 2, 1, 1, 1]
+    assert batch.predictor[0, 8:].tolist() == [7, 8, 9, 10, 9, 7, 13, 14]
+    assert batch.loss_mask[0, 8:].tolist() == [False] * 2 + [True] * 3 + [False, True, True]
+    which, offset = counted_coordinates(batch)
+    assert which.tolist() == [0, 0, 1, 2, 2]
+    assert offset.tolist() == [0, 1, 0, 9, 10]
+    columns = [path(batch, s) for s in batch.segments]
+    assert columns[2] == [*range(10), 10, 11]
+    assert columns[4] == [*range(8), 13, 14, 15]
+    assert batch.num_tokens == 16
+
+
+def test_the_opening_holds_nothing_that_counts_and_leaves_each_group_a_token() -> None:
+    same = [group([], sequence([*OPENING, 1, 2], [False] * 8 + [True] * 2)) for _ in range(2)]
+    assert collate(same).segments[0].stop == len(OPENING)
+    counted = [group([], sequence([*OPENING, 1, 2])) for _ in range(2)]
+    assert collate(counted).num_tokens == 20
+    equal = [group([*OPENING, 1], sequence([2])) for _ in range(2)]
+    assert [s.stop - s.start for s in collate(equal).segments] == [8, 1, 1, 1, 1]
+    short = [group([1, 2, 3], sequence([n])) for n in (4, 5)]
+    assert collate(short).num_tokens == 8
+
+
+def test_every_microbatch_has_its_own_copy_of_the_opening_within_the_budget() -> None:
+    groups = [group([*OPENING, n], sequence([n])) for n in range(30, 36)]
+    batches = pack(groups, tokens_per_microbatch=13)
+    assert [b.num_tokens for b in batches] == [12, 12, 12]
+    assert sorted(s.sequence for b in batches for s in b.sequences) == list(range(6))
 
 
 def test_packing_is_first_fit_by_falling_length_and_keeps_the_callers_numbers() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from align.data.packing import collate
+from align.data.packing import collate, path
 from align.models import Policy, load_policy, load_scalar_model
 from align.models.attention import DecodeState, segment_attention
 from align.types import AlignError, Segment, TokenBatch, TokenGroup, TokenSequence
@@ -38,20 +38,37 @@ def sequence(ids: np.ndarray) -> TokenSequence:
     return TokenSequence(ids, np.ones(len(ids), dtype=bool))
 
 
-@pytest.fixture(scope="module")
-def groups() -> list[TokenGroup]:
-    """A preference pair, a packed SFT row, and a prompt with three responses; windows are 5."""
+@pytest.fixture(scope="module", params=[0, 9], ids=["", "one_opening"])
+def groups(request: pytest.FixtureRequest) -> list[TokenGroup]:
+    """A preference pair, a packed SFT row, and a prompt with three responses; windows are 5.
+
+    With ``one_opening`` they all begin with the same nine tokens, of which nothing is learnt.
+    """
     rng = np.random.default_rng(0)
+    opening = tokens(rng, request.param)
+    lone = np.concatenate([opening, tokens(rng, 11)])
     return [
-        TokenGroup(tokens(rng, 9), (sequence(tokens(rng, 7)), sequence(tokens(rng, 1)))),
-        TokenGroup(np.zeros(0, np.int32), (sequence(tokens(rng, 11)),)),
-        TokenGroup(tokens(rng, 3), tuple(sequence(tokens(rng, n)) for n in (4, 12, 6))),
+        TokenGroup(
+            np.concatenate([opening, tokens(rng, 9)]),
+            (sequence(tokens(rng, 7)), sequence(tokens(rng, 1))),
+        ),
+        TokenGroup(
+            np.zeros(0, np.int32), (TokenSequence(lone, np.arange(len(lone)) >= len(opening)),)
+        ),
+        TokenGroup(
+            np.concatenate([opening, tokens(rng, 3)]),
+            tuple(sequence(tokens(rng, n)) for n in (4, 12, 6)),
+        ),
     ]
 
 
-def whole(group: TokenGroup, number: int) -> Tensor:
-    ids = np.concatenate([group.prefix_ids, group.continuations[number].input_ids])
-    return torch.from_numpy(ids).long()[None]
+def whole(group: TokenGroup, number: int) -> tuple[Tensor, Tensor]:
+    """Token ids ``[1,n]`` of one sequence alone, and which tokens count and can be predicted."""
+    continuation = group.continuations[number]
+    ids = np.concatenate([group.prefix_ids, continuation.input_ids])
+    counts = np.concatenate([np.zeros(len(group.prefix_ids), bool), continuation.loss_mask])
+    counts[0] = False
+    return torch.from_numpy(ids).long()[None], torch.from_numpy(counts)
 
 
 @pytest.fixture(scope="module", params=PACKABLE)
@@ -79,18 +96,13 @@ def test_packed_and_prefix_shared_is_the_sequences_alone(
     segments = iter(batch.sequences)
     for group in groups:
         for number in range(len(group.continuations)):
-            ids, segment = whole(group, number), next(segments)
-            start = max(len(group.prefix_ids), 1)
-            alone = trunk(input_ids=ids).last_hidden_state[0, len(group.prefix_ids) :]
-            assert alone.shape[0] == segment.stop - segment.start
-            torch.testing.assert_close(
-                hidden[segment.start : segment.stop], alone, rtol=1e-5, atol=1e-5
-            )
+            (ids, counts), columns = whole(group, number), path(batch, next(segments))
+            alone = trunk(input_ids=ids).last_hidden_state[0]
+            torch.testing.assert_close(hidden[columns], alone, rtol=1e-5, atol=1e-5)
             logprobs = eager(ids).logits[0].float().log_softmax(-1)
-            want.append(logprobs[start - 1 : -1].gather(-1, ids[0, start:, None])[:, 0])
+            found = logprobs[:-1].gather(-1, ids[0, 1:, None])[:, 0]
+            want.append(found[counts[1:]])
     wanted = torch.cat(want)
-    # the packed row without a prefix has nothing to predict its first token
-    assert len(got) == sum(len(c.input_ids) for g in groups for c in g.continuations) - 1
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)
 
     weights = torch.linspace(-1, 1, len(got))
@@ -127,7 +139,7 @@ def test_editing_a_neighbour_changes_the_others_by_exactly_0(
             continues = segment.prefix_stop > 0 and segment.prefix_start == edited.start
             if other == number or continues:
                 assert not torch.equal(after[columns], before[columns])
-            else:
+            elif edited.start not in path(batch, segment):  # a window may hide what is further up
                 assert torch.equal(after[columns], before[columns])
 
 
@@ -157,21 +169,26 @@ def dense(
     scores = query @ key.transpose(-1, -2) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    segment, prefix, position = batch.segment_ids, batch.prefix_ids, batch.position_ids
-    same = segment[:, :, None] == segment[:, None, :]
-    continues = (prefix[:, :, None] == segment[:, None, :]) & (prefix[:, :, None] > 0)
+    above = {0: set[int]()}  # segment -> itself and all that it continues
+    for row, before in zip(batch.segment_ids.tolist(), batch.prefix_ids.tolist(), strict=True):
+        for number, prefix in zip(row, before, strict=True):
+            above.setdefault(number, {number} | above[prefix])
+    allowed = torch.tensor(
+        [[[j in above[i] for j in row] for i in row] for row in batch.segment_ids.tolist()]
+    )
+    position = batch.position_ids
     distance = position[:, :, None] - position[:, None, :]
-    allowed = (same | continues) & (distance >= 0)
+    allowed &= distance >= 0
     if window is not None:
         allowed &= distance < window
     weights = scores.masked_fill(~allowed[:, None], float("-inf")).softmax(-1)
     out = (weights @ value).transpose(1, 2)
-    return torch.where(segment[:, :, None, None] > 0, out, 0.0)
+    return torch.where(batch.segment_ids[:, :, None, None] > 0, out, 0.0)
 
 
 def two_rows(groups: list[TokenGroup]) -> TokenBatch:
     """Rows of different length, the shorter one padded."""
-    first, second = collate(groups[:2]), collate(groups[2:], first_sequence=3)
+    first, second = collate(groups[:2]), collate(groups[2:])
     count, missing = len(first.segments), first.input_ids.shape[1] - second.input_ids.shape[1]
     assert missing > 0
 

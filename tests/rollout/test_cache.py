@@ -4,9 +4,8 @@ import torch
 from torch import Tensor
 
 from align.rollout.cache import SlotCache, recording_cache
-from align.types import Segment
 
-PROMPTS = [Segment(0, 0, 3), Segment(0, 3, 5)]
+PROMPTS = [[0, 1, 2], [3, 4]]
 
 
 def prefill(first: float) -> object:

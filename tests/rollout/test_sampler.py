@@ -108,10 +108,14 @@ def test_slots_and_prefills_change_no_result(
     torch.testing.assert_close(got.logprobs, want.logprobs, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("opening", [0, 11])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mistral", "gemma3"])
 def test_greedy_is_transformers_generate(
-    name: str, architecture: Callable[[str], Path], prompts: list[np.ndarray]
+    name: str, architecture: Callable[[str], Path], prompts: list[np.ndarray], opening: int
 ) -> None:
+    """Also where all prompts open alike and the prefill computes that once."""
+    system = np.arange(20, 20 + opening, dtype=np.int32)
+    prompts = [np.concatenate([system, prompt]) for prompt in prompts]
     folder = str(architecture(name))
     policy = load_policy(folder, device=CPU, precision="fp32")
     plain = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
