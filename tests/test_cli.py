@@ -22,8 +22,8 @@ def _somewhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (shipped / "tiny" / "sft.yaml").write_text("# Fine-tune.\n" + BASE, encoding="utf-8")
     monkeypatch.setattr(recipes_io, "recipes_root", lambda: shipped)
     monkeypatch.chdir(tmp_path)
-    for name in cli.QUIET:
-        monkeypatch.setenv(name, cli.QUIET[name])
+    for name, value in {**cli.FAST, **cli.QUIET}.items():
+        monkeypatch.setenv(name, value)
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:

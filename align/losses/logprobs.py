@@ -1,7 +1,8 @@
 """Log-probabilities of given tokens without ever holding ``[N, V]`` logits.
 
-The linear layer and the log-sum-exp run over chunks of rows; the backward pass computes the chunk
-again instead of keeping it. Everything that is returned is float32, whatever the weights are.
+The linear layer and the log-sum-exp run over chunks of rows; the backward pass computes a chunk
+again instead of keeping it, unless there is only one. Everything that is returned is float32,
+whatever the weights are.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ def _logits(
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """Forward keeps ``lse`` and entropy, ``[N]`` each; backward recomputes the logits."""
+    """Forward keeps ``lse`` and entropy, ``[N]`` each, and one chunk's logits at most."""
 
     @staticmethod
     def forward(
@@ -119,6 +120,7 @@ class _TokenLogprobs(torch.autograd.Function):
         logprobs = hidden.new_empty(len(hidden), dtype=torch.float32)
         lse = torch.empty_like(logprobs)
         entropy, collision = torch.zeros_like(logprobs), torch.zeros_like(logprobs)
+        logits = None
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
             logits = _logits(hidden[part], weight, bias, softcap, temperature)
@@ -127,23 +129,26 @@ class _TokenLogprobs(torch.autograd.Function):
             if with_entropy:
                 probs = (logits - lse[part, None]).exp_()
                 collision[part] = probs.square().sum(-1).log()
-                entropy[part] = lse[part] - logits.mul_(probs).sum(-1)
+                entropy[part] = lse[part] - probs.mul_(logits).sum(-1)
         ctx.mark_non_differentiable(collision)
-        ctx.save_for_backward(hidden, weight, targets, bias, lse, entropy)
+        kept = logits if len(hidden) <= rows and any(ctx.needs_input_grad) else None
+        ctx.save_for_backward(hidden, weight, targets, bias, lse, entropy, kept)
         ctx.options = (temperature, softcap, rows, with_entropy)
         return logprobs, entropy, collision
 
     @staticmethod
     def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor, _: Any) -> Any:
-        hidden, weight, targets, bias, lse, entropy = ctx.saved_tensors
+        hidden, weight, targets, bias, lse, entropy, kept = ctx.saved_tensors
         temperature, softcap, rows, with_entropy = ctx.options
         needs_hidden, needs_weight, _, _, needs_bias, *_ = ctx.needs_input_grad
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        grad_weight = None
         grad_bias = torch.zeros_like(bias) if needs_bias else None
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
-            logits = _logits(hidden[part], weight, bias, softcap, temperature)
+            logits = kept
+            if logits is None:
+                logits = _logits(hidden[part], weight, bias, softcap, temperature)
             centred = logits - lse[part, None]
             probs = centred.exp()
             # d logprob / d logits = onehot - probs;  d entropy / d logits = -probs (log p + H)
@@ -160,8 +165,10 @@ class _TokenLogprobs(torch.autograd.Function):
             grad = grad.to(hidden.dtype)
             if grad_hidden is not None:
                 grad_hidden[part] = grad @ weight
-            if grad_weight is not None:
-                grad_weight += grad.T @ hidden[part]
-        if grad_weight is not None:
-            grad_weight = grad_weight.to(weight.dtype)
+            if needs_weight:
+                update = (grad.T @ hidden[part]).float()
+                grad_weight = update if grad_weight is None else grad_weight.add_(update)
+        if needs_weight:
+            nothing = torch.zeros_like(weight) if grad_weight is None else grad_weight
+            grad_weight = nothing.to(weight.dtype)
         return grad_hidden, grad_weight, None, None, grad_bias, None, None
