@@ -55,12 +55,22 @@ def check(command: str, recipe: Any) -> Iterator[str]:
     """The lines that ``align check`` prints. Keys and values were validated on reading."""
     yield f"command     align {command}"
     yield f"output_dir  {recipe.output_dir}{_output_note(recipe)}"
+    if isinstance(recipe, DPORecipe):
+        from align.stages.dpo_options import check_options
+
+        check_options(recipe)
+    for term in getattr(recipe, "reward", ()):
+        if term.function:
+            from align.rewards.function import load_function
+
+            yield f"reward      {load_function(term.function).name}: found"
     rows = 0
     for name in ("train", "test"):
         for source in getattr(recipe.data, name):
             count, line = _count_rows(source, recipe.data, KINDS[command])
             rows += count if name == "train" else 0
-            yield f"data.{name:<6} {line}"
+            label = "data" if isinstance(recipe, EvalRecipe | GenerateRecipe) else f"data.{name}"
+            yield f"{label:<11} {line}"
     yield from _schedule(recipe, rows)
     yield from _models(command, recipe)
 
@@ -76,7 +86,9 @@ def _count_rows(source: DataSource, data: DataConfig, kind: Kind) -> tuple[int, 
     if not path.exists():
         if looks_like_hub_id(source.path):
             return 0, f"{source.path} [{source.split}]: a hub data set; rows not counted"
-        return 0, f"{source.path}: not there yet{_did_you_mean(path)}; rows not counted"
+        if path.parent.is_dir():
+            raise AlignError(f"data: {path}: no such file or folder{_did_you_mean(path)}")
+        return 0, f"{source.path}: not there yet, nor is its folder; rows not counted"
     sources = with_columns((source,), data.columns)
     loaded = load_examples(sources, kind=kind, on_bad_row=data.on_bad_row)
     dropped = sum(sum(report.dropped.values()) for report in loaded.reports)
@@ -102,6 +114,8 @@ def looks_like_hub_id(name: str) -> bool:
 
 def _output_note(recipe: Any) -> str:
     folder = Path(recipe.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise AlignError(f"output_dir: {folder} is a file; name a folder")
     if not (folder.is_dir() and any(folder.iterdir())):
         return ""
     if recipe.overwrite:

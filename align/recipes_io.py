@@ -7,8 +7,8 @@ relative to the folder that the command runs in. OmegaConf parses; ``recipe_buil
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +16,14 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from align.config import EvalRecipe, GenerateRecipe, PPORecipe
+from align.config import (
+    CommonRecipe,
+    DataConfig,
+    EvalRecipe,
+    GenerateRecipe,
+    PPORecipe,
+    SFTRecipe,
+)
 from align.recipe_builder import KeyProblem, build, nearest
 from align.types import AlignError
 
@@ -25,12 +32,19 @@ R = TypeVar("R")
 COMMAND_LINE = "command line"
 
 
-def load_recipe(cls: type[R], recipe: str, overrides: Sequence[str] = ()) -> R:
+def load_recipe(
+    cls: type[R],
+    recipe: str,
+    overrides: Sequence[str] = (),
+    *,
+    others: Mapping[str, type] | None = None,
+) -> R:
     """Read a recipe and its overrides into ``cls``; later overrides win.
 
     An override replaces what the key held. ``data=FILE`` replaces the training data and drops the
     recipe's own test data, so that ``data.test_fraction`` of FILE is held out instead;
-    ``data.train=FILE`` replaces the training data alone.
+    ``data.train=FILE`` replaces the training data alone. ``others``, command -> recipe class, is
+    for the hint when the recipe is for another command.
 
     Raises:
         AlignError: One line with the file, the key, what it got and what is allowed.
@@ -46,6 +60,9 @@ def load_recipe(cls: type[R], recipe: str, overrides: Sequence[str] = ()) -> R:
     except KeyProblem as problem:
         overridden = any(_covers(key, problem.key) for key in from_command_line)
         where = COMMAND_LINE if overridden else path
+        meant = None if overridden else _meant_for(tree, cls, others or {})
+        if meant:
+            raise AlignError(f"{path}: is a recipe for `align {meant}`; run that") from problem
         raise AlignError(f"{where}: {problem}") from problem
     return built
 
@@ -185,6 +202,16 @@ def _resolved(tree: dict[str, Any], path: Path) -> Any:
         raise AlignError(f"{path}: {_first_line(error)}") from error
 
 
+def _meant_for(tree: Mapping[str, Any], cls: type, others: Mapping[str, type]) -> str | None:
+    """The one command whose recipes have every section of this one, where ``cls`` has not."""
+
+    def fits(other: type) -> bool:
+        return tree.keys() <= {f.name for f in fields(other)}
+
+    fitting = [command for command, other in others.items() if fits(other)]
+    return fitting[0] if len(fitting) == 1 and not fits(cls) else None
+
+
 def _covers(override: str, key: str) -> bool:
     """Whether the override set this key, something around it or something inside it."""
     return f"{key}.".startswith((f"{override}.", f"{override}[")) or override.startswith(f"{key}.")
@@ -207,7 +234,26 @@ def _escaped(value: Any) -> Any:
 
 
 def _check_whole(recipe: Any) -> None:
-    """What depends on several keys at once."""
+    """What depends on several keys at once; a key that would change nothing is refused too."""
+    learns_from_all = isinstance(recipe, CommonRecipe) and not isinstance(recipe, SFTRecipe)
+    if learns_from_all and recipe.data.loss_on != "auto":
+        raise KeyProblem("data.loss_on", "is for sft only: here every response token counts")
+    if isinstance(recipe, GenerateRecipe) and recipe.gradient_checkpointing:
+        raise KeyProblem("gradient_checkpointing", "has no effect without training; remove it")
+    if isinstance(recipe, EvalRecipe):
+        plain = DataConfig()
+        for key in ("max_tokens", "test_fraction", "max_train_rows", "loss_on"):
+            if getattr(recipe.data, key) != getattr(plain, key):
+                raise KeyProblem(
+                    f"data.{key}",
+                    "has no effect in eval, which takes every prompt whole; remove it "
+                    "(data.max_test_rows takes a part of the prompts)",
+                )
+        if recipe.generation.samples_per_prompt != 1:
+            raise KeyProblem(
+                "generation.samples_per_prompt",
+                "must be 1: BLEU needs one answer to each prompt; see sampling.samples_per_prompt",
+            )
     if isinstance(recipe, PPORecipe):
         if not recipe.reward:
             raise KeyProblem("reward", "is empty; name a reward model, a function or a metric")

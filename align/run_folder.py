@@ -31,6 +31,8 @@ OURS = (
 )  # fmt: skip
 """What a run writes, and so all that ``overwrite=true`` removes."""
 
+RESULTS = tuple(name for name in OURS if name not in ("config.yaml", "manifest.json"))
+
 LIBRARIES = ("torch", "transformers", "accelerate", "peft", "datasets", "tokenizers", "sacrebleu")
 
 
@@ -68,7 +70,7 @@ class Run:
             self._open(resume, overwrite)
 
     def _open(self, resume: str, overwrite: bool) -> None:
-        held = (self.folder / "manifest.json").exists()
+        held = self._holds_a_run()
         if held and overwrite:
             for name in OURS:
                 _remove(self.folder / name)
@@ -82,10 +84,30 @@ class Run:
         except OSError as error:
             raise AlignError(f"output_dir: {self.folder}: {error.strerror}") from error
         if held and not overwrite:
-            text = (self.folder / "manifest.json").read_text(encoding="utf-8")
-            self._previous = json.loads(text)
+            self._previous = self._read_manifest()
         else:
             self.begin()
+
+    def _holds_a_run(self) -> bool:
+        """Whether there is anything to lose: a run that failed at its data has nothing to show."""
+        if not (self.folder / "manifest.json").is_file():
+            return False
+        if any((self.folder / name).exists() for name in RESULTS):
+            return True
+        try:
+            return self._read_manifest().get("status") != "running"
+        except AlignError:
+            return True
+
+    def _read_manifest(self) -> dict[str, Any]:
+        path = self.folder / "manifest.json"
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise AlignError(
+                f"resume: {path}: cannot be read ({error}), so the run cannot go on; restore it, "
+                "or start anew with overwrite=true"
+            ) from error
 
     def begin(self) -> None:
         """Write down what this run is; nothing of an earlier run is left to go on with."""
@@ -135,7 +157,9 @@ class Run:
             if self.is_main and path.exists():
                 lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
                 kept = [line for line in lines if line.endswith("\n") and _step(line) <= step]
-                path.write_text("".join(kept), encoding="utf-8")
+                partial = path.with_suffix(".tmp")
+                partial.write_text("".join(kept), encoding="utf-8")
+                os.replace(partial, path)
 
     def append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Rows of a JSONL file in the folder."""

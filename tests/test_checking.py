@@ -108,10 +108,64 @@ def test_what_is_not_here_is_said_and_is_no_error(
     assert "some-org/never-downloaded-8b is not in the local cache; sizes not estimated" in out
     assert "some-org/some-data [train]: a hub data set; rows not counted" in out
     assert err == ""
-    assert cli.main(["check", "sft.yaml", "model=models/smal", "data=rowz.jsonl"]) == 0
+    assert cli.main(["check", "sft.yaml", "model=models/smal", "data=runs/a/rowz.jsonl"]) == 0
     out = capsys.readouterr().out
     assert "models/smal is not there yet (did you mean models/small?)" in out
-    assert "rowz.jsonl: not there yet" in out
+    assert "runs/a/rowz.jsonl: not there yet, nor is its folder" in out
+
+
+def test_a_missing_file_in_a_folder_that_is_there_is_an_error(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    Path("sft.yaml").write_text(f"model: {model}\noutput_dir: o\ndata: rowz.jsonl\n")
+    assert cli.main(["check", "sft.yaml"]) == 2
+    err = capsys.readouterr().err
+    assert err == "align: data: rowz.jsonl: no such file or folder (did you mean rows.jsonl?)\n"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "message"),
+    [
+        ("ppo", ["reward={function: math:sqrrt}"], "math has no function 'sqrrt'"),
+        ("ppo", ["output_dir=prompts.jsonl"], "output_dir: prompts.jsonl is a file"),
+        ("dpo", ["dpo.loss_type=sigmiod"], "dpo.loss_type"),
+        ("dpo", ["dpo.simpo_gamma=1"], "dpo.simpo_gamma: has an effect with loss_type=simpo only"),
+        ("dpo", ["dpo.loss_type=orpo", "dpo.reference=online"], "orpo has no reference"),
+        ("dpo", ["data.loss_on=all"], "data.loss_on: is for sft only"),
+        ("generate", ["gradient_checkpointing=true"], "gradient_checkpointing: has no effect"),
+    ],
+)
+def test_what_the_run_would_refuse_is_refused(
+    model: str,
+    capsys: pytest.CaptureFixture[str],
+    recipe: str,
+    overrides: list[str],
+    message: str,
+) -> None:
+    Path("prompts.jsonl").write_text('{"prompt": "a"}\n')
+    Path("pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    data = "pairs.jsonl" if recipe == "dpo" else "prompts.jsonl"
+    reward = "" if recipe == "dpo" else "reward: {metric: chrf}\n"
+    text = f"model: {model}\noutput_dir: o\ndata: {data}\n{reward}"
+    Path(f"{recipe}.yaml").write_text(text)
+    assert cli.main(["check", f"{recipe}.yaml"]) == 0
+    capsys.readouterr()
+    assert cli.main(["check", f"{recipe}.yaml", *overrides]) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_a_recipe_for_another_command_is_named(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = f"model: {model}\noutput_dir: o\ndata: x.jsonl\nkl: {{coef: 0.1}}\n"
+    Path("mine.yaml").write_text(text)
+    assert cli.main(["dpo", "mine.yaml"]) == 2
+    assert capsys.readouterr().err == "align: mine.yaml: is a recipe for `align ppo`; run that\n"
+    assert cli.main(["check", "dpo", "mine.yaml"]) == 2
+    assert "run `align check mine.yaml --stage dpo`" in capsys.readouterr().err
 
 
 def test_bad_rows_are_found_with_their_line(model: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import re
 import shlex
+import sys
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -164,9 +165,11 @@ def test_example_recipes_load() -> None:
 
 
 @pytest.mark.usefixtures("_examples")
-def test_example_rewards_run() -> None:
+def test_example_rewards_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", sys.path[:])
     reward = load_function("my_rewards:brevity")
     assert reward(["p"], ["one two"], [()]) == pytest.approx([-0.2])
+    del sys.modules["my_rewards"]
 
 
 def test_make_targets_exist() -> None:

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from align.data.chat import decode_response, encode_prompt, end_token_ids
+from align.data.chat import encode_prompt, end_token_ids
 from align.models import Policy, load_policy, load_tokenizer
 from align.options import GenerationOptions
-from align.rollout.experience import over_rollout, rollout_groups
+from align.rollout.experience import decode_rollout, over_rollout, rollout_groups
 from align.rollout.sampler import sample
 from align.types import AlignError, PromptExample, Rollout
 
@@ -76,12 +76,8 @@ class Answerer:
             prefill_tokens=self.tokens_per_microbatch,
             on_tokens=on_tokens,
         )
-        responses = [
-            decode_response(self.tokenizer, ids[mask].tolist(), end_ids=end_ids)
-            for ids, mask in zip(rollout.input_ids, rollout.response_mask, strict=True)
-        ]
         return Outputs(
-            responses,
+            decode_rollout(self.tokenizer, rollout, end_ids=end_ids),
             lengths=rollout.response_mask.sum(1).tolist(),
             finished=rollout.finished.tolist(),
             kl=reference.kl(rollout, options, self) if reference and sampled else None,
@@ -114,6 +110,9 @@ class Reference:
         return (rollout.logprobs - ref_logprobs).sum(1).tolist()
 
 
+_ROW = '{"prompt": ..., "response": "..."}'
+
+
 def read_outputs(path: str, examples: Sequence[PromptExample]) -> Outputs:
     """Somebody else's answers: JSONL rows with ``prompt`` and ``response``, in any order."""
     answers: dict[str, str] = {}
@@ -126,21 +125,23 @@ def read_outputs(path: str, examples: Sequence[PromptExample]) -> Outputs:
             continue
         try:
             row = json.loads(line)
-            key = _key(row["prompt"])
-            if key in answers:
-                raise AlignError(f"{path}:{number}: a second response to the same prompt")
-            if not isinstance(row["response"], str):
-                raise AlignError(f"{path}:{number}: response: is no string")
-            answers[key] = row["response"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise AlignError(
-                f"{path}:{number}: not a row with `prompt` and `response` ({error})"
-            ) from error
-    missing = [e.id for e in examples if _key(e.prompt) not in answers]
+        except json.JSONDecodeError as error:
+            raise AlignError(f"{path}:{number}: not JSON: {error}") from error
+        for name in ("prompt", "response"):
+            if not isinstance(row, dict) or name not in row:
+                raise AlignError(f"{path}:{number}: has no `{name}`; a row is {_ROW}")
+        key = _key(row["prompt"])
+        if key in answers:
+            raise AlignError(f"{path}:{number}: a second response to the same prompt; keep one")
+        if not isinstance(row["response"], str):
+            raise AlignError(f"{path}:{number}: response: wanted text; a row is {_ROW}")
+        answers[key] = row["response"]
+    missing = [e for e in examples if _key(e.prompt) not in answers]
     if missing:
         raise AlignError(
-            f"{path}: no response for {len(missing)} of {len(examples)} prompts, the first is "
-            f"{missing[0]}; every prompt of `data` needs one"
+            f"{path}: no response to {len(missing)} of {len(examples)} prompts; the first is "
+            f"{missing[0].id}: {_key(missing[0].prompt)[:60]}; `prompt` has to be word for word "
+            "that of `data`"
         )
     return Outputs([answers[_key(e.prompt)] for e in examples])
 

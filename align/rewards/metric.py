@@ -13,6 +13,7 @@ from align.types import AlignError, Text
 # effective order: a sentence without any 4-gram in common still scores for its shorter ones
 METRICS: dict[str, Metric] = {
     "chrf": CHRF(),
+    "chrf1": CHRF(beta=1),
     "chrf++": CHRF(word_order=2),
     "bleu": BLEU(effective_order=True),
 }

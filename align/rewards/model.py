@@ -16,9 +16,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from align.data.chat import encode_completion, encode_prompt
-from align.data.packing import pack
+from align.data.packing import longest_sequence, pack
 from align.models import load_scalar_model, load_tokenizer
-from align.models.policy import ScalarModel, batch_sequences
+from align.models.policy import ScalarModel, batch_sequences, check_length
 from align.types import Text, TokenGroup, TokenSequence
 
 
@@ -49,9 +49,10 @@ class ModelReward:
         training = self.model.training
         self.model.eval()
         scores = np.zeros(len(responses))
-        for batch in pack(
-            self._groups(prompts, responses), tokens_per_microbatch=self.tokens_per_microbatch
-        ):
+        groups = self._groups(prompts, responses)
+        longest = max(longest_sequence(group) for group in groups)
+        check_length(self.model, longest, "a prompt and its response have")
+        for batch in pack(groups, tokens_per_microbatch=self.tokens_per_microbatch):
             found = self.model(batch.to(self.model.device), at="last")
             scores[batch_sequences(batch)] = found.double().cpu().numpy()
         self.model.train(training)

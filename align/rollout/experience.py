@@ -8,9 +8,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from align.data.chat import decode_response
 from align.data.packing import counted_coordinates, pack
+from align.data.template import Tokenizer
 from align.losses import gae, masked_whiten, shape_rewards
 from align.types import Experience, Rollout, TokenBatch, TokenGroup, TokenSequence
+
+
+def decode_rollout(tokenizer: Tokenizer, rollout: Rollout, *, end_ids: Sequence[int]) -> list[str]:
+    """The text of each response, its end token removed."""
+    tokens, mask = rollout.input_ids.cpu(), rollout.response_mask.cpu()
+    return [
+        decode_response(tokenizer, ids[own].tolist(), end_ids=end_ids)
+        for ids, own in zip(tokens, mask, strict=True)
+    ]
 
 
 def rollout_groups(rollout: Rollout, samples_per_prompt: int) -> list[TokenGroup]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from align.config import DPOConfig, DPORecipe
 from align.data.packing import counted_coordinates
-from align.losses.dpo import LOSSES, LOSSES_WITHOUT_REFERENCE, dpo_loss, sft_term, wpo_weights
+from align.losses.dpo import LOSSES_WITHOUT_REFERENCE, dpo_loss, sft_term, wpo_weights
 from align.losses.logprobs import TokenStatistics
 from align.models import Policy, load_policy
 from align.models.load import weights_hash
@@ -32,9 +32,10 @@ from align.stages.common import (
     save_policy,
     trained_parameters,
 )
+from align.stages.dpo_options import check_options
 from align.stages.reference import ReferenceCache
 from align.training.loop import Measure, Measured, evaluate_groups, train
-from align.types import AlignError, TokenBatch, TokenGroup
+from align.types import TokenBatch, TokenGroup
 
 Reference = Callable[[TokenBatch, Sequence[int]], Tensor]
 """Reference log-probs of a batch's sequences, in the batch's order."""
@@ -42,7 +43,7 @@ Reference = Callable[[TokenBatch, Sequence[int]], Tensor]
 
 def run(recipe: DPORecipe) -> None:
     """Train ``recipe.model`` on preference pairs and save it in ``output_dir/model``."""
-    _check(recipe)
+    check_options(recipe)
     session = open_session(recipe, "dpo")
     train_data, test_data = load_data(session, recipe.data, "preference", seed=recipe.seed)
     policy = load_policy(
@@ -195,35 +196,3 @@ def _frozen(recipe: DPORecipe, session: Session) -> Policy:
     )
     reference.requires_grad_(False)
     return reference.eval()
-
-
-def _check(recipe: DPORecipe) -> None:
-    """Refuse a combination before anything is loaded."""
-    options = recipe.dpo
-    if options.loss_type not in LOSSES:
-        raise AlignError(
-            f"dpo.loss_type: got {options.loss_type!r}; allowed are {', '.join(LOSSES)}"
-        )
-    if options.loss_type in LOSSES_WITHOUT_REFERENCE and options.reference_model is not None:
-        raise AlignError(f"dpo.reference_model: {options.loss_type} has no reference; remove it")
-    if options.reference == "adapter_off" and recipe.lora is None:
-        raise AlignError("dpo.reference: adapter_off needs `lora`; use cached or online")
-    if options.reference == "adapter_off" and options.reference_model is not None:
-        raise AlignError("dpo.reference: adapter_off has no other reference_model; use cached")
-    ones = torch.ones(1)
-    try:
-        dpo_loss(
-            ones,
-            ones,
-            ones,
-            ones,
-            beta=options.beta,
-            loss_type=options.loss_type,
-            label_smoothing=options.label_smoothing,
-            f_divergence=options.f_divergence,
-            f_alpha=options.f_alpha,
-            chosen_lengths=ones,
-            rejected_lengths=ones,
-        )
-    except ValueError as error:
-        raise AlignError(f"dpo: {error}") from error

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from align.config import GenerateRecipe, PairsConfig
-from align.data.chat import decode_response
 from align.models import load_policy
 from align.progress import Progress, say
 from align.rewards import build_reward
 from align.rewards.model import reward_model_loader
+from align.rollout.experience import decode_rollout
 from align.rollout.sampler import sample
 from align.stages.common import load_data, open_session, policy_end_ids
 from align.training.distributed import gather_in_order, my_share
@@ -34,7 +34,7 @@ def run(recipe: GenerateRecipe) -> None:
     session = open_session(recipe, "generate")
     every_prompt = replace(recipe.data, test_fraction=0.0)
     prompts, _ = load_data(session, every_prompt, "prompt", seed=recipe.seed)
-    accelerator, tokenizer = session.accelerator, session.tokenizer
+    accelerator = session.accelerator
     policy = load_policy(
         recipe.model,
         device=accelerator.device,
@@ -56,10 +56,7 @@ def run(recipe: GenerateRecipe) -> None:
             prefill_tokens=recipe.tokens_per_microbatch,
             on_tokens=lambda n: bar.advance(steps=0, tokens=n),
         )
-    texts = [
-        decode_response(tokenizer, ids[mask].tolist(), end_ids=end_ids)
-        for ids, mask in zip(rollout.input_ids.cpu(), rollout.response_mask.cpu(), strict=True)
-    ]
+    texts = decode_rollout(session.tokenizer, rollout, end_ids=end_ids)
     finished = rollout.finished.tolist()
     packed = [(texts[i * k : (i + 1) * k], finished[i * k : (i + 1) * k]) for i in range(len(mine))]
     answers = gather_in_order(packed, accelerator)

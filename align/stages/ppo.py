@@ -19,11 +19,10 @@ import torch
 from torch import Tensor
 
 from align.config import PPORecipe
-from align.data.chat import decode_response
 from align.losses import adapt_kl_coef, explained_variance, masked_mean
 from align.models.load import weights_hash
 from align.progress import Progress, say
-from align.rollout.experience import make_experience, over_rollout, rollout_groups
+from align.rollout.experience import decode_rollout, make_experience, over_rollout, rollout_groups
 from align.rollout.sampler import sample
 from align.run_folder import change
 from align.stages.common import (
@@ -152,10 +151,7 @@ class _PPO:
     ) -> tuple[list[str], Tensor]:
         """The responses as text and their raw scores ``[B]``, one per row of the rollout."""
         k = self.recipe.generation.samples_per_prompt
-        responses = [
-            decode_response(self.session.tokenizer, ids[mask].tolist(), end_ids=self.end_ids)
-            for ids, mask in zip(rollout.input_ids, rollout.response_mask, strict=True)
-        ]
+        responses = decode_rollout(self.session.tokenizer, rollout, end_ids=self.end_ids)
         repeated = [example for example in examples for _ in range(k)]
         scores = self.roles.reward(
             [e.prompt for e in repeated], responses, [e.references for e in repeated]
@@ -221,7 +217,7 @@ class _PPO:
         mask = rollout.response_mask
         log_ratio = rollout.logprobs - experience.ref_logprobs
         kl = log_ratio.sum(1)
-        # constant per prompt at the optimum (REFERENCE a'): the live distance to it
+        # the same for every response to a prompt at the optimum: the live distance to it
         soft_value = (experience.scores - self.kl_coef * kl).view(-1, k)
         gap = {"optimality_gap": soft_value.std(1).mean().item()} if k > 1 else {}
         return gap | {

@@ -25,7 +25,7 @@ from align.progress import say
 from align.run_folder import change
 from align.stages.common import Session, Split, load_data, open_session, trained_parameters
 from align.training.loop import Measure, Measured, evaluate_groups, train
-from align.types import TokenBatch, TokenGroup
+from align.types import AlignError, TokenBatch, TokenGroup
 
 REFERENCE_PAIRS = 100
 """Training pairs whose 200 scores set the gain: their spread is known to about 5%."""
@@ -47,6 +47,11 @@ def run(recipe: RewardRecipe) -> None:
     model = session.accelerator.prepare(scalar)
     options = recipe.reward_model
     train_groups, test_groups = train_data.groups, test_data.groups
+    if options.use_margin and all(group.margin is None for group in train_groups):
+        raise AlignError(
+            "reward_model.use_margin: no training pair has a margin; name its column in "
+            "data.columns.margin, or leave use_margin out"
+        )
 
     def measure_of(groups: Sequence[TokenGroup]) -> Measure:
         def measure(batch: TokenBatch, members: Sequence[int]) -> Measured:

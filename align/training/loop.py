@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from align.data.packing import pack
+from align.data.packing import longest_sequence, pack
 from align.models.policy import check_length
 from align.options import OptimOptions, TrainOptions
 from align.progress import Progress, say
@@ -110,10 +110,6 @@ def train(
     after = evaluate()
     run.log(step, {f"eval_{k}": v for k, v in after.items()})
     return before, after
-
-
-def longest_sequence(group: TokenGroup) -> int:
-    return len(group.prefix_ids) + max(len(c.input_ids) for c in group.continuations)
 
 
 def num_steps(num_groups: int, options: TrainOptions) -> int:

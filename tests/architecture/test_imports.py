@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "config": set(),
     "recipe_builder": {"config"},
     "recipes_io": {"config", "recipe_builder"},
-    "checking": {"data", "models"} | CONFIG,
+    "checking": {"data", "models", "rewards", "stages"} | CONFIG,
     "cli": {"checking", "stages", "evaluation"} | CONFIG,
     "__main__": {"cli"},
     "__init__": set(),

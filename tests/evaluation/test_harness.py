@@ -206,10 +206,10 @@ def test_somebody_elses_outputs(
     assert theirs["length_mean"] is theirs["kl"] is theirs["eos_rate"] is None
     assert ours["kl"] is None  # greedy outputs have a log-ratio, and that is no KL
     missing = write_rows("missing.jsonl", answers[:-1])
-    with pytest.raises(AlignError, match=r"no response for 1 of 12 prompts.*prompts.jsonl:12"):
+    with pytest.raises(AlignError, match=r"no response to 1 of 12 prompts.*prompts.jsonl:12"):
         run_eval("b", f"models={{theirs: {missing}}}")
     broken = write_rows("broken.jsonl", [*answers[:2], {"prompt": "x"}])
-    with pytest.raises(AlignError, match=r"broken.jsonl:3: not a row with"):
+    with pytest.raises(AlignError, match=r"broken.jsonl:3: has no `response`"):
         run_eval("c", f"models={{theirs: {broken}}}")
 
 

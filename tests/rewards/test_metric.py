@@ -15,6 +15,7 @@ PROMPTS = ["p"] * 3
     ("name", "sentence_score"),
     [
         ("chrf", sacrebleu.sentence_chrf),
+        ("chrf1", lambda hyp, refs: sacrebleu.sentence_chrf(hyp, refs, beta=1)),
         ("chrf++", lambda hyp, refs: sacrebleu.sentence_chrf(hyp, refs, word_order=2)),
         ("bleu", lambda hyp, refs: sacrebleu.sentence_bleu(hyp, refs, use_effective_order=True)),
     ],
@@ -29,7 +30,7 @@ def test_equals_sacrebleu(name: str, sentence_score) -> None:
     assert got[0] > got[1] > got[2] == 0
 
 
-@pytest.mark.parametrize("name", ["chrf", "chrf++", "bleu"])
+@pytest.mark.parametrize("name", ["chrf", "chrf1", "chrf++", "bleu"])
 def test_a_copy_of_the_reference_scores_100(name: str) -> None:
     text = "in the beginning God created the heavens"
     assert MetricReward(name)(["p"], [text], [(text,)])[0] == pytest.approx(100)

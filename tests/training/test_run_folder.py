@@ -47,10 +47,25 @@ def test_manifest_says_what_was_run(tmp_path: Path) -> None:
 
 
 def test_a_run_is_never_written_over_unasked(tmp_path: Path) -> None:
-    open_run(tmp_path)
+    open_run(tmp_path).log(1, {"loss": 2.0})
     with pytest.raises(AlignError, match=r"already holds a run; add resume=auto .* overwrite=true"):
         open_run(tmp_path)
     assert open_run(tmp_path, resume="auto").folder == tmp_path
+
+
+def test_a_run_that_failed_before_it_had_results_is_in_nobodys_way(tmp_path: Path) -> None:
+    open_run(tmp_path)
+    run = open_run(tmp_path)
+    run.finish([["held out", "after"]])
+    with pytest.raises(AlignError, match="already holds a run"):
+        open_run(tmp_path)
+
+
+def test_a_broken_manifest_is_one_line(tmp_path: Path) -> None:
+    open_run(tmp_path).log(1, {"loss": 2.0})
+    (tmp_path / "manifest.json").write_text('{"stage": ')
+    with pytest.raises(AlignError, match=r"manifest.json: cannot be read .* overwrite=true"):
+        open_run(tmp_path, resume="auto")
 
 
 def test_overwrite_removes_what_a_run_writes_and_nothing_else(tmp_path: Path) -> None:
@@ -107,7 +122,7 @@ def test_only_the_same_run_goes_on(
         run.describe(start_weights=weights)
         return run
 
-    opened("optim: {lr: 0.1}", "f00", "abc", "never")
+    opened("optim: {lr: 0.1}", "f00", "abc", "never").log(1, {"loss": 2.0})
     before = manifest(tmp_path)
     run = opened(config, sha256, weights, "auto")
     # until it is known to be the same run, what the folder says of itself stays

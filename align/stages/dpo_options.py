@@ -1,0 +1,63 @@
+"""Which of DPO's options go together: what `align check` and the run itself refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from align.config import DPOConfig, DPORecipe
+from align.losses.dpo import LOSSES, LOSSES_WITHOUT_REFERENCE, dpo_loss
+from align.types import AlignError
+
+
+def _unless(allowed: str, key: str = "loss_type") -> Callable[[DPOConfig], str]:
+    why = f"has an effect with {key}={allowed} only"
+    return lambda options: "" if getattr(options, key) == allowed else why
+
+
+# a key -> why it has no effect under these options, if it has none
+IDLE_UNLESS: dict[str, Callable[[DPOConfig], str]] = {
+    "simpo_gamma": _unless("simpo"),
+    "orpo_coef": _unless("orpo"),
+    "f_alpha": _unless("alpha_divergence", "f_divergence"),
+    "reference": lambda o: (
+        f"{o.loss_type} has no reference" if o.loss_type in LOSSES_WITHOUT_REFERENCE else ""
+    ),
+}
+
+
+def check_options(recipe: DPORecipe) -> None:
+    """Refuse a combination before anything is loaded."""
+    options = recipe.dpo
+    if options.loss_type not in LOSSES:
+        raise AlignError(
+            f"dpo.loss_type: got {options.loss_type!r}; allowed are {', '.join(LOSSES)}"
+        )
+    if options.loss_type in LOSSES_WITHOUT_REFERENCE and options.reference_model is not None:
+        raise AlignError(f"dpo.reference_model: {options.loss_type} has no reference; remove it")
+    for key, needed in IDLE_UNLESS.items():
+        given = getattr(options, key)
+        if given != getattr(DPOConfig(), key) and needed(options):
+            raise AlignError(f"dpo.{key}: {needed(options)}; remove it")
+    if options.reference == "adapter_off" and recipe.lora is None:
+        raise AlignError("dpo.reference: adapter_off needs `lora`; use cached or online")
+    if options.reference == "adapter_off" and options.reference_model is not None:
+        raise AlignError("dpo.reference: adapter_off has no other reference_model; use cached")
+    ones = torch.ones(1)
+    try:
+        dpo_loss(
+            ones,
+            ones,
+            ones,
+            ones,
+            beta=options.beta,
+            loss_type=options.loss_type,
+            label_smoothing=options.label_smoothing,
+            f_divergence=options.f_divergence,
+            f_alpha=options.f_alpha,
+            chosen_lengths=ones,
+            rejected_lengths=ones,
+        )
+    except ValueError as error:
+        raise AlignError(f"dpo: {error}") from error
