@@ -1,10 +1,11 @@
 """Attention over packed rows: the one place that turns segments into what a backend wants.
 
-Each segment is a call of its own to scaled-dot-product attention, with the keys of all that it
-continues in front of its own. So no ``[T,T]`` mask exists, nothing is computed between
-neighbours, and a row may be as long as memory allows. The segments travel as an extra keyword of
-the model's forward to a function registered with transformers' ``AttentionInterface``, which any
-architecture on that interface calls. Decoding, one query per row against a cache, is its own case.
+A segment's keys are its own and those of all that it continues. Short segments of like lengths go
+into one padded call to scaled-dot-product attention, a long one into a call of its own. So no
+``[T,T]`` mask exists, hardly anything is computed between neighbours, and a row may be as long as
+memory allows. The segments travel as an extra keyword of the model's forward to a function
+registered with transformers' ``AttentionInterface``, which any architecture on that interface
+calls. Decoding, one query per row against a cache, is its own case.
 
 What it refuses: attention weights as an output, position biases (ALiBi, T5), attention sinks and
 sparse attention (GPT-OSS, DeepSeek 4), and a forward without segments, since that would attend
@@ -15,8 +16,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -64,11 +67,7 @@ def segment_attention(
         return _decode(query, key, value, decode, options), None
     if segments is None:
         raise RuntimeError(f"attention {BACKEND!r} was called without segments")
-    rows = [
-        _row(q, k, v, [s for s in segments if s.row == row], options)
-        for row, (q, k, v) in enumerate(zip(query, key, value, strict=True))
-    ]
-    return rows[0].unsqueeze(0) if len(rows) == 1 else torch.stack(rows), None
+    return _packed(query, key, value, tuple(segments), options), None
 
 
 AttentionInterface.register(BACKEND, segment_attention)
@@ -82,28 +81,133 @@ class _Options:
     softcap: float | None
 
 
-def _row(
-    query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], options: _Options
+SHORT = 256
+"""Keys up to which segments share a call: padding costs less than many small calls."""
+STEP = 32
+"""Tokens by which lengths may differ inside one padded call."""
+
+
+@dataclass(frozen=True)
+class _Bucket:
+    """Segments of one call, by the columns of the rows laid behind one another.
+
+    A lone segment is as long as it is; the others are padded, with columns of their own.
+
+    Attributes:
+        queries: int64 ``[n,L]``.
+        keys: int64 ``[n,S]``.
+        mask: bool ``[n,1,L,S]``, True = may be attended to; None for a lone segment.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    mask: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """All calls of one layer, and where each column finds its output.
+
+    Attributes:
+        order: int64 ``[B*T]`` index into the buckets' outputs laid behind one another, and one row
+            of zeros after them for padding columns.
+    """
+
+    buckets: tuple[_Bucket, ...]
+    order: Tensor
+
+
+@lru_cache(maxsize=16)  # every layer of a forward asks for the same plan
+def _plan(
+    segments: tuple[Segment, ...], rows: int, columns: int, window: int | None, device: torch.device
+) -> _Plan:
+    keys: dict[tuple[int, int, int], np.ndarray] = {}  # a segment's, those before it included
+    buckets: dict[object, list[Segment]] = {}
+    for s in segments:
+        own = np.arange(s.start, s.stop) + s.row * columns
+        before = keys[s.row, s.prefix_start, s.prefix_stop] if s.prefix_stop else own[:0]
+        keys[s.row, s.start, s.stop] = np.concatenate([before, own])
+        length, total = len(own), len(own) + len(before)
+        short = (-(-length // STEP), -(-total // STEP)) if total <= SHORT else s
+        buckets.setdefault(short, []).append(s)
+    order = np.full(rows * columns, -1, dtype=np.int64)
+    made, done = [], 0
+    for members in buckets.values():
+        seen = [keys[s.row, s.start, s.stop] for s in members]
+        lengths = [s.stop - s.start for s in members]
+        longest, most = max(lengths), max(map(len, seen))
+        for i, (length, columns_seen) in enumerate(zip(lengths, seen, strict=True)):
+            first = done + i * longest
+            order[columns_seen[len(columns_seen) - length :]] = np.arange(first, first + length)
+        done += len(members) * longest
+        made.append(_bucket(seen, lengths, longest, most, window, device))
+    order[order < 0] = done
+    return _Plan(tuple(made), torch.from_numpy(order).to(device))
+
+
+def _bucket(
+    seen: Sequence[np.ndarray],
+    lengths: Sequence[int],
+    longest: int,
+    most: int,
+    window: int | None,
+    device: torch.device,
+) -> _Bucket:
+    n = len(seen)
+    queries, keys = np.empty((n, longest), np.int64), np.empty((n, most), np.int64)
+    for i, (columns, length) in enumerate(zip(seen, lengths, strict=True)):
+        queries[i, :length], queries[i, length:] = columns[len(columns) - length :], columns[-1]
+        keys[i, : len(columns)], keys[i, len(columns) :] = columns, columns[-1]
+    mask = None
+    if n > 1:
+        totals = np.array([len(columns) for columns in seen])[:, None, None]
+        place = totals - np.array(lengths)[:, None, None] + np.arange(longest)[:, None]
+        distance = place - np.arange(most)
+        allowed = (distance >= 0) & (np.arange(most) < totals)
+        if window is not None:
+            allowed &= distance < window
+        # a query of padding is thrown away, but it has to look at something to be a number
+        allowed[..., 0] |= ~allowed.any(-1)
+        mask = torch.from_numpy(allowed[:, None]).to(device)
+    return _Bucket(torch.from_numpy(queries).to(device), torch.from_numpy(keys).to(device), mask)
+
+
+def _packed(
+    query: Tensor, key: Tensor, value: Tensor, segments: tuple[Segment, ...], options: _Options
 ) -> Tensor:
-    """One row, ``[heads,T,D]`` -> ``[T,heads,D]``; columns in no segment give zeros."""
-    lengths = [s.stop - s.start for s in segments]
-    padding = query.shape[1] - sum(lengths)
-    if padding:
-        lengths = [*lengths, padding]
-    # split, not slices: its backward is one concatenation instead of a zero tensor per segment
-    queries, keys, values = (t.split(lengths, dim=1) for t in (query, key, value))
-    seen: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # a segment's keys, all before included
+    """``[B,heads,T,D]`` -> ``[B,T,heads,D]``; columns in no segment give zeros."""
+    batch, heads, time, dim = query.shape
+    plan = _plan(segments, batch, time, options.window, query.device)
+    # one row of all heads per column; embedding, because its backward is fast on every device
+    flat = [t.transpose(1, 2).reshape(batch * time, -1) for t in (query, key, value)]
     outputs = []
-    for i, segment in enumerate(segments):
-        k, v = keys[i], values[i]
-        if segment.prefix_stop > segment.prefix_start:
-            before = seen[segment.prefix_start, segment.prefix_stop]
-            k, v = torch.cat([before[0], k], dim=1), torch.cat([before[1], v], dim=1)
-        seen[segment.start, segment.stop] = k, v
-        outputs.append(_causal(queries[i], k, v, options))
-    if padding:
-        outputs.append(torch.zeros_like(queries[-1]))
-    return torch.cat(outputs, dim=1).transpose(0, 1)
+    for bucket in plan.buckets:
+        places = (bucket.queries, bucket.keys, bucket.keys)
+        q, k, v = (
+            F.embedding(columns, t).unflatten(-1, (-1, dim)).transpose(1, 2)
+            for columns, t in zip(places, flat, strict=True)
+        )
+        if bucket.mask is None:
+            out = _causal(q[0], k[0], v[0], options)[None]
+        else:
+            out = _attend_grouped(q, k, v, bucket.mask, options)
+        outputs.append(out.transpose(1, 2).reshape(-1, heads * dim))
+    outputs.append(flat[0].new_zeros(1, heads * dim))
+    return F.embedding(plan.order, torch.cat(outputs)).view(batch, time, heads, dim)
+
+
+def _attend_grouped(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, options: _Options
+) -> Tensor:
+    """``[n,heads,L,D]`` queries, ``[n,kv,S,D]`` keys, ``[n,1,L,S]`` mask -> ``[n,heads,L,D]``."""
+    n, heads, length, dim = query.shape
+    kv = key.shape[1]
+    grouped = query.reshape(n * kv, heads // kv, length, dim)
+    key, value = (
+        t.reshape(n * kv, 1, -1, dim).expand(-1, heads // kv, -1, -1) for t in (key, value)
+    )
+    mask = mask.expand(-1, kv, -1, -1).reshape(n * kv, 1, length, -1)
+    return _attend(grouped, key, value, mask, False, options).view(n, heads, length, dim)
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, options: _Options) -> Tensor:
