@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+from transformers.utils import logging
+
 from align.models.load import load_causal_lm, load_tokenizer
 from align.types import AlignError
 
@@ -26,6 +28,7 @@ def main() -> int:
     parser.add_argument("gguf_file")
     parser.add_argument("folder")
     args = parser.parse_args()
+    logging.disable_progress_bar()  # it takes seconds
     try:
         convert(args.gguf_file, args.folder)
     except AlignError as error:
