@@ -56,8 +56,10 @@ EVAL  := $(RUNS)/eval/eval.json
 
 named  = $(filter $(1),$(MAKECMDGOALS))
 again  = $(if $(call named,$(1)),$(if $(AGAIN),again))
-# $(call align,COMMAND,STAGE): an interrupted run is started anew, hence overwrite
-align  = $(VENV)/bin/align $(1) $(SUITE)/$(2) overwrite=true $(if $(call named,$(2)),$(ARGS))
+# $(call align,COMMAND,STAGE): an interrupted run is started anew, unless ARGS say resume=auto
+ours   = $(if $(call named,$(1)),$(ARGS))
+align  = $(VENV)/bin/align $(1) $(SUITE)/$(2) \
+         $(if $(findstring resume=auto,$(call ours,$(2))),,overwrite=true) $(call ours,$(2))
 
 sft:   $(SFT)
 pairs: $(PAIRS)
@@ -94,7 +96,9 @@ $(EVAL): recipes/$(SUITE)/eval.yaml $(SFT) $(RM) $(PPO) $(DPO) $(call again,eval
 
 # the shipped base model of the tiny suite, made again from shipped text
 base: $(STAMP)
-	$(call align,sft,base)
+	$(PY) tools/tiny_model.py init runs/tiny/base_init
+	$(VENV)/bin/align sft tiny/base overwrite=true $(call ours,base)
+	$(PY) tools/tiny_model.py finish runs/tiny/base/model models/tiny
 
 clean-runs:
 	rm -rf $(RUNS)

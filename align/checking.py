@@ -116,7 +116,7 @@ def _output_note(recipe: Any) -> str:
     folder = Path(recipe.output_dir)
     if folder.exists() and not folder.is_dir():
         raise AlignError(f"output_dir: {folder} is a file; name a folder")
-    if not (folder.is_dir() and any(folder.iterdir())):
+    if not (folder / "manifest.json").is_file():
         return ""
     if recipe.overwrite:
         return " (holds a run, which is overwritten)"

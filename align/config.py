@@ -153,7 +153,7 @@ class PPOConfig:
     whiten_advantages: bool = True
     # variance 1, mean kept: changes the effective KL coefficient
     whiten_rewards: bool = False
-    # score of a response that did not end in EOS, in units above the reward's own mean;
+    # what a response that did not end in EOS is paid, where a reward model's own mean counts as 0;
     # null = its own score, judged as if it had ended there
     missing_eos_score: float | None = -1.0
     # iterations in which the critic alone learns

@@ -16,15 +16,8 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from align.config import (
-    CommonRecipe,
-    DataConfig,
-    EvalRecipe,
-    GenerateRecipe,
-    PPORecipe,
-    SFTRecipe,
-)
 from align.recipe_builder import KeyProblem, build, nearest
+from align.recipe_checks import check_whole
 from align.types import AlignError
 
 R = TypeVar("R")
@@ -56,7 +49,7 @@ def load_recipe(
         from_command_line.append(_apply(tree, override))
     try:
         built = build(cls, _resolved(tree, path))
-        _check_whole(built)
+        check_whole(built)
     except KeyProblem as problem:
         overridden = any(_covers(key, problem.key) for key in from_command_line)
         where = COMMAND_LINE if overridden else path
@@ -228,79 +221,3 @@ def _escaped(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_escaped(v) for v in value]
     return value.replace("${", "\\${") if isinstance(value, str) else value
-
-
-# ---------------------------------------------------------------- what one key cannot show
-
-
-def _check_whole(recipe: Any) -> None:
-    """What depends on several keys at once; a key that would change nothing is refused too."""
-    learns_from_all = isinstance(recipe, CommonRecipe) and not isinstance(recipe, SFTRecipe)
-    if learns_from_all and recipe.data.loss_on != "auto":
-        raise KeyProblem("data.loss_on", "is for sft only: here every response token counts")
-    if isinstance(recipe, GenerateRecipe) and recipe.gradient_checkpointing:
-        raise KeyProblem("gradient_checkpointing", "has no effect without training; remove it")
-    if isinstance(recipe, EvalRecipe):
-        plain = DataConfig()
-        for key in ("max_tokens", "test_fraction", "max_train_rows", "loss_on"):
-            if getattr(recipe.data, key) != getattr(plain, key):
-                raise KeyProblem(
-                    f"data.{key}",
-                    "has no effect in eval, which takes every prompt whole; remove it "
-                    "(data.max_test_rows takes a part of the prompts)",
-                )
-        if recipe.generation.samples_per_prompt != 1:
-            raise KeyProblem(
-                "generation.samples_per_prompt",
-                "must be 1: BLEU needs one answer to each prompt; see sampling.samples_per_prompt",
-            )
-    if isinstance(recipe, PPORecipe):
-        if not recipe.reward:
-            raise KeyProblem("reward", "is empty; name a reward model, a function or a metric")
-        if recipe.generation.top_p != 1:
-            raise KeyProblem("generation.top_p", "must be 1 for PPO: the ratio needs all tokens")
-        if recipe.generation.temperature == 0:
-            raise KeyProblem("generation.temperature", "is 0; PPO has to sample, such as at 0.7")
-        _check_ppo_batches(recipe)
-        _check_kl(recipe)
-    if isinstance(recipe, GenerateRecipe) and recipe.pairs:
-        if not recipe.reward:
-            raise KeyProblem("reward", "is empty; pairs are made by a reward, such as a metric")
-        if recipe.generation.samples_per_prompt < 2:
-            raise KeyProblem("generation.samples_per_prompt", "is 1; pairs need at least 2")
-    if isinstance(recipe, EvalRecipe) and (recipe.model is None) == (not recipe.models):
-        raise KeyProblem("models", "set `models` (name: folder) or `model`, not both or none")
-
-
-def _check_ppo_batches(recipe: PPORecipe) -> None:
-    k, batch = recipe.generation.samples_per_prompt, recipe.ppo.rollout_batch
-    if batch % k:
-        raise KeyProblem(
-            "ppo.rollout_batch", f"is {batch}, no multiple of generation.samples_per_prompt={k}"
-        )
-    if batch // k < recipe.ppo.num_minibatches:
-        raise KeyProblem(
-            "ppo.num_minibatches",
-            f"is {recipe.ppo.num_minibatches}, more than the {batch // k} prompts of an iteration "
-            "(ppo.rollout_batch / generation.samples_per_prompt)",
-        )
-    if recipe.lora is not None and recipe.lora.dropout:
-        raise KeyProblem("lora.dropout", "must be 0 in PPO, or old and new log-probs differ")
-
-
-def _check_kl(recipe: PPORecipe) -> None:
-    kl = recipe.kl
-    if kl.charge == "loss" and kl.estimator == "k1":
-        raise KeyProblem(
-            "kl.estimator",
-            "is k1, whose expected gradient as a loss is 0, so that it would charge nothing; "
-            "use k2 or k3, or kl.charge=reward",
-        )
-    if kl.adaptive and kl.coef == 0:
-        raise KeyProblem("kl.coef", "is 0 and would stay 0 with kl.adaptive; start above 0")
-    if kl.adaptive and recipe.ppo.rollout_batch >= 5 * kl.horizon:
-        raise KeyProblem(
-            "kl.horizon",
-            f"is {kl.horizon}; one rollout of {recipe.ppo.rollout_batch} could turn kl.coef "
-            f"negative; use more than {recipe.ppo.rollout_batch // 5}",
-        )

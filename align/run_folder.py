@@ -1,7 +1,8 @@
 """A run's folder: what was run on what, what was measured, and what lies where.
 
 ``config.yaml``, ``manifest.json`` and ``metrics.jsonl`` are written as the run goes on, so that a
-run that dies has told all it knew. A folder that holds a run is never written over unasked.
+run that dies has told all it knew. A folder that holds a run is never written over unasked, and
+what is to be replaced is kept until model and data of the new run are loaded.
 """
 
 from __future__ import annotations
@@ -30,8 +31,6 @@ OURS = (
     "margins.png",
 )  # fmt: skip
 """What a run writes, and so all that ``overwrite=true`` removes."""
-
-RESULTS = tuple(name for name in OURS if name not in ("config.yaml", "manifest.json"))
 
 LIBRARIES = ("torch", "transformers", "accelerate", "peft", "datasets", "tokenizers", "sacrebleu")
 
@@ -63,18 +62,26 @@ class Run:
             "hardware": _hardware(),
             "recipe": _lasting(config_yaml),
         }
-        # of the run that is resumed, until it is known that this is still the same run
+        # of the run that is resumed
         self._previous: dict[str, Any] | None = None
+        self._begun = False
         self._config_yaml = config_yaml
+        self._inputs = _inputs(yaml.safe_load(config_yaml))
         if is_main:
             self._open(resume, overwrite)
 
     def _open(self, resume: str, overwrite: bool) -> None:
-        held = self._holds_a_run()
-        if held and overwrite:
-            for name in OURS:
-                _remove(self.folder / name)
-        elif held and resume == "never":
+        """Refuse what cannot be; nothing is written or removed before `begin`."""
+        held = (self.folder / "manifest.json").is_file()
+        if self.folder.exists() and not self.folder.is_dir():
+            raise AlignError(f"output_dir: {self.folder} is a file; name a folder")
+        for path in self._inputs:
+            if any(_lies_in(path, self.folder / name) for name in OURS):
+                raise AlignError(
+                    f"output_dir: {self.folder} holds {path}, which this run reads and would write "
+                    "over; name another output_dir"
+                )
+        if held and resume == "never" and not overwrite:
             raise AlignError(
                 f"output_dir: {self.folder} already holds a run; add resume=auto to go on with it, "
                 "overwrite=true to replace it, or another output_dir"
@@ -85,19 +92,6 @@ class Run:
             raise AlignError(f"output_dir: {self.folder}: {error.strerror}") from error
         if held and not overwrite:
             self._previous = self._read_manifest()
-        else:
-            self.begin()
-
-    def _holds_a_run(self) -> bool:
-        """Whether there is anything to lose: a run that failed at its data has nothing to show."""
-        if not (self.folder / "manifest.json").is_file():
-            return False
-        if any((self.folder / name).exists() for name in RESULTS):
-            return True
-        try:
-            return self._read_manifest().get("status") != "running"
-        except AlignError:
-            return True
 
     def _read_manifest(self) -> dict[str, Any]:
         path = self.folder / "manifest.json"
@@ -110,11 +104,21 @@ class Run:
             ) from error
 
     def begin(self) -> None:
-        """Write down what this run is; nothing of an earlier run is left to go on with."""
-        self._previous = None
+        """Start anew, now that model and data are loaded: what an earlier run left goes.
+
+        Raises:
+            AlignError: The folder's run is done and left no checkpoint to go on from.
+        """
+        if self._previous is not None and self._previous.get("status") == "done":
+            raise AlignError(
+                f"resume: the run in {self.folder} is done and left no checkpoint; replace it with "
+                "overwrite=true, or name another output_dir"
+            )
         if self.is_main:
-            (self.folder / "config.yaml").write_text(self._config_yaml, encoding="utf-8")
-            self._write_manifest()
+            held = (self.folder / "manifest.json").is_file()
+            for name in OURS if held else ():
+                _remove(self.folder / name)
+        self._go()
 
     def resume(self) -> None:
         """Go on with the folder's run, if it is still the same run.
@@ -130,7 +134,13 @@ class Run:
                     f"resume: {self.folder}: {_first_difference(key, before, now)}; restore it, or "
                     "start anew with overwrite=true"
                 )
-        self.begin()
+        self._go()
+
+    def _go(self) -> None:
+        self._begun = True
+        if self.is_main:
+            (self.folder / "config.yaml").write_text(self._config_yaml, encoding="utf-8")
+            self._write_manifest()
 
     def describe(self, **facts: Any) -> None:
         """Add facts to the manifest: data reports, hashes, parameter counts."""
@@ -155,8 +165,9 @@ class Run:
         """Drop the rows of steps that a resumed run will do again, and what a crash cut short."""
         for path in (self.folder / "metrics.jsonl", self.folder / "samples.jsonl"):
             if self.is_main and path.exists():
-                lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-                kept = [line for line in lines if line.endswith("\n") and _step(line) <= step]
+                # not splitlines: a sampled text may hold U+2028, which is a line end to it
+                *lines, _cut_short = path.read_text(encoding="utf-8").split("\n")
+                kept = [f"{line}\n" for line in lines if _step(line) <= step]
                 partial = path.with_suffix(".tmp")
                 partial.write_text("".join(kept), encoding="utf-8")
                 os.replace(partial, path)
@@ -176,7 +187,7 @@ class Run:
             say(f"  -> {self.folder}")
 
     def _write_manifest(self) -> None:
-        if self.is_main and self._previous is None and self.folder.is_dir():
+        if self.is_main and self._begun:
             path = self.folder / "manifest.json"
             partial = path.with_suffix(".tmp")
             partial.write_text(json.dumps(self._manifest, indent=2) + "\n", encoding="utf-8")
@@ -206,13 +217,31 @@ def _lasting(config_yaml: str) -> dict[str, Any]:
     return flat
 
 
+def _inputs(recipe: Any, key: str = "") -> list[Path]:
+    """Every file and folder here that the recipe names as something to read."""
+    if isinstance(recipe, dict):
+        return [path for k, v in recipe.items() for path in _inputs(v, str(k))]
+    if isinstance(recipe, list):
+        return [path for value in recipe for path in _inputs(value, key)]
+    named = isinstance(recipe, str) and key not in ("output_dir", "config_yaml")
+    return [Path(recipe)] if named and Path(recipe).exists() else []
+
+
+def _lies_in(path: Path, place: Path) -> bool:
+    """Whether ``path`` is ``place`` or inside it, or ``place`` is inside ``path``."""
+    inner, outer = path.resolve(), place.resolve()
+    return inner == outer or outer in inner.parents
+
+
 def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
 def _first_difference(key: str, before: Any, now: Any) -> str:
     if key == "recipe":
-        name = next(k for k in {**before, **now} if before.get(k) != now.get(k))
+        missing = object()
+        names = {**before, **now}
+        name = next(k for k in names if before.get(k, missing) != now.get(k, missing))
         return f"{name} was {before.get(name)!r} and is now {now.get(name)!r}"
     if key == "data":
         return "a data file has changed since the run began (sha256, or what was read from it)"
@@ -238,7 +267,12 @@ def change(before: Mapping[str, float], after: Mapping[str, float]) -> list[list
 
 def _step(line: str) -> int:
     """The step that a row of metrics or samples belongs to; a row without one belongs to none."""
-    row = json.loads(line)
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise AlignError(
+            f"resume: a row of the run's own files is broken: {line[:60]!r}"
+        ) from error
     return int(row.get("step", row.get("iteration", 0)))
 
 

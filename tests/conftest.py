@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+from hypothesis import settings
 from jaxtyping import install_import_hook
 
 install_import_hook("align.losses", "beartype.beartype")
+settings.register_profile("align", deadline=None)  # a busy machine is no failure
+settings.load_profile("align")
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # as `align` sets it before it imports anything
 
 CHATML = (

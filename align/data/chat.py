@@ -161,23 +161,26 @@ def encode_examples(
     max_tokens: int,
     on_bad_row: Literal["stop", "skip"] = "stop",
     loss_on: LossOn = "auto",
-) -> tuple[list[TokenGroup], dict[str, int]]:
+) -> tuple[list[TokenGroup], list[int], dict[str, int]]:
     """Tokenise examples of any kind; a prompt becomes a group without continuations.
 
     Plain text over ``max_tokens`` is cut into consecutive pieces that lose no token and no
     prediction. Anything else that is longer, prompt and longest answer together, is a bad row.
 
     Returns:
-        The groups in order (``group.id`` says whose it is), and bad rows counted by reason.
+        The groups in order; for each the number of its example; and bad rows counted by reason.
     """
     groups: list[TokenGroup] = []
+    owners: list[int] = []
     dropped: Counter[str] = Counter()
     first = ""
-    for example in examples:
+    for number, example in enumerate(examples):
         try:
             group = _encode_one(tokenizer, example, loss_on)
             if isinstance(example, SFTExample) and example.text is not None:
-                groups += _cut(group, max_tokens)
+                pieces = _cut(group, max_tokens)
+                groups += pieces
+                owners += [number] * len(pieces)
                 continue
             too_long = _too_long(group, max_tokens)
         except AlignError as error:
@@ -186,6 +189,7 @@ def encode_examples(
             reason = "longer than data.max_tokens"
         if not too_long:
             groups.append(group)
+            owners.append(number)
             continue
         first = first or f"{example.id}: {too_long}"
         dropped[reason] += 1
@@ -193,7 +197,7 @@ def encode_examples(
             raise AlignError(f"{first}; {_SKIP}")
     if examples and not groups:
         raise AlignError(f"no usable row among {len(examples)}; the first: {first}")
-    return groups, dict(dropped)
+    return groups, owners, dict(dropped)
 
 
 def _encode_one(tokenizer: Tokenizer, example: Example, loss_on: LossOn) -> TokenGroup:

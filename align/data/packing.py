@@ -7,6 +7,7 @@ here: a group is placed whole, or gets a microbatch of its own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -33,8 +34,8 @@ def pack(groups: Sequence[TokenGroup], *, tokens_per_microbatch: int) -> list[To
     """
     numbered = list(zip(groups, _first_sequences(groups), strict=True))
     opening = _opening(groups)
-    lengths = [g.num_tokens - len(opening) for g in groups]
-    bins = _first_fit(lengths, tokens_per_microbatch - len(opening))
+    costs = [_cost(group, len(opening)) for group in groups]
+    bins = _first_fit(costs, tokens_per_microbatch - len(opening))
     return [_one_row((numbered[i] for i in sorted(members)), opening) for members in bins]
 
 
@@ -68,6 +69,19 @@ def path(batch: TokenBatch, segment: Segment) -> list[int]:
         columns = [*range(at.start, at.stop), *columns]
         at = by_bounds[at.row, at.prefix_start, at.prefix_stop] if at.prefix_stop else None
     return columns
+
+
+KEYS_PER_TOKEN = 4
+"""Keys that attention may copy for each token of the budget: what many short answers to one long
+prompt share, every one of them has copies of."""
+
+
+def _cost(group: TokenGroup, opening: int) -> int:
+    """Tokens of the budget that a group takes: its own, or its segments' keys if these are many."""
+    # a continuation without a prompt begins with the opening itself
+    keys = len(group.prefix_ids) * (1 + len(group.continuations))
+    keys += sum(len(c.input_ids) for c in group.continuations)
+    return max(group.num_tokens - opening, math.ceil(keys / KEYS_PER_TOKEN))
 
 
 def _first_sequences(groups: Sequence[TokenGroup]) -> list[int]:

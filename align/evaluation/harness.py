@@ -59,6 +59,7 @@ def run(recipe: EvalRecipe) -> None:
         "comparisons": [asdict(c) for c in evaluation.comparisons()],
         "copy_baseline": evaluation.copy_baseline(),
     }
+    session.begin()
     for name, rows in evaluation.outputs_rows().items():
         (session.folder / "outputs").mkdir(exist_ok=True)
         session.append(f"outputs/{name}.jsonl", rows)
@@ -80,6 +81,12 @@ class _Evaluation:
         self.device = state.device
         self.references = [e.references for e in examples]
         self.has_references = all(self.references)
+        if any(self.references) and not self.has_references:
+            bare = [e.id for e in examples if not e.references]
+            raise AlignError(
+                f"data: {len(bare)} of {len(examples)} rows have no references, the first is "
+                f"{bare[0]}; BLEU needs them in every row: add them or leave these rows out"
+            )
         self.rows: list[dict[str, Any]] = []
         self.outputs: dict[str, Outputs] = {}
         # metric -> model -> one number per prompt, in the prompts' order

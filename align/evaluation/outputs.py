@@ -50,9 +50,12 @@ class Answerer:
     ) -> None:
         self.tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
         self.policy = load_policy(
-            model, device=device, precision=precision, trust_remote_code=trust_remote_code
+            model,
+            device=device,
+            precision=precision,
+            trust_remote_code=trust_remote_code,
+            frozen=True,
         )
-        self.policy.requires_grad_(False).eval()
         self.tokens_per_microbatch = tokens_per_microbatch
 
     def answer(

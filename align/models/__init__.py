@@ -23,14 +23,18 @@ def load_policy(
     gradient_checkpointing: bool = False,
     trust_remote_code: bool = False,
     from_scratch: bool = False,
+    frozen: bool = False,
 ) -> Policy:
-    """The language model at ``model``, on ``device``, checked to be packable."""
+    """The language model at ``model``, on ``device``, checked to be packable.
+
+    ``frozen``: never trained, so that a GPU may hold it in bf16.
+    """
     precision = resolve_precision(precision, device)
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     loaded = load_causal_lm(
         model,
         tokenizer,
-        dtype=_dtype(precision, device, trained_whole=lora is None),
+        dtype=_dtype(precision, device, trained_whole=lora is None and not frozen),
         trust_remote_code=trust_remote_code,
         from_scratch=from_scratch,
     )
@@ -39,6 +43,8 @@ def load_policy(
     policy = Policy(loaded.to(device), precision=precision, name=model)
     if gradient_checkpointing:
         policy.enable_gradient_checkpointing()
+    if frozen:
+        policy.requires_grad_(False).eval()
     check_packable(policy)
     return policy
 

@@ -14,12 +14,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
 from align.data.chat import encode_completion, encode_prompt
 from align.data.packing import longest_sequence, pack
 from align.models import load_scalar_model, load_tokenizer
 from align.models.policy import ScalarModel, batch_sequences, check_length
-from align.types import Text, TokenGroup, TokenSequence
+from align.types import AlignError, Text, TokenGroup, TokenSequence
 
 
 class ModelReward:
@@ -35,7 +36,7 @@ class ModelReward:
         self.model, self.tokenizer = model, tokenizer
         self.tokens_per_microbatch = tokens_per_microbatch
         self.name = f"model:{model.name}"
-        self.mean = _recorded_mean(Path(model.name))
+        self.mean = _recorded_mean(model.name)
 
     @torch.no_grad()
     def __call__(
@@ -95,8 +96,20 @@ def reward_model_loader(
     return load
 
 
-def _recorded_mean(folder: Path) -> float:
-    path = folder / "reward_stats.json"
-    if not path.is_file():
+def _recorded_mean(model: str) -> float:
+    """From the file beside the weights, in a folder or on the hub; 0 where there is none."""
+    path = cached_file(
+        model,
+        "reward_stats.json",
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if path is None:
         return 0.0
-    return float(json.loads(path.read_text(encoding="utf-8"))["mean"])
+    try:
+        return float(json.loads(Path(path).read_text(encoding="utf-8"))["mean"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise AlignError(
+            f'reward model {model}: {path}: wanted {{"mean": number}}, as `align rm` writes it'
+        ) from error

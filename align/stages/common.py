@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -64,11 +64,23 @@ def open_session(recipe: CommonRecipe, stage: str) -> Session:
     )
     torch.manual_seed(recipe.seed)
     if recipe.trackers:
-        accelerator.init_trackers(f"align-{stage}", config={"recipe": to_yaml(recipe)})
-        run.trackers.append(lambda metrics, step: accelerator.log(metrics, step=step))
+        run.trackers.append(_tracker(accelerator, stage, to_yaml(recipe)))
     if accelerator.is_main_process:
         say(f"{stage}: {recipe.model} -> {recipe.output_dir} on {accelerator.device}")
     return Session(accelerator, run, tokenizer)
+
+
+def _tracker(accelerator: Accelerator, stage: str, recipe: str) -> Callable[..., None]:
+    """Accelerate's trackers, opened with the first numbers: by then the run has begun."""
+    opened: list[bool] = []
+
+    def log(metrics: dict[str, float], step: int) -> None:
+        if not opened:
+            accelerator.init_trackers(f"align-{stage}", config={"recipe": recipe})
+            opened.append(True)
+        accelerator.log(metrics, step=step)
+
+    return log
 
 
 def load_data(session: Session, data: DataConfig, kind: Kind, *, seed: int) -> tuple[Split, Split]:
@@ -146,7 +158,7 @@ def _read(
 def _encode(
     session: Session, examples: Sequence[Example], data: DataConfig
 ) -> tuple[Split, dict[str, int]]:
-    groups, dropped = encode_examples(
+    groups, owners, dropped = encode_examples(
         session.tokenizer,
         track(examples, "tokenise", shown=session.run.is_main),  # type: ignore[arg-type]
         max_tokens=data.max_tokens,
@@ -154,8 +166,7 @@ def _encode(
         loss_on=data.loss_on,
     )
     if dropped:
-        kept = {group.id for group in groups}
-        examples = [e for e in examples if e.id in kept]
+        examples = [examples[i] for i in dict.fromkeys(owners)]
     return Split(tuple(examples), groups), dropped
 
 

@@ -54,10 +54,13 @@ def run(recipe: DPORecipe) -> None:
         gradient_checkpointing=recipe.gradient_checkpointing,
         trust_remote_code=recipe.trust_remote_code,
     )
-    session.run.describe(start_weights=weights_hash(policy.inner), **trained_parameters(policy))
+    reference = _frozen(recipe, session)
+    models = [policy] if reference is None else [policy, reference]
+    hashes = [weights_hash(model.inner) for model in models]
+    session.run.describe(start_weights=hashes, **trained_parameters(policy))
     train_groups, test_groups = train_data.groups, test_data.groups
-    train_reference = _reference(recipe, session, policy, train_groups)
-    test_reference = _reference(recipe, session, policy, test_groups)
+    train_reference = _reference(recipe, session, policy, reference, train_groups)
+    test_reference = _reference(recipe, session, policy, reference, test_groups)
     model = session.accelerator.prepare(policy)
 
     def measure_with(reference: Reference) -> Measure:
@@ -149,7 +152,11 @@ def sequence_sums(values: Tensor, batch: TokenBatch) -> tuple[Tensor, Tensor]:
 
 
 def _reference(
-    recipe: DPORecipe, session: Session, policy: Policy, groups: Sequence[TokenGroup]
+    recipe: DPORecipe,
+    session: Session,
+    policy: Policy,
+    frozen: Policy | None,
+    groups: Sequence[TokenGroup],
 ) -> Reference:
     """Where reference log-probs come from: disk, the adapter switched off, or a second model."""
     if recipe.dpo.loss_type in LOSSES_WITHOUT_REFERENCE:
@@ -162,9 +169,8 @@ def _reference(
 
     if recipe.dpo.reference == "adapter_off":
         return adapter_switched_off
-    reference = policy
-    if recipe.dpo.reference_model is not None or recipe.dpo.reference == "online":
-        reference = _frozen(recipe, session)
+    # a new adapter changes nothing yet, so before training the policy is its own reference
+    reference = frozen or policy
 
     @torch.no_grad()
     def online(batch: TokenBatch, members: Sequence[int]) -> Tensor:
@@ -172,7 +178,6 @@ def _reference(
 
     if recipe.dpo.reference == "online":
         return online
-    # a new adapter changes nothing yet, so the policy itself is its own reference here
     cache = ReferenceCache.compute(
         reference,
         groups,
@@ -185,14 +190,16 @@ def _reference(
     return cache.lookup
 
 
-def _frozen(recipe: DPORecipe, session: Session) -> Policy:
+def _frozen(recipe: DPORecipe, session: Session) -> Policy | None:
+    """The second model, where the recipe needs one."""
+    if recipe.dpo.reference_model is None and recipe.dpo.reference != "online":
+        return None
     if recipe.dpo.reference_model is not None:
         require_same_vocabulary("dpo.reference_model", recipe.dpo.reference_model, recipe, session)
-    reference = load_policy(
+    return load_policy(
         recipe.dpo.reference_model or recipe.model,
         device=session.accelerator.device,
         precision=recipe.precision,
         trust_remote_code=recipe.trust_remote_code,
+        frozen=True,
     )
-    reference.requires_grad_(False)
-    return reference.eval()

@@ -64,8 +64,6 @@ def run(recipe: GenerateRecipe) -> None:
         return
     rows = _score(recipe, prompts.examples, answers, accelerator)
     session.run.begin()
-    for name in ("samples.jsonl", "pairs.jsonl"):  # of a run that was cut short
-        (session.run.folder / name).unlink(missing_ok=True)
     session.run.append("samples.jsonl", rows)
     report = [["sampled", ""], ["responses", str(len(rows))]]
     report.append(["ended by themselves", f"{np.mean([r['finished'] for r in rows]):.1%}"])

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from align.config import PPORecipe
 from align.losses import adapt_kl_coef, explained_variance, masked_mean
-from align.models.load import weights_hash
 from align.progress import Progress, say
 from align.rollout.experience import decode_rollout, make_experience, over_rollout, rollout_groups
 from align.rollout.sampler import sample
@@ -47,7 +46,7 @@ def run(recipe: PPORecipe) -> None:
     prompts, held_out = load_data(session, recipe.data, "prompt", seed=recipe.seed)
     roles = load_roles(recipe, session)
     session.run.describe(
-        start_weights=weights_hash(roles.actor.inner),
+        start_weights=roles.weights,
         reward=roles.reward.name,
         actor=trained_parameters(roles.actor),
         critic=trained_parameters(roles.critic),

@@ -11,22 +11,27 @@ from torch import Tensor
 
 from align.config import PPORecipe
 from align.models import Policy, ScalarModel, load_policy, load_scalar_model
+from align.models.load import weights_hash
 from align.models.lora import adapter_off
 from align.progress import say
 from align.rewards import build_reward
-from align.rewards.model import reward_model_loader
+from align.rewards.model import ModelReward, reward_model_loader
 from align.stages.common import Session, require_same_vocabulary, same_vocabulary
 from align.types import RewardSource, TokenBatch
 
 
 @dataclass(frozen=True)
 class Roles:
-    """``ref_logprobs`` gives the frozen reference's log-probs of a batch's counted tokens."""
+    """``ref_logprobs`` gives the frozen reference's log-probs of a batch's counted tokens.
+
+    ``weights`` has the hash of every model that the run starts from.
+    """
 
     actor: Policy
     critic: ScalarModel
     reward: RewardSource
     ref_logprobs: Callable[[TokenBatch], Tensor]
+    weights: dict[str, str]
 
 
 def load_roles(recipe: PPORecipe, session: Session) -> Roles:
@@ -40,16 +45,24 @@ def load_roles(recipe: PPORecipe, session: Session) -> Roles:
         gradient_checkpointing=recipe.gradient_checkpointing,
         trust_remote_code=recipe.trust_remote_code,
     )
-    reward = build_reward(
-        recipe.reward,
-        load_model=reward_model_loader(
-            device,
-            precision=recipe.precision,
-            trust_remote_code=recipe.trust_remote_code,
-            tokens_per_microbatch=recipe.tokens_per_microbatch,
-        ),
+    weights = {"actor": weights_hash(actor.inner)}
+    load_model = reward_model_loader(
+        device,
+        precision=recipe.precision,
+        trust_remote_code=recipe.trust_remote_code,
+        tokens_per_microbatch=recipe.tokens_per_microbatch,
     )
-    return Roles(actor, _critic(recipe, session), reward, _reference(recipe, session, actor))
+
+    def load_and_hash(model: str) -> ModelReward:
+        source = load_model(model)
+        weights[f"reward {model}"] = weights_hash(source.model.inner)
+        return source
+
+    reward = build_reward(recipe.reward, load_model=load_and_hash)
+    critic = _critic(recipe, session)
+    weights["critic"] = weights_hash(critic.inner)
+    ref_logprobs = _reference(recipe, session, actor, weights)
+    return Roles(actor, critic, reward, ref_logprobs, weights)
 
 
 def _critic(recipe: PPORecipe, session: Session) -> ScalarModel:
@@ -83,7 +96,7 @@ def _critic(recipe: PPORecipe, session: Session) -> ScalarModel:
 
 
 def _reference(
-    recipe: PPORecipe, session: Session, actor: Policy
+    recipe: PPORecipe, session: Session, actor: Policy, weights: dict[str, str]
 ) -> Callable[[TokenBatch], Tensor]:
     temperature = recipe.generation.temperature
     if recipe.lora is not None and recipe.reference_model is None:
@@ -101,8 +114,9 @@ def _reference(
         device=session.accelerator.device,
         precision=recipe.precision,
         trust_remote_code=recipe.trust_remote_code,
+        frozen=True,
     )
-    reference.requires_grad_(False).eval()
+    weights["reference"] = weights_hash(reference.inner)
 
     @torch.no_grad()
     def frozen(batch: TokenBatch) -> Tensor:

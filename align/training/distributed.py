@@ -8,16 +8,28 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType, gather_object
 from torch.nn import functional as F
 
-from align.types import Rollout
+from align.types import AlignError, Rollout
 
 T = TypeVar("T")
 
 
 def make_accelerator(trackers: Sequence[str], output_dir: str) -> Accelerator:
-    """Precision is not set here: `models.precision` is its one place."""
+    """Precision is not set here: `models.precision` is its one place.
+
+    Raises:
+        AlignError: A tracker that Accelerate does not know, or whose package is not installed.
+    """
+    known = [str(t.value) for t in LoggerType if t is not LoggerType.ALL]
+    available = {str(getattr(t, "value", t)) for t in get_available_trackers()}
+    for name in trackers:
+        if name not in known:
+            raise AlignError(f"trackers: {name!r}: allowed are {', '.join(known)}")
+        if name not in available:
+            raise AlignError(f"trackers: {name} is not installed; pip install {name}")
     return Accelerator(
         mixed_precision="no",
         log_with=list(trackers) or None,

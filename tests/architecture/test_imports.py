@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[2] / "align"
 
 # imported by any room; they import nothing of this package but each other
 LEAVES = {"types", "options", "progress", "run_folder"}
-CONFIG = {"config", "recipe_builder", "recipes_io"}
+CONFIG = {"config", "recipe_builder", "recipe_checks", "recipes_io"}
 # room -> the rooms of this package that it may import, besides itself and types
 ALLOWED: dict[str, set[str]] = {
     "types": set(),
@@ -29,7 +29,8 @@ ALLOWED: dict[str, set[str]] = {
     "stages": {"losses", "data", "models", "rollout", "rewards", "training", "evaluation"} | CONFIG,
     "config": set(),
     "recipe_builder": {"config"},
-    "recipes_io": {"config", "recipe_builder"},
+    "recipe_checks": {"config", "recipe_builder"},
+    "recipes_io": {"config", "recipe_builder", "recipe_checks"},
     "checking": {"data", "models", "rewards", "stages"} | CONFIG,
     "cli": {"checking", "stages", "evaluation"} | CONFIG,
     "__main__": {"cli"},

@@ -238,7 +238,10 @@ def test_a_prompt_of_ten_thousand_tokens_is_told_and_not_cut(plain) -> None:
         "f.jsonl:2: prompt has 10000 tokens and its longest answer 2, more than "
         "data.max_tokens=1024; shorten it, raise data.max_tokens; or set data.on_bad_row=skip"
     )
-    groups, dropped = encode_examples(plain, [short, long], max_tokens=1024, on_bad_row="skip")
+    groups, owners, dropped = encode_examples(
+        plain, [long, short], max_tokens=1024, on_bad_row="skip"
+    )
+    assert owners == [1]
     assert [g.id for g in groups] == ["f.jsonl:1"]
     assert dropped == {"longer than data.max_tokens": 1}
 
@@ -258,7 +261,7 @@ def test_when_no_row_fits_skipping_is_an_error_too(plain) -> None:
 
 
 def test_prompts_become_groups_without_continuations(plain) -> None:
-    groups, _ = encode_examples(plain, [PromptExample(id="p:1", prompt="Who?")], max_tokens=99)
+    groups, _, _ = encode_examples(plain, [PromptExample(id="p:1", prompt="Who?")], max_tokens=99)
     assert plain.decode(groups[0].prefix_ids) == "<s>Who?"
     assert groups[0].continuations == ()
 
@@ -267,7 +270,7 @@ def test_prompts_become_groups_without_continuations(plain) -> None:
 def test_long_text_is_cut_into_pieces_that_lose_nothing(plain, max_tokens: int) -> None:
     example = SFTExample(id="x", text="And the earth was without form, and void.")
     (whole,) = encode_sft(plain, example).continuations
-    groups, dropped = encode_examples(plain, [example], max_tokens=max_tokens)
+    groups, _, dropped = encode_examples(plain, [example], max_tokens=max_tokens)
     assert dropped == {}
     assert max(g.num_tokens for g in groups) <= max_tokens
     pieces = [g.continuations[0].input_ids for g in groups]

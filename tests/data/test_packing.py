@@ -95,9 +95,17 @@ def test_the_opening_holds_nothing_that_counts_and_leaves_each_group_a_token() -
 
 def test_every_microbatch_has_its_own_copy_of_the_opening_within_the_budget() -> None:
     groups = [group([*OPENING, n], sequence([n])) for n in range(30, 36)]
-    batches = pack(groups, tokens_per_microbatch=13)
+    batches = pack(groups, tokens_per_microbatch=18)
     assert [b.num_tokens for b in batches] == [12, 12, 12]
     assert sorted(s.sequence for b in batches for s in b.sequences) == list(range(6))
+
+
+def test_many_answers_to_a_long_prompt_do_not_fill_memory_with_copies_of_its_keys() -> None:
+    long = list(range(100, 300))
+    groups = [group([*long, n], *(sequence([n]) for _ in range(50))) for n in range(1, 5)]
+    batches = pack(groups, tokens_per_microbatch=10_000)
+    # 200 shared tokens and 51 more each would all fit, but each answer has keys of 202 tokens
+    assert [len(b.sequences) for b in batches] == [150, 50]
 
 
 def test_packing_is_first_fit_by_falling_length_and_keeps_the_callers_numbers() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from align.data.packing import collate, path
-from align.models import Policy, load_policy, load_scalar_model
+from align.models import Policy, attention, load_policy, load_scalar_model
 from align.models.attention import DecodeState, segment_attention
 from align.types import AlignError, Segment, TokenBatch, TokenGroup, TokenSequence
 
@@ -206,9 +206,20 @@ def two_rows(groups: list[TokenGroup]) -> TokenBatch:
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("window", [None, 1, 5])
 @pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize(("short", "step"), [(256, 32), (0, 32), (16, 4)])
 def test_segment_attention_is_masked_softmax(
-    groups: list[TokenGroup], kv_heads: int, window: int | None, softcap: float | None
+    groups: list[TokenGroup],
+    monkeypatch: pytest.MonkeyPatch,
+    kv_heads: int,
+    window: int | None,
+    softcap: float | None,
+    short: int,
+    step: int,
 ) -> None:
+    """Whether segments share one padded call, have one each, or some this and some that."""
+    monkeypatch.setattr(attention, "SHORT", short)
+    monkeypatch.setattr(attention, "STEP", step)
+    attention._plan.cache_clear()
     batch = two_rows(groups)
     time = batch.input_ids.shape[1]
     torch.manual_seed(0)
@@ -229,6 +240,7 @@ def test_segment_attention_is_masked_softmax(
     assert weights is None
     torch.testing.assert_close(out.double(), want, rtol=0, atol=1e-6)
     assert not out[batch.segment_ids == 0].any()
+    attention._plan.cache_clear()
 
 
 @pytest.mark.parametrize("window", [None, 3])

@@ -206,7 +206,9 @@ def test_nothing_is_written_twice(run_generate: RunGenerate, read_jsonl: ReadJso
     before = [read_jsonl(folder / f"{n}.jsonl") for n in ("samples", "pairs")]
     with pytest.raises(AlignError, match="already holds a run"):
         run_generate("run")
-    run_generate("run", "pairs.min_margin=1", "resume=auto")
+    with pytest.raises(AlignError, match="generate has no checkpoints"):
+        run_generate("run", "pairs.min_margin=1", "resume=auto")
+    run_generate("run", "pairs.min_margin=1", "overwrite=true")
     assert [read_jsonl(folder / f"{n}.jsonl") for n in ("samples", "pairs")] == before
 
 

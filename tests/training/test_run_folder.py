@@ -13,8 +13,12 @@ from align.types import AlignError, SourceReport
 ReadJsonl = Callable[[Path], list[dict[str, Any]]]
 
 
-def open_run(folder: Path, **options: Any) -> Run:
-    return Run("sft", str(folder), config_yaml="seed: 3\n", seed=3, **options)
+def open_run(folder: Path, *, config_yaml: str = "seed: 3\n", **options: Any) -> Run:
+    """A run that has loaded what it needs and begins."""
+    run = Run("sft", str(folder), config_yaml=config_yaml, seed=3, **options)
+    if options.get("resume") != "auto":
+        run.begin()
+    return run
 
 
 def manifest(folder: Path) -> dict[str, Any]:
@@ -53,12 +57,42 @@ def test_a_run_is_never_written_over_unasked(tmp_path: Path) -> None:
     assert open_run(tmp_path, resume="auto").folder == tmp_path
 
 
-def test_a_run_that_failed_before_it_had_results_is_in_nobodys_way(tmp_path: Path) -> None:
-    open_run(tmp_path)
+def test_a_run_that_fails_before_it_begins_changes_nothing(tmp_path: Path) -> None:
+    open_run(tmp_path).log(1, {"loss": 2.0})
+    before = sorted(p.name for p in tmp_path.iterdir())
+    Run("sft", str(tmp_path), config_yaml="seed: 4\n", seed=4, overwrite=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+    assert manifest(tmp_path)["seed"] == 3
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_a_run_never_writes_over_what_it_reads(tmp_path: Path, overwrite: bool) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "pairs.jsonl").write_text("{}")
+    for text in (
+        f"model: {tmp_path}/model",
+        f"data: {{train: [{{path: {tmp_path}/pairs.jsonl}}]}}",
+    ):
+        with pytest.raises(AlignError, match="which this run reads and would write over"):
+            open_run(tmp_path, config_yaml=f"{text}\n", overwrite=overwrite)
+    elsewhere = tmp_path / "run"
+    assert open_run(elsewhere, config_yaml=f"model: {tmp_path}/model\n").folder == elsewhere
+
+
+def test_a_done_run_without_checkpoints_is_not_started_over(tmp_path: Path) -> None:
+    open_run(tmp_path).finish([["held out", "after"]])
+    with pytest.raises(AlignError, match=r"is done and left no checkpoint.*overwrite=true"):
+        open_run(tmp_path, resume="auto").begin()
+
+
+def test_rows_with_strange_line_ends_survive_a_resume(
+    tmp_path: Path, read_jsonl: ReadJsonl
+) -> None:
     run = open_run(tmp_path)
-    run.finish([["held out", "after"]])
-    with pytest.raises(AlignError, match="already holds a run"):
-        open_run(tmp_path)
+    run.append("samples.jsonl", [{"iteration": 1, "response": "a\u2028b\x85c"}])
+    run.forget_after(1)
+    text = (tmp_path / "samples.jsonl").read_text(encoding="utf-8")
+    assert json.loads(text)["response"] == "a\u2028b\x85c"
 
 
 def test_a_broken_manifest_is_one_line(tmp_path: Path) -> None:
@@ -117,7 +151,7 @@ def test_only_the_same_run_goes_on(
     tmp_path: Path, config: str, sha256: str, weights: str, match: str | None
 ) -> None:
     def opened(config_yaml: str, sha256: str, weights: str, resume: str) -> Run:
-        run = Run("sft", str(tmp_path), config_yaml=config_yaml, seed=3, resume=resume)
+        run = open_run(tmp_path, config_yaml=config_yaml, resume=resume)
         run.describe_data(train=(report(sha256),))
         run.describe(start_weights=weights)
         return run

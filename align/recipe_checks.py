@@ -1,0 +1,129 @@
+"""What one key of a recipe cannot show: keys that contradict each other, or that change nothing.
+
+A key that is accepted and does nothing is a run that is not what its recipe says, so it is refused
+unless it holds its default.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from align.config import (
+    CommonRecipe,
+    DataConfig,
+    EvalRecipe,
+    GenerateRecipe,
+    KLConfig,
+    PPORecipe,
+    SFTRecipe,
+)
+from align.recipe_builder import KeyProblem
+
+
+def check_whole(recipe: Any) -> None:
+    """Raise a ``KeyProblem`` about the first thing that is wrong."""
+    if isinstance(recipe, CommonRecipe):
+        _check_common(recipe)
+    if isinstance(recipe, EvalRecipe):
+        _check_eval(recipe)
+    if isinstance(recipe, GenerateRecipe):
+        _check_generate(recipe)
+    if isinstance(recipe, PPORecipe):
+        _check_ppo(recipe)
+
+
+def _check_common(recipe: CommonRecipe) -> None:
+    if recipe.resume == "auto" and recipe.overwrite:
+        raise KeyProblem("resume", "is auto, but overwrite=true starts anew; say one of them")
+    if recipe.data.loss_on != "auto" and not isinstance(recipe, SFTRecipe):
+        raise KeyProblem("data.loss_on", "is for sft only: here every response token counts")
+    optim = getattr(recipe, "optim", None)
+    if optim is not None and optim.schedule == "constant" and optim.final_lr_fraction:
+        raise KeyProblem("optim.final_lr_fraction", "has no effect with schedule=constant")
+
+
+def _check_eval(recipe: EvalRecipe) -> None:
+    if (recipe.model is None) == (not recipe.models):
+        raise KeyProblem("models", "set `models` (name: folder) or `model`, not both or none")
+    if recipe.data.train and recipe.data.test:
+        raise KeyProblem("data.train", "would not be read beside data.test; remove one of them")
+    for key in ("max_tokens", "test_fraction", "max_train_rows", "loss_on"):
+        if key in _changed(recipe.data):
+            raise KeyProblem(
+                f"data.{key}",
+                "has no effect in eval, which takes every prompt whole; remove it "
+                "(data.max_test_rows takes a part of the prompts)",
+            )
+    if recipe.generation.samples_per_prompt != 1:
+        raise KeyProblem(
+            "generation.samples_per_prompt",
+            "must be 1: BLEU needs one answer to each prompt; see sampling.samples_per_prompt",
+        )
+
+
+def _check_generate(recipe: GenerateRecipe) -> None:
+    if recipe.resume == "auto":
+        raise KeyProblem("resume", "is auto, but generate has no checkpoints; use overwrite=true")
+    if recipe.gradient_checkpointing:
+        raise KeyProblem("gradient_checkpointing", "has no effect without training; remove it")
+    for key in ("test_fraction", "max_test_rows"):
+        if key in _changed(recipe.data):
+            raise KeyProblem(f"data.{key}", "has no effect in generate, which holds out nothing")
+    if recipe.pairs and not recipe.reward:
+        raise KeyProblem("reward", "is empty; pairs are made by a reward, such as a metric")
+    if recipe.pairs and recipe.generation.samples_per_prompt < 2:
+        raise KeyProblem("generation.samples_per_prompt", "is 1; pairs need at least 2")
+
+
+def _check_ppo(recipe: PPORecipe) -> None:
+    if not recipe.reward:
+        raise KeyProblem("reward", "is empty; name a reward model, a function or a metric")
+    if recipe.generation.top_p != 1:
+        raise KeyProblem("generation.top_p", "must be 1 for PPO: the ratio needs all tokens")
+    if recipe.generation.temperature == 0:
+        raise KeyProblem("generation.temperature", "is 0; PPO has to sample, such as at 0.7")
+    _check_ppo_batches(recipe)
+    _check_kl(recipe)
+
+
+def _changed(data: DataConfig) -> set[str]:
+    """Keys that do not hold their default."""
+    plain = DataConfig()
+    return {key for key in vars(data) if getattr(data, key) != getattr(plain, key)}
+
+
+def _check_ppo_batches(recipe: PPORecipe) -> None:
+    k, batch = recipe.generation.samples_per_prompt, recipe.ppo.rollout_batch
+    if batch % k:
+        raise KeyProblem(
+            "ppo.rollout_batch", f"is {batch}, no multiple of generation.samples_per_prompt={k}"
+        )
+    if batch // k < recipe.ppo.num_minibatches:
+        raise KeyProblem(
+            "ppo.num_minibatches",
+            f"is {recipe.ppo.num_minibatches}, more than the {batch // k} prompts of an iteration "
+            "(ppo.rollout_batch / generation.samples_per_prompt)",
+        )
+    if recipe.lora is not None and recipe.lora.dropout:
+        raise KeyProblem("lora.dropout", "must be 0 in PPO, or old and new log-probs differ")
+
+
+def _check_kl(recipe: PPORecipe) -> None:
+    kl = recipe.kl
+    if kl.charge == "loss" and kl.estimator == "k1":
+        raise KeyProblem(
+            "kl.estimator",
+            "is k1, whose expected gradient as a loss is 0, so that it would charge nothing; "
+            "use k2 or k3, or kl.charge=reward",
+        )
+    for key in () if kl.adaptive else ("target", "horizon"):
+        if getattr(kl, key) != getattr(KLConfig(), key):
+            raise KeyProblem(f"kl.{key}", "has an effect with kl.adaptive=true only")
+    if kl.adaptive and kl.coef == 0:
+        raise KeyProblem("kl.coef", "is 0 and would stay 0 with kl.adaptive; start above 0")
+    if kl.adaptive and recipe.ppo.rollout_batch >= 5 * kl.horizon:
+        raise KeyProblem(
+            "kl.horizon",
+            f"is {kl.horizon}; one rollout of {recipe.ppo.rollout_batch} could turn kl.coef "
+            f"negative; use more than {recipe.ppo.rollout_batch // 5}",
+        )
