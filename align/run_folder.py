@@ -19,6 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import yaml
 
@@ -31,6 +32,9 @@ OURS = (
     "margins.png",
 )  # fmt: skip
 """What a run writes, and so all that ``overwrite=true`` removes."""
+
+RUNNING = ".running"
+"""Which process writes in a folder, while it does."""
 
 LIBRARIES = ("torch", "transformers", "accelerate", "peft", "datasets", "tokenizers", "sacrebleu")
 
@@ -90,8 +94,33 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise AlignError(f"output_dir: {self.folder}: {error.strerror}") from error
+        self._claim()
         if held and not overwrite:
             self._previous = self._read_manifest()
+
+    def _claim(self) -> None:
+        """Two runs in one folder would mix their rows: the second one is refused."""
+        path = self.folder / RUNNING
+        try:
+            other = json.loads(path.read_text(encoding="utf-8"))
+            alive = (
+                other["host"] == platform.node()
+                and other["pid"] != os.getpid()
+                and psutil.Process(other["pid"]).create_time() == other["started"]
+            )
+        except (OSError, ValueError, KeyError, psutil.Error):
+            alive = False  # nobody, or a run that was killed
+        if alive:
+            raise AlignError(
+                f"output_dir: {self.folder}: process {other['pid']} is running in it; wait for it, "
+                "or name another output_dir"
+            )
+        mine = {
+            "host": platform.node(),
+            "pid": os.getpid(),
+            "started": psutil.Process().create_time(),
+        }
+        path.write_text(json.dumps(mine) + "\n", encoding="utf-8")
 
     def _read_manifest(self) -> dict[str, Any]:
         path = self.folder / "manifest.json"
@@ -183,6 +212,7 @@ class Run:
         seconds = time.time() - self.started
         self.describe(status="done", seconds=round(seconds, 1), **facts)
         if self.is_main:
+            (self.folder / RUNNING).unlink(missing_ok=True)
             say(table(rows, title=f"\n{self.stage}: done in {duration(seconds)}"))
             say(f"  -> {self.folder}")
 

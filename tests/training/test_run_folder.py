@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import json
+import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from align.run_folder import Run, change, duration
@@ -95,6 +97,18 @@ def test_rows_with_strange_line_ends_survive_a_resume(
     assert json.loads(text)["response"] == "a\u2028b\x85c"
 
 
+def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
+    parent = psutil.Process().parent()
+    claim = {"host": platform.node(), "pid": parent.pid, "started": parent.create_time()}
+    (tmp_path / ".running").write_text(json.dumps(claim))
+    with pytest.raises(AlignError, match=rf"process {parent.pid} is running in it"):
+        open_run(tmp_path)
+    # a process that was killed, its number in use again
+    (tmp_path / ".running").write_text(json.dumps(claim | {"started": 1.0}))
+    open_run(tmp_path).finish([["held out", "after"]])
+    assert not (tmp_path / ".running").exists()
+
+
 def test_a_broken_manifest_is_one_line(tmp_path: Path) -> None:
     open_run(tmp_path).log(1, {"loss": 2.0})
     (tmp_path / "manifest.json").write_text('{"stage": ')
@@ -110,7 +124,7 @@ def test_overwrite_removes_what_a_run_writes_and_nothing_else(tmp_path: Path) ->
     (tmp_path / "model").mkdir()
     (tmp_path / "notes.txt").write_text("mine")
     open_run(tmp_path, overwrite=True)
-    found = sorted(p.name for p in tmp_path.iterdir())
+    found = sorted(p.name for p in tmp_path.glob("[!.]*"))
     assert found == ["config.yaml", "manifest.json", "notes.txt"]
 
 
