@@ -102,24 +102,17 @@ class Run:
         """Two runs in one folder would mix their rows: the second one is refused."""
         path = self.folder / RUNNING
         try:
-            other = json.loads(path.read_text(encoding="utf-8"))
-            alive = (
-                other["host"] == platform.node()
-                and other["pid"] != os.getpid()
-                and psutil.Process(other["pid"]).create_time() == other["started"]
-            )
-        except (OSError, ValueError, KeyError, psutil.Error):
+            host, process, started = json.loads(path.read_text(encoding="utf-8"))
+            elsewhere = host == platform.node() and process != os.getpid()
+            alive = elsewhere and psutil.Process(process).create_time() == started
+        except (OSError, ValueError, TypeError, psutil.Error):
             alive = False  # nobody, or a run that was killed
         if alive:
             raise AlignError(
-                f"output_dir: {self.folder}: process {other['pid']} is running in it; wait for it, "
-                "or name another output_dir"
+                f"output_dir: {self.folder}: process {process} is running in it; wait for it, or "
+                "name another output_dir"
             )
-        mine = {
-            "host": platform.node(),
-            "pid": os.getpid(),
-            "started": psutil.Process().create_time(),
-        }
+        mine = [platform.node(), os.getpid(), psutil.Process().create_time()]
         path.write_text(json.dumps(mine) + "\n", encoding="utf-8")
 
     def _read_manifest(self) -> dict[str, Any]:

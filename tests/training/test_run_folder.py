@@ -99,12 +99,12 @@ def test_rows_with_strange_line_ends_survive_a_resume(
 
 def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
     parent = psutil.Process().parent()
-    claim = {"host": platform.node(), "pid": parent.pid, "started": parent.create_time()}
+    claim = [platform.node(), parent.pid, parent.create_time()]
     (tmp_path / ".running").write_text(json.dumps(claim))
     with pytest.raises(AlignError, match=rf"process {parent.pid} is running in it"):
         open_run(tmp_path)
     # a process that was killed, its number in use again
-    (tmp_path / ".running").write_text(json.dumps(claim | {"started": 1.0}))
+    (tmp_path / ".running").write_text(json.dumps([*claim[:2], 1.0]))
     open_run(tmp_path).finish([["held out", "after"]])
     assert not (tmp_path / ".running").exists()
 
