@@ -22,14 +22,14 @@ PYTHON ?= $(if $(wildcard $(PY)),$(PY),python3)
 TORCH  ?= $(or $(file <$(VENV)/.torch),cpu)
 RUNS  := runs/$(SUITE)
 
-.PHONY: help venv base sft pairs rm ppo dpo eval test check format clean-runs again
+.PHONY: help venv base sft pairs rm ppo dpo eval test oracles check format clean-runs again
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
 help:
 	@sed -n 's/^#   //p' Makefile
-	@echo "targets: venv base sft pairs rm ppo dpo eval test check format clean-runs"
+	@echo "targets: venv base sft pairs rm ppo dpo eval test oracles check format clean-runs"
 	@echo "order:   sft, pairs, rm, ppo; dpo after pairs; eval after all (SUITE=$(SUITE))"
 
 # ---------------------------------------------------------------- environment
@@ -121,6 +121,11 @@ $(SMOLLM2)/config.json: | $(STAMP)
 
 test: $(STAMP)
 	$(PY) -m pytest $(ARGS)
+
+# every test and the long ones, which measure again what docs/trust.md says and docs/oracles/ draws
+oracles: $(STAMP)
+	ALIGN_TRUST=1 $(PY) -m pytest tests $(wildcard tests/*/long_*.py) $(ARGS)
+	$(PY) tools/make_trust.py
 
 check: $(STAMP)
 	$(VENV)/bin/ruff check .

@@ -15,6 +15,8 @@ import pytest
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
+from tests.trust import Trust
+
 install_import_hook("align.losses", "beartype.beartype")
 settings.register_profile("align", deadline=None)  # a busy machine is no failure
 settings.load_profile("align")
@@ -298,3 +300,9 @@ def assert_same_weights() -> Callable[[Path, Path], None]:
         assert different == []
 
     return check
+
+
+@pytest.fixture
+def trust(request: pytest.FixtureRequest) -> Trust:
+    """Asserts a figure and hands it on to docs/trust.md: see tests/trust.py."""
+    return Trust(request.node.nodeid.partition("[")[0])
