@@ -2,7 +2,7 @@
 
     def test_something(trust):
         trust.at_most("oracles", "DPO, tabular: KL(pi || pi*), nats", measured, 1e-6)
-        trust.row("faults", "kill -9 while a checkpoint is saved", found="resumed, equal", wanted="equal")
+        trust.row("faults", "kill -9 in a save", found="resumed, equal", wanted="equal weights")
 
 A row is written only where ALIGN_TRUST is set (`make oracles`), into docs/trust/<table>.json, under
 the name of what was measured: measuring again replaces it. tools/make_trust.py renders the page.
