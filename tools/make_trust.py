@@ -31,8 +31,8 @@ TABLES: dict[str, tuple[str, str]] = {
 HEAD = """\
 # What was checked
 
-Made by `make oracles` (`tools/make_trust.py`) from figures that the tests measured and asserted. The
-last column says which test; running it again measures again.
+Made by `make oracles` (`tools/make_trust.py`) from figures that the tests measured and asserted.
+The last column says which test; running it again measures again.
 """
 
 
