@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import os
 import re
 import shutil
@@ -56,7 +57,7 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         unknown = re.search(r"invalid choice: '(.*?)' \(choose from", message)
         if unknown and "COMMAND" in message:
-            near = get_close_matches(unknown[1], [*STAGES, "ls", "cp", "check"], n=1)
+            near = get_close_matches(unknown[1], [*STAGES, "ls", "cp", "check", "doctor"], n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             message = f"{unknown[1]}: no such command{hint}"
         print(f"align: {message}; see `{self.prog} --help`", file=sys.stderr)
@@ -64,13 +65,16 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, 1 internal error, 2 user's error, 130 Ctrl-C."""
+    """Run one command and return its exit code.
+
+    0, 1 internal error (or what `align doctor` found), 2 user's error, 130 Ctrl-C.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     args = _parser().parse_args([a for a in arguments if a != "--debug"])
     _set_up_libraries()
     try:
-        args.run(args)
+        return args.run(args) or 0
     except KeyboardInterrupt:
         if debug:
             traceback.print_exc()
@@ -85,7 +89,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         line, code = _explain(error)
         print(f"align: {line}", file=sys.stderr)
         return code
-    return 0
 
 
 def _explain(error: Exception) -> tuple[str, int]:
@@ -131,6 +134,11 @@ def _parser() -> argparse.ArgumentParser:
         "--stage", choices=list(STAGES), help="its command, where the file's name does not say it"
     )
     check.set_defaults(run=run_check)
+    doctor = commands.add_parser(
+        "doctor", help="say what is wrong with a run; exits with 1 if something is"
+    )
+    doctor.add_argument("folder", metavar="RUN", help="a run's folder, such as runs/tiny/ppo")
+    doctor.set_defaults(run=run_doctor)
     return parser
 
 
@@ -203,6 +211,25 @@ def run_check(args: argparse.Namespace) -> None:
     recipe_class = getattr(config, STAGES[command][0])
     for line in check(command, load_recipe(recipe_class, args.recipe, args.overrides)):
         print(line)
+
+
+def run_doctor(args: argparse.Namespace) -> int:
+    from align.doctor import RULES, closing_lines, diagnose, read_rows
+    from align.types import AlignError
+
+    folder = Path(args.folder)
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        stage = manifest["stage"]
+        rows = read_rows(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise AlignError(f"doctor: {folder} holds no run that can be read: {error}") from error
+    if stage not in RULES:
+        raise AlignError(f"doctor: {folder} is a run of {stage}; it knows {', '.join(RULES)}")
+    findings = diagnose(stage, rows, manifest)
+    for line in closing_lines(stage, rows, findings):
+        print(line)
+    return 1 if findings else 0
 
 
 if __name__ == "__main__":

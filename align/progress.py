@@ -76,3 +76,9 @@ def table(rows: Sequence[Sequence[str]], *, title: str) -> str:
 def say(text: str) -> None:
     """A line for the user, on stdout, at once."""
     print(text, flush=True)
+
+
+def warn(text: str) -> None:
+    """A line for the user on stderr, above a bar that may stand there."""
+    tqdm.write(f"align: warning: {text}", file=sys.stderr)
+    sys.stderr.flush()

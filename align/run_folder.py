@@ -23,7 +23,8 @@ import psutil
 import torch
 import yaml
 
-from align.progress import say, table
+from align import doctor
+from align.progress import say, table, warn
 from align.types import AlignError, SourceReport
 
 OURS = (
@@ -69,6 +70,9 @@ class Run:
         # of the run that is resumed
         self._previous: dict[str, Any] | None = None
         self._begun = False
+        # rows logged by this process, after how many of them the doctor looks, what it has told
+        self._logged, self._next_look = 0, doctor.FEWEST
+        self._told: set[str] = set()
         self._config_yaml = config_yaml
         self._inputs = _inputs(yaml.safe_load(config_yaml))
         if is_main:
@@ -182,6 +186,18 @@ class Run:
             line = {"step": step, "seconds": round(time.time() - self.started, 3), **metrics}
             with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
+            self._logged += 1
+            if self._logged >= self._next_look:
+                self._next_look = self._logged + 1 + self._logged // 10
+                self._look()
+
+    def _look(self) -> None:
+        """Ask the doctor, and tell the user of each kind of trouble once."""
+        rows = doctor.read_rows(self.folder)
+        for finding in doctor.diagnose(self.stage, rows, self._manifest):
+            if finding.kind not in self._told:
+                self._told.add(finding.kind)
+                warn(f"{self.stage}, step {rows[-1]['step']}: {finding}")
 
     def forget_after(self, step: int) -> None:
         """Drop the rows of steps that a resumed run will do again, and what a crash cut short."""
@@ -207,7 +223,16 @@ class Run:
         if self.is_main:
             (self.folder / RUNNING).unlink(missing_ok=True)
             say(table(rows, title=f"\n{self.stage}: done in {duration(seconds)}"))
+            if self.stage in doctor.RULES:
+                self._tell_findings()
             say(f"  -> {self.folder}")
+
+    def _tell_findings(self) -> None:
+        logged = doctor.read_rows(self.folder)
+        findings = doctor.diagnose(self.stage, logged, self._manifest)
+        self.describe(doctor=[asdict(finding) for finding in findings])
+        for line in doctor.closing_lines(self.stage, logged, findings):
+            say(f"  {line}")
 
     def _write_manifest(self) -> None:
         if self.is_main and self._begun:

@@ -39,6 +39,17 @@ def rollout_groups(rollout: Rollout, samples_per_prompt: int) -> list[TokenGroup
     ]
 
 
+def repetition(rollout: Rollout) -> float:
+    """Share of trigrams that their own response had before, over all responses; 0 to 1."""
+    lengths = rollout.response_mask.sum(1).tolist()
+    total = distinct = 0
+    for row, length in zip(rollout.input_ids.tolist(), lengths, strict=True):
+        trigrams = [tuple(row[i : i + 3]) for i in range(length - 2)]
+        total += len(trigrams)
+        distinct += len(set(trigrams))
+    return (total - distinct) / max(total, 1)
+
+
 @torch.no_grad()
 def over_rollout(
     rollout: Rollout,

@@ -21,7 +21,13 @@ from torch import Tensor
 from align.config import PPORecipe
 from align.losses import adapt_kl_coef, explained_variance, masked_mean
 from align.progress import Progress, say
-from align.rollout.experience import decode_rollout, make_experience, over_rollout, rollout_groups
+from align.rollout.experience import (
+    decode_rollout,
+    make_experience,
+    over_rollout,
+    repetition,
+    rollout_groups,
+)
 from align.rollout.sampler import sample
 from align.run_folder import change
 from align.stages.common import (
@@ -229,6 +235,7 @@ class _PPO:
             "entropy": -masked_mean(rollout.logprobs, mask).item(),
             "length_mean": mask.sum(1).float().mean().item(),
             "eos_rate": rollout.finished.float().mean().item(),
+            "repetition": repetition(rollout),
             "explained_variance": explained_variance(
                 experience.values, experience.returns, mask
             ).item(),

@@ -1,0 +1,218 @@
+"""Each warning fires on a run that is bad in its way, and none on a good one."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from align import doctor
+from align.cli import main
+from align.doctor import FEWEST, LIMITS, closing_lines, diagnose
+from tests.trust import Trust
+
+ROOT = Path(__file__).parents[1]
+STEPS = 40
+
+
+def line(start: float, end: float) -> Callable[[float], float]:
+    return lambda share: start + (end - start) * share
+
+
+# name -> how it goes over a run, from share 0 to 1: what a good one looks like
+GOOD: dict[str, dict[str, Callable[[float], float]]] = {
+    "sft": {"loss": line(3, 1.5), "grad_norm": line(2, 1)},
+    "rm": {"loss": line(0.69, 0.4), "grad_norm": line(2, 4)},
+    "dpo": {
+        "loss": line(0.69, 0.45),
+        "grad_norm": line(2, 3),
+        "rewards_chosen": line(0, -0.3),
+        "rewards_rejected": line(0, -1.2),
+    },
+    "ppo": {
+        "kl": line(0, 6),
+        "score_mean": line(0, 1),
+        "score_std": line(1, 1),
+        "length_mean": line(20, 24),
+        "repetition": line(0.02, 0.04),
+        "entropy": line(1.5, 0.9),
+        "eos_rate": line(0.97, 0.99),
+        "clip_fraction": line(0.05, 0.1),
+        "approx_kl": line(0.01, 0.005),
+        "explained_variance": line(-0.5, 0.6),
+        "grad_norm": line(0.5, 1),
+        "optimality_gap": line(0.8, 0.3),
+    },
+}
+HELD_OUT = {"sft": [3.0, 1.7], "rm": [0.69, 0.5], "dpo": [0.69, 0.5]}
+MANIFEST = {"train_rows": 500, "recipe": {"dpo.beta": 0.1}, "held_out": {"accuracy_of_longer": 0.6}}
+
+
+def rows(stage: str, **changed: Callable[[float], float]) -> list[dict[str, float]]:
+    names = GOOD[stage] | changed
+    training = [
+        {"step": i + 1, **{name: f(i / (STEPS - 1)) for name, f in names.items()}}
+        for i in range(STEPS)
+    ]
+    held_out = [
+        {"step": step, "eval_loss": loss, **({"eval_accuracy": 0.7} if stage == "rm" else {})}
+        for step, loss in zip((0, STEPS), HELD_OUT.get(stage, []), strict=False)
+    ]
+    return [*held_out[:1], *training, *held_out[1:]]
+
+
+# kind -> stage, what is different from a good run
+BAD: dict[str, tuple[str, dict[str, Callable[[float], float]]]] = {
+    "kl_over_budget": ("ppo", {"kl": line(0, 50)}),
+    "length_hacking": ("ppo", {"length_mean": line(20, 60)}),
+    "repetition_hacking": ("ppo", {"repetition": line(0.02, 0.5)}),
+    "entropy_collapse": ("ppo", {"entropy": line(1.5, 0.05)}),
+    "eos_falling": ("ppo", {"eos_rate": line(0.97, 0.4)}),
+    "clip_fraction": ("ppo", {"clip_fraction": line(0.1, 0.6)}),
+    "approx_kl": ("ppo", {"approx_kl": line(0.02, 0.3)}),
+    "critic_useless": ("ppo", {"explained_variance": line(0, -1)}),
+    "chosen_falling": ("dpo", {"rewards_chosen": line(0, -4), "rewards_rejected": line(0, -6)}),
+    "lr_too_high": ("sft", {"loss": line(3, 6)}),
+}
+
+
+@pytest.mark.parametrize("stage", GOOD)
+def test_silent_on_a_good_run(stage: str, trust: Trust) -> None:
+    assert diagnose(stage, rows(stage), MANIFEST) == []
+    trust.row("doctor", f"{stage}: a good run's numbers", found="silent", wanted="silent")
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_fires_on_a_bad_run(kind: str, trust: Trust) -> None:
+    stage, changed = BAD[kind]
+    found = diagnose(stage, rows(stage, **changed), MANIFEST)
+    assert [f.kind for f in found] == [kind]
+    assert f"{found[0].limit:.3g}".rstrip("0") in str(found[0]) or "%" in found[0].says
+    trust.row("doctor", f"{stage}: {kind}", found=str(found[0]), wanted="this finding alone")
+
+
+def test_fires_on_a_gradient_that_blows_up() -> None:
+    for stage in GOOD:
+        (found,) = diagnose(stage, rows(stage, grad_norm=lambda share: 90**share), MANIFEST)
+        assert found.kind == "lr_too_high"
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "longer", "rival"), [(0.55, 0.6, "longer"), (0.42, 0.4, "coin")]
+)
+def test_fires_on_a_reward_model_that_length_beats(
+    accuracy: float, longer: float, rival: str, trust: Trust
+) -> None:
+    logged = rows("rm")
+    logged[-1]["eval_accuracy"] = accuracy
+    (found,) = diagnose("rm", logged, MANIFEST | {"held_out": {"accuracy_of_longer": longer}})
+    assert found.kind == "reward_model_weak"
+    assert rival in found.says
+    trust.row("doctor", f"rm: {found.kind}, {rival}", found=str(found), wanted="this finding alone")
+
+
+@pytest.mark.parametrize("stage", ["sft", "rm", "dpo"])
+def test_fires_on_too_little_data(stage: str, trust: Trust) -> None:
+    (few,) = diagnose(stage, rows(stage), MANIFEST | {"train_rows": 20})
+    assert (few.kind, few.value) == ("too_little_data", 20)
+    logged = rows(stage)
+    logged[-1]["eval_loss"] = 1.1 * logged[0]["eval_loss"]
+    (overfit,) = diagnose(stage, logged, MANIFEST)
+    assert overfit.kind == "too_little_data"
+    trust.row("doctor", f"{stage}: overfitting", found=str(overfit), wanted="this finding alone")
+
+
+def test_an_adaptive_coefficient_has_its_own_budget() -> None:
+    recipe = {"kl.adaptive": True, "kl.target": 3.0}
+    assert diagnose("ppo", rows("ppo"), {"recipe": {"kl.adaptive": False, "kl.target": 3.0}}) == []
+    (found,) = diagnose("ppo", rows("ppo"), {"recipe": recipe})
+    assert (found.kind, found.limit) == ("kl_over_budget", 4.5)
+
+
+def test_length_alone_is_no_hacking() -> None:
+    """The score has to rise with it."""
+    changed = {"length_mean": line(20, 60), "score_mean": line(0, 0.1)}
+    assert diagnose("ppo", rows("ppo", **changed), MANIFEST) == []
+
+
+def test_a_trend_needs_some_rows() -> None:
+    bad = rows("ppo", kl=line(50, 50))
+    assert diagnose("ppo", bad[: FEWEST - 1], MANIFEST) == []
+    assert diagnose("ppo", bad[:FEWEST], MANIFEST) != []
+
+
+def test_every_kind_is_shown_to_fire_and_is_explained() -> None:
+    assert {*BAD, "reward_model_weak", "too_little_data"} == set(LIMITS)
+    page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    section = page.partition("## The run doctor")[2].partition("\n## ")[0]
+    told = dict(re.findall(r"^\| `(\w+)` \|[^|]*\|[^|]*?(-?[\d.]+)[^|]*\|", section, re.M))
+    assert {kind: float(limit) for kind, limit in told.items()} == LIMITS
+
+
+def test_the_distance_to_the_optimum_is_reported() -> None:
+    first, second = closing_lines("ppo", rows("ppo"), [])
+    assert first.startswith("distance to the optimum (optimality_gap): 0.755 -> 0.345")
+    assert second == "doctor: nothing found"
+
+
+# ---------------------------------------------------------------- a run, live and finished
+
+
+@pytest.fixture
+def logged_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., Path]:
+    """A run folder into which those rows were logged one by one, as a stage does."""
+    from align.run_folder import Run
+
+    def log(stage: str, found: list[dict[str, Any]]) -> Path:
+        run = Run(stage, str(tmp_path / "run"), config_yaml="model: m", seed=0)
+        run.describe(train_rows=500)
+        run.begin()
+        for row in found:
+            run.log(int(row["step"]), {k: v for k, v in row.items() if k != "step"})
+        run.finish([["held out", ""]])
+        return run.folder
+
+    return log
+
+
+def test_a_bad_run_is_told_once_live_and_again_at_the_end(
+    logged_run: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = logged_run("ppo", rows("ppo", kl=line(0, 50)))
+    out, err = capsys.readouterr()
+    (live,) = re.findall(r"align: warning: ppo, step (\d+): KL .* \[kl_over_budget\]", err)
+    assert int(live) < STEPS
+    assert "doctor: KL to the reference" in out
+    assert "optimality_gap" in out
+    (kept,) = json.loads((folder / "manifest.json").read_text("utf-8"))["doctor"]
+    assert kept["kind"] == "kl_over_budget"
+    assert main(["doctor", str(folder)]) == 1
+    assert "[kl_over_budget]" in capsys.readouterr().out
+
+
+def test_a_good_run_is_left_in_peace(
+    logged_run: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = logged_run("dpo", rows("dpo"))
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "doctor: nothing found" in out
+    assert json.loads((folder / "manifest.json").read_text("utf-8"))["doctor"] == []
+    assert main(["doctor", str(folder)]) == 0
+
+
+def test_what_is_no_run_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", str(tmp_path)]) == 2
+    assert "holds no run" in capsys.readouterr().err
+    (tmp_path / "manifest.json").write_text('{"stage": "eval"}', encoding="utf-8")
+    assert main(["doctor", str(tmp_path)]) == 2
+    assert "a run of eval" in capsys.readouterr().err
+
+
+def test_a_row_that_a_crash_cut_short_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st', encoding="utf-8")
+    assert doctor.read_rows(tmp_path) == [{"step": 1}]
