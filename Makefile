@@ -5,6 +5,7 @@
 #   make sft ARGS="train.epochs=2"                 run sft again with overrides
 #   make sft AGAIN=1                               run sft again, not what comes before it
 #   make -B ppo                                    run everything again that ppo needs
+#   make bench                                     side by side with TRL; ARGS=--full is the long form
 #   make venv TORCH=cuda                           torch with CUDA; the default is CPU only
 #   make venv PYTHON=python3.12                    another Python; 3.11 installs pinned versions
 
@@ -22,14 +23,14 @@ PYTHON ?= $(if $(wildcard $(PY)),$(PY),python3)
 TORCH  ?= $(or $(file <$(VENV)/.torch),cpu)
 RUNS  := runs/$(SUITE)
 
-.PHONY: help venv base sft pairs rm ppo dpo eval test oracles check format clean-runs again
+.PHONY: help venv base sft pairs rm ppo dpo eval test oracles check bench format clean-runs again
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
 help:
 	@sed -n 's/^#   //p' Makefile
-	@echo "targets: venv base sft pairs rm ppo dpo eval test oracles check format clean-runs"
+	@echo "targets: venv base sft pairs rm ppo dpo eval test oracles check bench format clean-runs"
 	@echo "order:   sft, pairs, rm, ppo; dpo after pairs; eval after all (SUITE=$(SUITE))"
 
 # ---------------------------------------------------------------- environment
@@ -132,6 +133,10 @@ check: $(STAMP)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(PY) -m pytest
+
+# with SmolLM2 where it was fetched (`make bench SUITE=smollm2` fetches it), else with models/tiny
+bench: $(STAMP) $(if $(filter smollm2,$(SUITE)),$(SMOLLM2)/config.json)
+	$(PY) -m benchmarks.run $(ARGS)
 
 format: $(STAMP)
 	$(VENV)/bin/ruff check --fix .

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Build the virtual environment that the Makefile uses: tools/make_venv.sh FOLDER
+# Build a virtual environment with torch and align: tools/make_venv.sh FOLDER [WHAT ...]
 #
+#   WHAT         what pip installs after torch (default: align itself, editable, with its tools)
 #   PYTHON       the Python to build it with (default python3)
 #   TORCH        cpu (default) or cuda; only Linux has two kinds of wheels
 #   TORCH_INDEX  where the CPU wheels of torch lie
@@ -10,6 +11,8 @@
 set -euo pipefail
 
 venv=$1
+shift
+[ $# -gt 0 ] || set -- -e '.[dev,gguf]'
 python=${PYTHON:-python3}
 torch=${TORCH:-cpu}
 index=${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}
@@ -60,5 +63,5 @@ if [ "$(uname -s)" = Linux ] && [ "$kind" != "$torch" ]; then
       fail "no $torch_wheel at $index; set TORCH_INDEX to a mirror, or TORCH=cuda for PyPI's build"
   fi
 fi
-pip install -qq "${constraints[@]}" -e '.[dev,gguf]'
+pip install -qq "${constraints[@]}" "$@"
 echo "$venv is ready after $((SECONDS - started)) s"

@@ -1,0 +1,187 @@
+"""Side by side with TRL and with the limit: ``make bench``, or ``python -m benchmarks.run --help``.
+
+Builds the peers' environments when they are missing, writes the same rows and starting weights for
+all sides, and measures every side of every stage in a process of its own, one after another, round
+by round: what else the machine does hits all of them alike. Results go to ``--folder``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import Job, write_job
+from benchmarks.plan import (
+    BATCH,
+    LONG,
+    LR,
+    PEER,
+    PEER_SETTINGS,
+    SHORT,
+    STAGES,
+    TINY,
+    Plan,
+    points,
+    rows_of,
+)
+from benchmarks.report import write_report
+
+ROOT = Path(__file__).parents[1]
+REQUIREMENTS = Path("benchmarks/requirements")
+SMOLLM2 = "models/smollm2-135m-instruct"
+
+
+def main() -> None:
+    args = _arguments()
+    plan = LONG if args.full else SHORT
+    model = Path(args.model)
+    folder = Path(args.folder) / model.name
+    folder.mkdir(parents=True, exist_ok=True)
+    pythons = {name: _environment(Path(args.folder), name) for name in sorted(set(PEER.values()))}
+    batches = {rows_of(s): (BATCH[s], plan.steps) for s in args.stages}
+    command = [sys.executable, "-m", "benchmarks.prepare", str(model), str(folder)]
+    _run([*command, json.dumps(batches)], folder / "prepare.log")
+    bench = Bench(folder, plan, pythons, json.loads((folder / "prepared.json").read_text()))
+    for number in range(plan.rounds):
+        for stage in args.stages:
+            bench.round(stage, number)
+            bench.save(args)
+    if not args.no_scaling:
+        for name, job in points(folder, full=args.full):
+            bench.measure(name, "align", [sys.executable, "-m", "benchmarks.scaling"], job, {})
+            bench.save(args)
+    print(write_report(folder / "results.json", folder))
+
+
+class Bench:
+    """Measurements as they come in, a list of dictionaries."""
+
+    def __init__(
+        self, folder: Path, plan: Plan, pythons: dict[str, str], facts: dict[str, Any]
+    ) -> None:
+        self.folder, self.plan, self.pythons, self.facts = folder, plan, pythons, facts
+        self.found: list[dict[str, Any]] = []
+
+    def round(self, stage: str, number: int) -> None:
+        """`align`, the peer and the limit once each."""
+        ours = [sys.executable, "-m", "benchmarks.align_stage"]
+        self.measure(stage, "align", ours, self.job(stage, "align", {}), {})
+        module = "benchmarks.trl_ppo" if stage == "ppo" else "benchmarks.trl_stage"
+        theirs = [self.pythons[PEER[stage]], "-m", module]
+        for settings in self.peer_settings(stage, number):
+            job = self.job(stage, PEER[stage], settings)
+            self.measure(stage, PEER[stage], theirs, job, settings)
+        if stage != "ppo":  # most of its time is sampling, which no product of a step stands for
+            limit = [sys.executable, "-m", "benchmarks.limit"]
+            job = self.job(stage, "limit", {"tokens": self.facts[rows_of(stage)][1:]})
+            self.measure(stage, "limit", limit, job, {})
+
+    def peer_settings(self, stage: str, number: int) -> Iterator[dict[str, Any]]:
+        """All of them in the first round of the long form, then the fastest of these."""
+        candidates = PEER_SETTINGS[stage]
+        if number == 0:
+            yield from candidates if self.plan.all_settings else candidates[:1]
+        else:
+            mine = [m for m in self.found if m["name"] == stage and m["side"] == PEER[stage]]
+            yield min(mine, key=lambda m: sum(m["seconds"]))["settings"]
+
+    def job(self, stage: str, side: str, settings: dict[str, Any]) -> Job:
+        ordered = "peer." if side.startswith("trl") and stage != "ppo" else ""
+        return Job(
+            stage=stage,
+            model=str(self.folder / "policy"),
+            reward_model=str(self.folder / "reward"),
+            data=str(self.folder / f"{rows_of(stage)}.{ordered}jsonl"),
+            folder=str(self.folder / "work" / f"{stage}-{side}"),
+            batch=BATCH[stage],
+            steps=self.plan.steps,
+            lr=LR[stage],
+            response_tokens=self.plan.response_tokens,
+            settings=settings,
+        )
+
+    def measure(
+        self, name: str, side: str, command: list[str], job: Job, settings: dict[str, Any]
+    ) -> None:
+        work = Path(job.folder)
+        work.mkdir(parents=True, exist_ok=True)
+        write_job(job, work / "job.json")
+        started = time.monotonic()
+        _run([*command, str(work / "job.json"), str(work / "result.json")], work / "log.txt")
+        result = json.loads((work / "result.json").read_text())
+        self.found.append({"name": name, "side": side, "settings": settings, **result})
+        steps = ", ".join(f"{s:.2f}" for s in result["seconds"])
+        took = time.monotonic() - started
+        print(f"{name:12} {side:11} {settings or ''} {steps} s a step ({took:.0f} s)", flush=True)
+
+    def save(self, args: argparse.Namespace) -> None:
+        """After every stage, so that an interrupted run is not lost."""
+        about = {
+            "model": args.model,
+            "form": "long" if args.full else "short",
+            "batch": BATCH,
+            "tokens": self.facts,
+            "threads": os.environ["OMP_NUM_THREADS"],
+            "processor": _processor(),
+            "load_average": os.getloadavg() if hasattr(os, "getloadavg") else None,
+        }
+        text = json.dumps({"about": about, "measurements": self.found}, indent=1)
+        (self.folder / "results.json").write_text(text, encoding="utf-8")
+
+
+def _environment(folder: Path, name: str) -> str:
+    """The Python of a peer's environment, built when its requirements have changed."""
+    venv = folder / "venvs" / name
+    wanted = (ROOT / REQUIREMENTS / f"{name}.txt").read_text()
+    stamp = venv / "built-from.txt"
+    if not stamp.is_file() or stamp.read_text() != wanted:
+        command = ["bash", "tools/make_venv.sh", str(venv), "-r", str(REQUIREMENTS / f"{name}.txt")]
+        subprocess.run(command, check=True, env={**os.environ, "PYTHON": sys.executable})
+        stamp.write_text(wanted)
+    return str(venv / "bin" / "python")
+
+
+def _run(command: list[str], log: Path) -> None:
+    """All sides run under the same environment variables, huge pages included."""
+    quiet = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment = {"THP_MEM_ALLOC_ENABLE": "1", **quiet, **os.environ, "PYTHONPATH": str(ROOT)}
+    with log.open("w", encoding="utf-8") as file:
+        code = subprocess.run(command, stdout=file, stderr=file, env=environment).returncode
+    if code:
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+        raise SystemExit(f"bench: {' '.join(command)} failed ({code}); {log} ends with\n{tail}")
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    flags = next((set(line.split()) for line in lines if line.startswith("flags")), set())
+    known = ("avx2", "avx512f", "avx512_bf16", "amx_tile")
+    instructions = ", ".join(flag for flag in known if flag in flags)
+    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores, {instructions}"
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="benchmarks.run", description=__doc__)
+    found = SMOLLM2 if Path(SMOLLM2, "config.json").is_file() else TINY
+    parser.add_argument("--model", default=found, help=f"folder; here {found}")
+    parser.add_argument("--full", action="store_true", help="the long form")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--no-scaling", action="store_true", help="leave out how cost grows")
+    parser.add_argument("--folder", default="runs/benchmarks", help="where results go")
+    args = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
+    return args
+
+
+if __name__ == "__main__":
+    os.chdir(ROOT)
+    main()

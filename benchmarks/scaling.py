@@ -1,0 +1,52 @@
+"""How the cost of a token grows: with sequence length, batch, vocabulary; and a start with pairs.
+
+`align` alone, through its command line. The first three train SmolLM2's shapes from random weights,
+fewer layers of them in the short form, on rows of real text; the last starts a reward model on
+1,000 to 100,000 pairs, with the shipped tiny model, and says what reading them takes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from align.models import load_tokenizer
+from benchmarks import align_stage
+from benchmarks.data import preference_rows, write_jsonl
+from benchmarks.measure import Job, main
+from benchmarks.plan import TINY
+
+
+def measure(job: Job) -> dict[str, Any]:
+    """A point: rows and a model of the wanted shape, then the measurement of any stage."""
+    model = TINY if job.stage == "rm" else _shaped(job)
+    wanted = job.settings["value"] if job.stage == "rm" else job.batch * job.steps
+    rows = preference_rows(load_tokenizer(model), wanted, seed=1, length=job.settings["length"])
+    if job.stage == "sft":
+        rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
+    data = Path(job.folder, "rows.jsonl")
+    write_jsonl(data, rows)
+    settings = {"from_scratch": "true"} if job.stage == "sft" else {}
+    found = align_stage.measure(
+        dataclasses.replace(job, model=model, data=str(data), settings=settings)
+    )
+    return {**found, "value": job.settings["value"]}
+
+
+def _shaped(job: Job) -> str:
+    """A folder with the model's config, changed, and its tokenizer: weights are made anew."""
+    folder = Path(job.folder, "model")
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(job.model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((folder / "config.json").read_text())
+    config["num_hidden_layers"] = job.settings["layers"] or config["num_hidden_layers"]
+    config["vocab_size"] = job.settings["vocabulary"] or config["vocab_size"]
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+if __name__ == "__main__":
+    main(measure)
