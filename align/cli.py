@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from align import __version__
+from align.commands import data
 
 # command -> (recipe class in align.config, module:function, what --help says)
 STAGES: dict[str, tuple[str, str, str]] = {
@@ -30,6 +31,8 @@ STAGES: dict[str, tuple[str, str, str]] = {
     "eval": ("EvalRecipe", "align.evaluation.harness:run", "BLEU, chrF, reward, KL of checkpoints"),
     "generate": ("GenerateRecipe", "align.stages.generate:run", "sample, score and pair responses"),
 }
+
+OTHERS = ("ls", "cp", "check", "doctor", "data")
 
 # huge pages for tensors on a CPU: a tenth of a training step is page faults without them
 FAST = {"THP_MEM_ALLOC_ENABLE": "1"}
@@ -57,7 +60,7 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         unknown = re.search(r"invalid choice: '(.*?)' \(choose from", message)
         if unknown and "COMMAND" in message:
-            near = get_close_matches(unknown[1], [*STAGES, "ls", "cp", "check", "doctor"], n=1)
+            near = get_close_matches(unknown[1], [*STAGES, *OTHERS], n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             message = f"{unknown[1]}: no such command{hint}"
         print(f"align: {message}; see `{self.prog} --help`", file=sys.stderr)
@@ -67,7 +70,7 @@ class OneLineParser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code.
 
-    0, 1 internal error (or what `align doctor` found), 2 user's error, 130 Ctrl-C.
+    0, 1 internal error (or what `doctor` and `data check` found), 2 user's error, 130 Ctrl-C.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
@@ -139,6 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     doctor.add_argument("folder", metavar="RUN", help="a run's folder, such as runs/tiny/ppo")
     doctor.set_defaults(run=run_doctor)
+    data.add_parser(commands)
     return parser
 
 

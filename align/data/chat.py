@@ -37,11 +37,13 @@ from align.types import (
 __all__ = [
     "decode_response",
     "encode_completion",
+    "encode_example",
     "encode_examples",
     "encode_pair",
     "encode_prompt",
     "encode_sft",
     "end_token_ids",
+    "over_length",
 ]
 
 Example: TypeAlias = SFTExample | PreferencePair | PromptExample
@@ -176,22 +178,22 @@ def encode_examples(
     first = ""
     for number, example in enumerate(examples):
         try:
-            group = _encode_one(tokenizer, example, loss_on)
+            group = encode_example(tokenizer, example, loss_on)
             if isinstance(example, SFTExample) and example.text is not None:
                 pieces = _cut(group, max_tokens)
                 groups += pieces
                 owners += [number] * len(pieces)
                 continue
-            too_long = _too_long(group, max_tokens)
+            problem = over_length(group, max_tokens)
         except AlignError as error:
-            too_long, reason = str(error), str(error).partition(";")[0].partition("(")[0].strip()
+            problem, reason = str(error), str(error).partition(";")[0].partition("(")[0].strip()
         else:
             reason = "longer than data.max_tokens"
-        if not too_long:
+        if not problem:
             groups.append(group)
             owners.append(number)
             continue
-        first = first or f"{example.id}: {too_long}"
+        first = first or f"{example.id}: {problem}"
         dropped[reason] += 1
         if on_bad_row == "stop":
             raise AlignError(f"{first}; {_SKIP}")
@@ -200,7 +202,7 @@ def encode_examples(
     return groups, owners, dict(dropped)
 
 
-def _encode_one(tokenizer: Tokenizer, example: Example, loss_on: LossOn) -> TokenGroup:
+def encode_example(tokenizer: Tokenizer, example: Example, loss_on: LossOn = "auto") -> TokenGroup:
     if isinstance(example, SFTExample):
         return encode_sft(tokenizer, example, loss_on=loss_on)
     if isinstance(example, PreferencePair):
@@ -208,7 +210,7 @@ def _encode_one(tokenizer: Tokenizer, example: Example, loss_on: LossOn) -> Toke
     return TokenGroup(encode_prompt(tokenizer, example.prompt), (), id=example.id)
 
 
-def _too_long(group: TokenGroup, max_tokens: int) -> str:
+def over_length(group: TokenGroup, max_tokens: int) -> str:
     """Why the group does not fit, or nothing."""
     len_prompt = len(group.prefix_ids)
     len_answer = max((len(c.input_ids) for c in group.continuations), default=0)

@@ -1,6 +1,7 @@
 """Rows -> examples: which columns mean what.
 
-Which format a row is in is decided by its columns alone. Preference rows are ``pairs.py``'s.
+Which format a row is in is decided by its columns alone. Preference rows are ``pairs.py``'s and
+``rankings.py``'s.
 """
 
 from __future__ import annotations
@@ -10,14 +11,24 @@ from typing import TypeAlias
 
 from align.data.fields import Fields, Kind, renamed
 from align.data.formats import Row
-from align.data.pairs import alpaca, chosen_rejected, matched, read_pair
+from align.data.pairs import alpaca, chosen_rejected, matched, pair_format, read_pair
+from align.data.rankings import (
+    RANKING,
+    RATING,
+    Rated,
+    listwise_format,
+    read_ranking,
+    read_rating,
+)
 from align.types import PreferencePair, PromptExample, SFTExample, Text
 
 Example: TypeAlias = SFTExample | PreferencePair | PromptExample
 
 
-def read_example(row: Row, kind: Kind, *, columns: Mapping[str, str], source: str) -> Example:
-    """What one row says.
+def read_row(
+    row: Row, kind: Kind, *, columns: Mapping[str, str], source: str
+) -> tuple[Example, ...] | Rated:
+    """What one row says: one example, of a ranking several, or a response with its score.
 
     Args:
         row: As read from the file.
@@ -30,10 +41,43 @@ def read_example(row: Row, kind: Kind, *, columns: Mapping[str, str], source: st
     """
     fields = Fields(renamed(row, columns), row.where, kind)
     if kind == "sft":
-        return _sft(fields)
+        return (_sft(fields),)
     if kind == "prompt":
-        return _prompt(fields)
-    return read_pair(fields, source)
+        return (_prompt(fields),)
+    listwise = listwise_format(fields)
+    if listwise == RATING:
+        return read_rating(fields, source)
+    if listwise == RANKING:
+        return read_ranking(fields, source)
+    return (read_pair(fields, source),)
+
+
+def format_name(row: Row, kind: Kind, *, columns: Mapping[str, str]) -> str:
+    """What the row's format is called, by the same rules that it is read by."""
+    fields = Fields(renamed(row, columns), row.where, kind)
+    if kind == "preference":
+        return listwise_format(fields) or pair_format(fields).name
+    if kind == "sft" and "completion" in fields:
+        return "prompt + completion"
+    names = {
+        "prompt": "prompts",
+        "messages": "messages",
+        "conversations": "ShareGPT",
+        "chosen": "prompts of pairs",
+        "instruction": "alpaca",
+        "text": "plain text",
+    }
+    return next((name for column, name in names.items() if column in fields), "unknown")
+
+
+def kind_of(row: Row, *, columns: Mapping[str, str]) -> Kind:
+    """What a row was most likely meant for, where nobody says."""
+    names = {*row.values, *columns}
+    fields = Fields(renamed(row, columns), row.where, "preference")
+    if {"chosen", "summaries", "human_ref_A", "answer_0"} & names or listwise_format(fields):
+        return "preference"
+    learnt = {"completion", "messages", "conversations", "text"} & names
+    return "sft" if learnt or {"instruction", "output"} <= names else "prompt"
 
 
 def _sft(fields: Fields) -> SFTExample:

@@ -1,43 +1,50 @@
-"""Preference rows: our own columns, implicit prompts, and the well-known sets by their columns.
+"""Rows that hold one preference: our own columns, implicit prompts, the well-known sets' columns.
 
-The formats, told apart by the row's columns alone: prompt + chosen + rejected (UltraFeedback
-repeats the prompt in both), whole conversations or HH strings whose shared turns are the prompt,
-LLaMA-Factory's ``conversations``, Stanford Human Preferences, summarize-from-feedback.
+Rows from which pairs have yet to be made (rankings, ratings) are ``rankings.py``'s.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
 
 from align.data.fields import Fields, Turns
 from align.data.turns import is_hh, read_hh, split_shared, without_prompt
 from align.types import Message, PreferencePair, Text
 
+Sides: TypeAlias = tuple[Text, Text, Text]
+"""Prompt, chosen, rejected."""
+
+
+@dataclass(frozen=True)
+class PairFormat:
+    """One way to write a pair: ``holds`` goes by the row's columns, the first that holds wins."""
+
+    name: str
+    holds: Callable[[Fields], bool]
+    read: Callable[[Fields], Sides]
+
+
+def pair_format(fields: Fields) -> PairFormat:
+    return next(f for f in PAIR_FORMATS if f.holds(fields))
+
 
 def read_pair(fields: Fields, source: str) -> PreferencePair:
-    prompt: Text
-    chosen: Text
-    rejected: Text
-    if "chosen" not in fields and "human_ref_A" in fields:
-        prompt, chosen, rejected = _shp(fields)
-    elif "chosen" not in fields and "summaries" in fields:
-        prompt, chosen, rejected = _summaries(fields)
-    else:
-        prompt, chosen, rejected = chosen_rejected(fields)
+    prompt, chosen, rejected = pair_format(fields).read(fields)
     if chosen == rejected:
         fields.bad("rejected", "is the same as chosen", "remove the row")
-    margin = fields.number("margin") if "margin" in fields else None
     return PreferencePair(
         id=fields.where,
         prompt=prompt,
         chosen=chosen,
         rejected=rejected,
-        margin=margin,
+        margin=fields.number("margin") if "margin" in fields else None,
         source=source,
     )
 
 
-def chosen_rejected(fields: Fields) -> tuple[Text, Text, Text]:
+def chosen_rejected(fields: Fields) -> Sides:
     prompt = _given_prompt(fields)
     if prompt is not None:
         prompt, (chosen, rejected) = matched(fields, prompt, "chosen", "rejected")
@@ -107,7 +114,7 @@ def _check_answers(fields: Fields, **answers: Turns) -> None:
             )
 
 
-def _shp(fields: Fields) -> tuple[Text, Text, Text]:
+def _shp(fields: Fields) -> Sides:
     """Stanford Human Preferences: ``labels`` 1 = reply A was preferred, 0 = B."""
     a, b = fields.string("human_ref_A"), fields.string("human_ref_B")
     label = fields.number("labels")
@@ -117,7 +124,7 @@ def _shp(fields: Fields) -> tuple[Text, Text, Text]:
     return (prompt, a, b) if label == 1 else (prompt, b, a)
 
 
-def _summaries(fields: Fields) -> tuple[Text, Text, Text]:
+def _summaries(fields: Fields) -> Sides:
     """summarize-from-feedback, ``comparisons``: ``choice`` is the index of the better summary."""
     summaries, choice = fields.get("summaries"), fields.number("choice")
     if not isinstance(summaries, Sequence) or len(summaries) != 2 or choice not in (0, 1):
@@ -130,6 +137,19 @@ def _summaries(fields: Fields) -> tuple[Text, Text, Text]:
     info = info if isinstance(info, Mapping) else {}
     prompt = fields.values.get("prompt") or info.get("post") or info.get("article") or ""
     return fields.string("info.post", prompt), texts[int(choice)], texts[1 - int(choice)]
+
+
+def _webgpt(fields: Fields) -> Sides:
+    """WebGPT comparisons: the answer with the higher of ``score_0`` and ``score_1`` is better."""
+    scores = [fields.number(f"score_{i}") for i in (0, 1)]
+    if scores[0] == scores[1]:
+        fields.bad("score_0", "is the same as score_1, a tie", "remove the row")
+    asked = fields.get("question")
+    if isinstance(asked, Mapping):
+        asked = asked.get("full_text", "")
+    better = int(scores[1] > scores[0])
+    answers = [fields.string(f"answer_{i}") for i in (better, 1 - better)]
+    return fields.string("question", asked), answers[0], answers[1]
 
 
 def alpaca(fields: Fields) -> Turns:
@@ -145,3 +165,25 @@ def alpaca(fields: Fields) -> Turns:
         asked.append(fields.string("input"))
     turns.append({"role": "user", "content": "\n".join(asked)})
     return fields.turns("instruction", turns)
+
+
+def _has(*names: str, without: str = "") -> Callable[[Fields], bool]:
+    return lambda fields: all(n in fields for n in names) and without not in fields
+
+
+def _is_text_then_turns(fields: Fields) -> bool:
+    prompt, chosen = (fields.values.get(n) for n in ("prompt", "chosen"))
+    return isinstance(prompt, str) and isinstance(chosen, Sequence) and not isinstance(chosen, str)
+
+
+PAIR_FORMATS = (
+    PairFormat("Stanford Human Preferences", _has("human_ref_A", without="chosen"), _shp),
+    PairFormat("summarize-from-feedback", _has("summaries", without="chosen"), _summaries),
+    PairFormat("WebGPT comparisons", _has("answer_0", without="chosen"), _webgpt),
+    PairFormat("UltraFeedback binarized", _is_text_then_turns, chosen_rejected),
+    PairFormat("prompt + chosen + rejected", _has("prompt"), chosen_rejected),
+    PairFormat("LLaMA-Factory ShareGPT pair", _has("conversations"), chosen_rejected),
+    PairFormat("LLaMA-Factory alpaca pair", _has("instruction"), chosen_rejected),
+    PairFormat("HH-RLHF", lambda fields: is_hh(fields.values.get("chosen")), chosen_rejected),
+    PairFormat("chosen + rejected as conversations", lambda fields: True, chosen_rejected),
+)

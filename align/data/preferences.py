@@ -9,9 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias, TypeVar
 
-from align.data.columns import Example, read_example
+from align.data.columns import Example, read_row
 from align.data.fields import Kind
 from align.data.formats import BadRow, Row, file_sha256, find_files, read_file, read_hub
+from align.data.rankings import Rated, pairs_of
 from align.types import AlignError, DataSource, SFTExample, SourceReport, Text
 
 OnBadRow: TypeAlias = Literal["stop", "skip"]
@@ -26,6 +27,14 @@ class Loaded:
 
     examples: tuple[Example, ...]
     reports: tuple[SourceReport, ...]
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """What a weight keeps or leaves out as a whole: a row, or all rated rows of one prompt."""
+
+    examples: tuple[Example, ...]
+    num_rows: int = 1
 
 
 def with_columns(
@@ -59,16 +68,18 @@ def load_examples(
             if not kept:
                 raise AlignError(_no_row(path, bad))
             used = _weighted(kept, source.weight, f"{seed} {path}")
+            num_kept = sum(unit.num_rows for unit in kept)
+            num_used = min(num_kept, sum(unit.num_rows for unit in used))
             dropped = Counter(f"{b.field}: {b.reason}" for b in bad)
-            if len(used) < len(kept):
-                dropped[f"left out by weight {source.weight}"] = len(kept) - len(used)
-            examples += used
+            if num_used < num_kept:
+                dropped[f"left out by weight {source.weight}"] = num_kept - num_used
+            examples += [example for unit in used for example in unit.examples]
             reports.append(
                 SourceReport(
                     path=path,
                     sha256=sha256,
-                    rows_read=len(kept) + len(bad),
-                    rows_kept=min(len(kept), len(used)),
+                    rows_read=num_kept + len(bad),
+                    rows_kept=num_used,
                     dropped=dict(dropped),
                     first_dropped=tuple(str(b) for b in bad[:_NUM_SHOWN]),
                 )
@@ -125,18 +136,31 @@ def _open(source: DataSource) -> Iterator[tuple[str, str | None, Iterator[Row | 
 
 def _read(
     rows: Iterator[Row | BadRow], source: DataSource, kind: Kind, on_bad_row: OnBadRow
-) -> tuple[list[Example], list[BadRow]]:
-    kept: list[Example] = []
+) -> tuple[list[_Unit], list[BadRow]]:
+    kept: list[_Unit] = []
     bad: list[BadRow] = []
+    rated: dict[str, list[Rated]] = {}  # by prompt, in the order in which prompts turn up
     for row in rows:
         try:
             if isinstance(row, BadRow):
                 raise row
-            kept.append(read_example(row, kind, columns=source.columns, source=source.path))
+            found = read_row(row, kind, columns=source.columns, source=source.path)
+            if isinstance(found, Rated):
+                rated.setdefault(_text_key(found.prompt), []).append(found)
+            else:
+                kept.append(_Unit(found))
         except BadRow as error:
             if on_bad_row == "stop":
                 raise AlignError(f"{error}; or set data.on_bad_row=skip") from None
             bad.append(error)
+    for same_prompt in rated.values():
+        pairs = pairs_of(same_prompt)
+        if pairs:
+            kept.append(_Unit(pairs, len(same_prompt)))
+        else:  # as good as any row; there is nothing to compare it with
+            advice = "a pair needs two scores of one prompt"
+            reason = "nothing rated otherwise to compare with"
+            bad += [BadRow(row.id, "score", reason, advice) for row in same_prompt]
     return kept, bad
 
 
@@ -146,13 +170,17 @@ def _no_row(path: str, bad: Sequence[BadRow]) -> str:
     return f"{path}: none of {len(bad)} rows can be used; the first: {bad[0]}"
 
 
-def _weighted(kept: list[Example], weight: float, seed: str) -> list[Example]:
-    """``weight`` copies of the rows, a fraction of a copy picked by seed, order kept."""
-    used: list[Example] = []
-    for copy in range(1, int(weight) + 1):
-        used += kept if copy == 1 else [replace(e, id=f"{e.id}#{copy}") for e in kept]
-    num_extra = round((weight - int(weight)) * len(kept))
+def _weighted(kept: list[_Unit], weight: float, seed: str) -> list[_Unit]:
+    """``weight`` copies of the units, a fraction of a copy picked by seed, order kept."""
+
+    def copied(unit: _Unit, copy: int) -> _Unit:
+        if copy == 1:
+            return unit
+        examples = tuple(replace(e, id=f"{e.id}#{copy}") for e in unit.examples)
+        return replace(unit, examples=examples)
+
+    whole = int(weight)
+    used = [copied(unit, copy) for copy in range(1, whole + 1) for unit in kept]
+    num_extra = round((weight - whole) * len(kept))
     extra = sorted(random.Random(seed).sample(range(len(kept)), num_extra))
-    copy = int(weight) + 1
-    used += [kept[i] if copy == 1 else replace(kept[i], id=f"{kept[i].id}#{copy}") for i in extra]
-    return used
+    return used + [copied(kept[i], whole + 1) for i in extra]

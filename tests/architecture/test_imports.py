@@ -33,7 +33,9 @@ ALLOWED: dict[str, set[str]] = {
     "recipe_checks": {"config", "recipe_builder"},
     "recipes_io": {"config", "recipe_builder", "recipe_checks"},
     "checking": {"data", "models", "rewards", "stages"} | CONFIG,
-    "cli": {"checking", "stages", "evaluation"} | CONFIG,
+    "feedback": {"data"},
+    "commands": {"data", "models", "feedback"},
+    "cli": {"checking", "stages", "evaluation", "commands"} | CONFIG,
     "__main__": {"cli"},
     "__init__": set(),
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from align.data.columns import read_example
+from align.data.columns import read_row
 from align.data.formats import BadRow, Row
 from align.types import PromptExample, SFTExample
 
@@ -18,7 +18,8 @@ def assistant(text: str) -> dict[str, str]:
 
 
 def read(kind: str, row: dict, **columns: str):
-    return read_example(Row(row, "f.jsonl:7"), kind, columns=columns, source="f.jsonl")
+    (example,) = read_row(Row(row, "f.jsonl:7"), kind, columns=columns, source="f.jsonl")
+    return example
 
 
 def pair(row: dict, **columns: str) -> tuple:

@@ -1,0 +1,1 @@
+"""Commands that take files instead of a recipe; ``cli.py`` finds them."""

@@ -1,0 +1,122 @@
+"""``align data check|convert``: look at data before anything is trained on it, and rewrite it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+from align.types import AlignError, DataSource
+
+EPILOG = """\
+  align data check pairs.jsonl --model runs/tiny/sft/model --test held_out.jsonl
+  align data convert hh.jsonl.gz --to messages -o pairs.jsonl
+
+check ends with 1 if there is an error (with --strict: or a warning), for CI.
+"""
+
+
+def add_parser(commands: Any) -> None:
+    data = commands.add_parser(
+        "data",
+        help="check, convert or rank data",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    actions = data.add_subparsers(dest="action", metavar="ACTION", required=True)
+    check = actions.add_parser("check", help="what is wrong with the data, and how it is read")
+    _add_files(check)
+    check.add_argument("--test", nargs="+", default=[], metavar="FILE", help="held-out rows")
+    check.add_argument("--model", help="its tokenizer shows rows as tokens (folder or hub id)")
+    check.add_argument("--max-tokens", type=int, default=1024, help="data.max_tokens (1024)")
+    check.add_argument("--rows", type=int, default=5, help="rows shown (5)")
+    check.add_argument("--json", action="store_true", help="one JSON object instead of a page")
+    check.add_argument("--strict", action="store_true", help="warnings count as errors")
+    check.set_defaults(run=run_check)
+    convert = actions.add_parser("convert", help="rewrite rows in another format, as JSONL")
+    _add_files(convert)
+    convert.add_argument(
+        "--to",
+        required=True,
+        metavar="FORMAT",
+        help="strings, messages, conversations, hh, sharegpt, alpaca, ranking, text, prompts",
+    )
+    convert.add_argument("-o", "--output", required=True, metavar="FILE", help="a new .jsonl")
+    convert.add_argument("--skip-bad-rows", action="store_true", help="count them, go on")
+    convert.set_defaults(run=run_convert)
+
+
+def _add_files(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("files", nargs="+", metavar="FILE", help="a file, a folder or a hub set")
+    parser.add_argument("--kind", choices=["sft", "preference", "prompt"], help="what rows are")
+    parser.add_argument(
+        "--columns", nargs="+", default=[], metavar="OURS=THEIRS", help="such as prompt=question"
+    )
+
+
+def sources(files: Sequence[str], columns: Sequence[str]) -> tuple[DataSource, ...]:
+    renamed = {}
+    for column in columns:
+        ours, sign, theirs = column.partition("=")
+        if not sign or not ours or not theirs:
+            raise AlignError(f"--columns {column}: wanted ours=theirs, such as prompt=question")
+        renamed[ours] = theirs
+    return tuple(DataSource(path=file, columns=renamed) for file in files)
+
+
+def run_check(args: argparse.Namespace) -> int:
+    from align.data.inspection import inspect
+
+    tokenizer = None
+    if args.model:
+        from align.models import load_tokenizer
+
+        tokenizer = load_tokenizer(args.model)
+    found = inspect(
+        sources(args.files, args.columns),
+        kind=args.kind,
+        test=sources(args.test, args.columns),
+        tokenizer=tokenizer,
+        max_tokens=args.max_tokens,
+        num_shown=args.rows,
+    )
+    if args.json:
+        print(json.dumps(asdict(found), ensure_ascii=False, indent=1))
+    else:
+        from align.commands.data_page import print_page
+
+        print_page(found)
+    failing = ("error", "warning") if args.strict else ("error",)
+    return int(found.worst() in failing)
+
+
+def run_convert(args: argparse.Namespace) -> None:
+    from align.data.convert import convert
+    from align.data.inspection import kind_of_sources
+    from align.data.preferences import load_examples
+
+    output = Path(args.output)
+    if output.suffix != ".jsonl":
+        raise AlignError(f"-o {output}: must end in .jsonl; rows are written one a line")
+    given = sources(args.files, args.columns)
+    kind = args.kind or kind_of_sources(given)
+    on_bad_row: Literal["skip", "stop"] = "skip" if args.skip_bad_rows else "stop"
+    loaded = load_examples(given, kind=kind, on_bad_row=on_bad_row)
+    write_rows(output, [convert(example, args.to) for example in loaded.examples])
+    print(f"{output}: {len(loaded.examples)} rows ({kind}), as {args.to}")
+    for report in loaded.reports:
+        for reason, count in report.dropped.items():
+            print(f"  {report.path}: left out {count} rows: {reason}")
+
+
+def write_rows(path: Path, rows: Sequence[object]) -> None:
+    """JSONL, only where nothing lies yet."""
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    except FileExistsError:
+        raise AlignError(f"{path}: exists already; name another file, or remove it") from None

@@ -1,0 +1,65 @@
+"""``align data check`` for people: rows in colour, then what was found."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.text import Text
+
+from align.data.findings import Finding
+from align.data.inspection import Inspection
+from align.data.token_findings import Shown
+
+COLOURS = {"error": "bold red", "warning": "yellow", "note": "cyan"}
+TRAINED, SEEN = "black on green", "dim"
+LONGEST = 1200
+"""Characters shown of one side of a row."""
+
+
+def print_page(found: Inspection) -> None:
+    console = Console(highlight=False, soft_wrap=True)
+    for path, name in found.formats.items():
+        console.print(f"{path}: read as {found.kind}, format: {name}")
+    for report in found.reports:
+        console.print(f"  {report.rows_kept:,} of {report.rows_read:,} rows usable")
+    if found.tokens:
+        t = {name: f"{value:,.0f}" for name, value in found.tokens.items()}
+        console.print(f"  {t['rows']} rows fit: {t['tokens']} tokens, {t['trained']} trained on")
+        if "median_row" in t:
+            console.print(
+                f"  tokens of a row: median {t['median_row']}, 95% within {t['p95_row']}, "
+                f"longest {t['longest_row']}"
+            )
+        console.print("\nas the model sees them:", Text("trained on", TRAINED), Text("seen", SEEN))
+    else:
+        console.print("  --model FOLDER shows rows as tokens, and checks lengths and end tokens")
+    for row in found.shown:
+        console.print(_row(row))
+    console.print()
+    for finding in found.findings:
+        _print_finding(console, finding)
+    counts = [sum(f.level == level for f in found.findings) for level in COLOURS]
+    console.print("{} errors, {} warnings, {} notes".format(*counts))
+
+
+def _row(row: Shown) -> Text:
+    text = Text(f"\n{row.id}\n", style="")
+    for name, tokens in row.parts:
+        text.append(f"{name:>9} " if name else "", style="bold")
+        room = LONGEST
+        for i, (piece, trained) in enumerate(tokens):
+            # every other token a little lighter, so that their bounds show
+            style = TRAINED + (" italic" if i % 2 else "") if trained else SEEN
+            text.append(piece.replace("\n", "↵\n").replace("\t", "→"), style=style)
+            room -= len(piece)
+            if room < 0:
+                text.append(f" ... {len(tokens) - i - 1} more tokens")
+                break
+        text.append("\n")
+    return text
+
+
+def _print_finding(console: Console, finding: Finding) -> None:
+    level = Text(f"{finding.level:>8}", style=COLOURS[finding.level])
+    console.print(level, Text(f"{finding.count:,} x {finding.what}; {finding.advice}"))
+    for place in finding.places:
+        console.print(Text(f"{'':>11}{place}", style="dim"))

@@ -1,0 +1,49 @@
+"""What ``align data check`` may find, and the texts that it looks at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from align.data.columns import Example
+from align.types import PreferencePair, SFTExample, Text
+
+Level = Literal["error", "warning", "note"]
+PLACES = 5
+"""Rows that a finding names."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing to know: ``count`` rows, the first of them in ``places``.
+
+    An ``error`` spoils training or its evaluation, a ``warning`` may, a ``note`` explains.
+    """
+
+    level: Level
+    what: str
+    count: int
+    advice: str
+    places: tuple[str, ...] = ()
+
+
+def findings_of(level: Level, what: str, ids: Iterable[str], advice: str) -> Iterator[Finding]:
+    """Nothing where there is no such row."""
+    found = list(ids)
+    if found:
+        yield Finding(level, what, len(found), advice, tuple(found[:PLACES]))
+
+
+def plain(text: Text) -> str:
+    return text if isinstance(text, str) else "\n".join(turn["content"] for turn in text)
+
+
+def texts_of(example: Example) -> list[str]:
+    """Every text of an example, the prompt first."""
+    if isinstance(example, SFTExample):
+        given: list[Any] = [example.prompt, example.completion, example.text, example.messages]
+        return [plain(text) for text in given if text is not None]
+    if isinstance(example, PreferencePair):
+        return [plain(example.prompt), plain(example.chosen), plain(example.rejected)]
+    return [plain(example.prompt), *example.references]

@@ -1,0 +1,92 @@
+"""Rows from which pairs have yet to be made: whole rankings, and one rated response a row.
+
+A ranking (``responses``, best first) gives every pair of its responses. Rated responses of one
+prompt (``response`` and ``score``, or TRL's ``completion`` and ``label``) give every pair whose
+scores differ, the difference as margin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+from align.data.fields import Fields
+from align.data.pairs import matched
+from align.types import PreferencePair, Text
+
+RANKING, RATING = "ranking", "rating"
+
+
+@dataclass(frozen=True)
+class Rated:
+    """One response and how good it is; the unit is the file's own."""
+
+    id: str
+    prompt: Text
+    response: Text
+    score: float
+    source: str = ""
+
+
+def listwise_format(fields: Fields) -> str | None:
+    """Which of the two kinds of rows this is, if it is one."""
+    if "chosen" in fields or "prompt" not in fields:
+        return None
+    if "responses" in fields:
+        return RANKING
+    rated = _first(fields, "response", "completion") and _first(fields, "score", "rating", "label")
+    return RATING if rated else None
+
+
+def read_ranking(fields: Fields, source: str) -> tuple[PreferencePair, ...]:
+    """All pairs of ``responses``, which stand best first."""
+    given: Any = fields.get("responses")
+    if not isinstance(given, Sequence) or isinstance(given, str) or len(given) < 2:
+        fields.bad("responses", "not a list of at least two", "give them best first")
+    numbered = {f"responses[{i}]": response for i, response in enumerate(given)}
+    inside = Fields({**fields.values, **numbered}, fields.where, fields.kind)
+    prompt, responses = matched(inside, fields.text("prompt"), *numbered)
+    if len(set(map(str, responses))) < len(responses):
+        fields.bad("responses", "holds the same response twice", "remove one")
+    return tuple(
+        PreferencePair(
+            id=f"{fields.where}[{i}>{j}]",
+            prompt=prompt,
+            chosen=responses[i],
+            rejected=responses[j],
+            source=source,
+        )
+        for i, j in combinations(range(len(responses)), 2)
+    )
+
+
+def read_rating(fields: Fields, source: str) -> Rated:
+    name = _first(fields, "response", "completion") or "response"
+    by = _first(fields, "score", "rating", "label") or "score"
+    prompt, (response,) = matched(fields, fields.text("prompt"), name)
+    return Rated(fields.where, prompt, response, fields.number(by), source)
+
+
+def pairs_of(rated: Sequence[Rated]) -> tuple[PreferencePair, ...]:
+    """Every two responses to one prompt with different scores, the higher one chosen."""
+    pairs = []
+    for a, b in combinations(rated, 2):
+        better, worse = (a, b) if a.score > b.score else (b, a)
+        if a.score != b.score and a.response != b.response:
+            pairs.append(
+                PreferencePair(
+                    id=f"{better.id}>{worse.id.rpartition(':')[2]}",
+                    prompt=better.prompt,
+                    chosen=better.response,
+                    rejected=worse.response,
+                    margin=better.score - worse.score,
+                    source=better.source,
+                )
+            )
+    return tuple(pairs)
+
+
+def _first(fields: Fields, *names: str) -> str | None:
+    return next((name for name in names if name in fields), None)
