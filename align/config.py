@@ -191,8 +191,11 @@ class PPORecipe(CommonRecipe):
 class PairsConfig:
     """How scored samples of one prompt become preference pairs."""
 
-    # best_worst = one pair per prompt; all = every pair that differs enough
-    choose: Literal["best_worst", "all"] = "best_worst"
+    # best_worst = one pair per prompt; all = every pair that differs enough; threshold = every
+    # response at or above `threshold` against every one below it
+    choose: Literal["best_worst", "all", "threshold"] = "best_worst"
+    # score units, for choose=threshold
+    threshold: float = 0.0
     # score units by which chosen must beat rejected
     min_margin: float = 0.0
 

@@ -85,6 +85,7 @@ RANGES: dict[str, str] = {
     "PPORecipe.eval_every": "[0, inf)",
     "PPORecipe.keep_checkpoints": "[1, inf)",
     "PairsConfig.min_margin": "[0, inf)",
+    "PairsConfig.threshold": "(-inf, inf)",
     "GenerateRecipe.tokens_per_microbatch": "[1, inf)",
     "EvalRecipe.num_resamples": "[1, inf)",
     "EvalRecipe.seed": "[0, 4294967295]",

@@ -1,4 +1,4 @@
-"""``align data check|convert``: look at data before anything is trained on it, and rewrite it."""
+"""``align data check|convert|rank``: look at data before training, rewrite it, rank it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
+from align.commands import rank
+from align.commands.files import write_rows
 from align.types import AlignError, DataSource
 
 EPILOG = """\
   align data check pairs.jsonl --model runs/tiny/sft/model --test held_out.jsonl
   align data convert hh.jsonl.gz --to messages -o pairs.jsonl
+  align data rank judgements.jsonl --pairs pairs.jsonl
 
 check ends with 1 if there is an error (with --strict: or a warning), for CI.
 """
@@ -48,6 +51,7 @@ def add_parser(commands: Any) -> None:
     convert.add_argument("-o", "--output", required=True, metavar="FILE", help="a new .jsonl")
     convert.add_argument("--skip-bad-rows", action="store_true", help="count them, go on")
     convert.set_defaults(run=run_convert)
+    rank.add_parser(actions)
 
 
 def _add_files(parser: argparse.ArgumentParser) -> None:
@@ -111,12 +115,3 @@ def run_convert(args: argparse.Namespace) -> None:
     for report in loaded.reports:
         for reason, count in report.dropped.items():
             print(f"  {report.path}: left out {count} rows: {reason}")
-
-
-def write_rows(path: Path, rows: Sequence[object]) -> None:
-    """JSONL, only where nothing lies yet."""
-    try:
-        with path.open("x", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    except FileExistsError:
-        raise AlignError(f"{path}: exists already; name another file, or remove it") from None

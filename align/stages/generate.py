@@ -6,14 +6,15 @@ Writes ``samples.jsonl`` (prompt, response, references, score) and, with ``pairs
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import combinations
 from typing import Any
 
 import numpy as np
 
 from align.config import GenerateRecipe, PairsConfig
+from align.feedback.pairs import choose_pairs
 from align.models import load_policy
 from align.progress import Progress, say
 from align.rewards import build_reward
@@ -126,37 +127,30 @@ def make_pairs(
     Unfinished samples and empty ones are never used: a cut-off text teaches the wrong thing.
     """
     pairs: list[dict[str, Any]] = []
-    left_out: dict[str, int] = {}
-
-    def leave_out(reason: str) -> None:
-        left_out[reason] = left_out.get(reason, 0) + 1
-
+    left_out: Counter[str] = Counter()
     for start in range(0, len(rows), samples_per_prompt):
         samples = rows[start : start + samples_per_prompt]
         usable = [r for r in samples if r["finished"] and r["response"].strip()]
-        usable.sort(key=lambda row: -row["score"])
         if len(usable) < 2:
-            leave_out("fewer than two finished samples")
+            left_out.update(["fewer than two finished samples"])
             continue
-        chosen_rejected = (
-            [(usable[0], usable[-1])]
-            if options.choose == "best_worst"
-            else list(combinations(usable, 2))
+        chosen_rejected, reasons = choose_pairs(
+            [row["response"] for row in usable],
+            [row["score"] for row in usable],
+            choose=options.choose,
+            min_margin=options.min_margin,
+            threshold=options.threshold,
         )
-        for chosen, rejected in chosen_rejected:
-            margin = chosen["score"] - rejected["score"]
-            if chosen["response"] == rejected["response"]:
-                leave_out("the same text twice")
-            elif margin <= 0 or margin < options.min_margin:
-                leave_out("scores too close")
-            else:
-                pairs.append(
-                    {
-                        "id": chosen["id"],
-                        "prompt": chosen["prompt"],
-                        "chosen": chosen["response"],
-                        "rejected": rejected["response"],
-                        "margin": margin,
-                    }
-                )
-    return pairs, left_out
+        left_out.update(reasons)
+        for i, j in chosen_rejected:
+            chosen, rejected = usable[i], usable[j]
+            pairs.append(
+                {
+                    "id": chosen["id"],
+                    "prompt": chosen["prompt"],
+                    "chosen": chosen["response"],
+                    "rejected": rejected["response"],
+                    "margin": chosen["score"] - rejected["score"],
+                }
+            )
+    return pairs, dict(left_out)

@@ -27,7 +27,9 @@ ALLOWED: dict[str, set[str]] = {
     "rewards": {"losses", "data", "models", "rollout"},
     "training": {"losses", "data", "models", "config", "recipes_io"},
     "evaluation": {"losses", "data", "models", "rollout", "rewards", "config", "recipes_io"},
-    "stages": {"losses", "data", "models", "rollout", "rewards", "training", "evaluation"} | CONFIG,
+    "stages": {"losses", "data", "models", "rollout", "rewards", "training", "evaluation"}
+    | {"feedback"}
+    | CONFIG,
     "config": set(),
     "recipe_builder": {"config"},
     "recipe_checks": {"config", "recipe_builder"},

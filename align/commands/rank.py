@@ -1,0 +1,85 @@
+"""``align data rank``: judgements of several annotators -> leaderboard, agreement, pairs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from align.commands.files import write_rows
+from align.progress import table
+from align.types import AlignError
+
+
+def add_parser(actions: Any) -> None:
+    rank = actions.add_parser("rank", help="strengths and pairs from people's comparisons")
+    rank.add_argument("files", nargs="+", metavar="FILE", help="comparisons or rankings")
+    rank.add_argument("--pairs", metavar="FILE", help="write preference pairs, a new .jsonl")
+    rank.add_argument("--choose", choices=["all", "best_worst"], default="all", help="which pairs")
+    rank.add_argument("--min-margin", type=float, default=0.0, help="nats of strength (0)")
+    rank.add_argument(
+        "--prior", type=float, default=0.0, help="precision of a normal prior on strengths (0)"
+    )
+    rank.add_argument("--seed", type=int, default=0, help="of Elo's resamples")
+    rank.add_argument("--json", action="store_true", help="one JSON object instead of tables")
+    rank.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    from align.feedback.outcomes import read_judgements
+    from align.feedback.report import agreement, leaderboard, preference_pairs
+
+    if args.prior < 0 or args.min_margin < 0:
+        raise AlignError("--prior, --min-margin: have to be 0 or more")
+    judgements = read_judgements(args.files)
+    found: dict[str, Any] = {
+        "leaderboard": leaderboard(judgements, prior=args.prior, seed=args.seed),
+        "agreement": agreement(judgements),
+    }
+    if args.pairs:
+        pairs, left_out = preference_pairs(
+            judgements, choose=args.choose, min_margin=args.min_margin, prior=args.prior or 0.1
+        )
+        if not pairs:
+            raise AlignError(f"--pairs: no pair can be made of {len(judgements)} judgements")
+        write_rows(Path(args.pairs), pairs)
+        found["pairs"] = {"file": args.pairs, "rows": len(pairs), "left_out": left_out}
+    if args.json:
+        print(json.dumps(found, ensure_ascii=False, indent=1))
+        return
+    print_tables(found)
+
+
+def print_tables(found: dict[str, Any]) -> None:
+    if found["leaderboard"]:
+        rows = [["", "strength", "95%", "on Elo's scale", "Elo", "95%", "won", "lost", "tied"]]
+        for r in found["leaderboard"]:
+            rows.append(
+                [
+                    r["name"][:40],
+                    f"{r['strength']:.2f}",
+                    f"{r['strength_low']:.2f} to {r['strength_high']:.2f}",
+                    f"{r['scaled']:.0f}",
+                    f"{r['elo']:.0f}",
+                    f"{r['elo_low']:.0f} to {r['elo_high']:.0f}",
+                    *(str(r[word]) for word in ("wins", "losses", "ties")),
+                ]
+            )
+        print(table(rows, title="leaderboard (strength: nats by maximum likelihood)"))
+    a = found["agreement"]
+    print(f"{a['judgements']} judgements of {a['annotators']} annotators")
+    print(f"  Krippendorff's alpha {_number(a['krippendorff_alpha'])} (1 = all agree, 0 = chance)")
+    for k in a["cohen_kappa"]:
+        names = f"{k['a']} and {k['b']}"
+        print(f"  Cohen's kappa {_number(k['kappa'])}: {names}, {k['common']} in common")
+    for name, r in a["reliability"].items():
+        print(f"  reliability {_number(r['slope'])} +- {_number(r['error'])}: {name}")
+    if "pairs" in found:
+        print(f"{found['pairs']['file']}: {found['pairs']['rows']} pairs")
+        for reason, count in found["pairs"]["left_out"].items():
+            print(f"  left out {count}: {reason}")
+
+
+def _number(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.2f}"

@@ -1,0 +1,1 @@
+"""What people and models think of responses -> strengths, agreement, preference pairs."""

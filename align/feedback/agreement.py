@@ -1,0 +1,96 @@
+"""How far annotators agree, and how far each can be relied on: pure maths on labels."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
+
+import numpy as np
+
+from align.feedback.ranking import Comparison, bradley_terry
+
+PRIOR = 0.1
+"""Precision of the prior on the others' strengths, so that few judgements of theirs suffice."""
+
+
+def cohen_kappa(a: Sequence[Hashable], b: Sequence[Hashable]) -> float:
+    """Agreement of two annotators on the same items beyond chance: 1 perfect, 0 chance.
+
+        kappa = (p_observed - p_chance) / (1 - p_chance)
+
+    NaN where both always say the same one thing, or there is no item. Source: Cohen 1960.
+    """
+    if len(a) != len(b):
+        raise ValueError(f"{len(a)} labels of one annotator and {len(b)} of the other")
+    n = len(a)
+    if n == 0:
+        return float("nan")
+    observed = sum(x == y for x, y in zip(a, b, strict=True)) / n
+    first, second = Counter(a), Counter(b)
+    chance = sum(first[label] * second[label] for label in first) / n**2
+    return (observed - chance) / (1 - chance) if chance < 1 else float("nan")
+
+
+def krippendorff_alpha(units: Sequence[Sequence[Hashable]]) -> float:
+    """Agreement of any number of annotators, nominal labels, items may lack some of them.
+
+        alpha = 1 - D_observed / D_expected
+
+    Args:
+        units: For each item the labels that it got; items with fewer than two say nothing.
+
+    Returns:
+        1 perfect, 0 chance, below 0 systematic disagreement; NaN without two different labels.
+
+    Source: Krippendorff 2011, "Computing Krippendorff's Alpha-Reliability".
+    """
+    pairable = [list(unit) for unit in units if len(unit) > 1]
+    totals: Counter[Hashable] = Counter(label for unit in pairable for label in unit)
+    n = sum(totals.values())
+    disagreeing = 0.0
+    for unit in pairable:
+        counts = Counter(unit)
+        m = len(unit)
+        # ordered pairs of different labels, each unit weighted so that it counts m labels
+        disagreeing += (m * m - sum(c * c for c in counts.values())) / (m - 1)
+    expected = n * n - sum(c * c for c in totals.values())
+    return 1 - (n - 1) * disagreeing / expected if expected else float("nan")
+
+
+def reliability(
+    by_annotator: Mapping[str, Sequence[Comparison]], num_items: int
+) -> dict[str, tuple[float, float]]:
+    """For each annotator ``(slope, standard error)`` against the others' strengths.
+
+    The strengths t come from everybody else's comparisons; of the annotator's own, ties aside,
+
+        P(i beats j) = sigmoid(slope * (t_i - t_j))
+
+    so that 1 is as sharp as the others together, 0 is a coin, and below 0 says the opposite. NaN
+    where the others, or the annotator, say nothing of these items. Compare Chen et al. 2013
+    (Crowd-BT), which fits all at once.
+    """
+    found = {}
+    for name, own in by_annotator.items():
+        others = [c for other, cs in by_annotator.items() if other != name for c in cs]
+        decided = [(i, j, outcome) for i, j, outcome in own if outcome != 0.5]
+        if not others or not decided:
+            found[name] = (float("nan"), float("nan"))
+            continue
+        strengths = bradley_terry(others, num_items, prior=PRIOR).values
+        gaps = np.array([(strengths[i] - strengths[j]) * (2 * o - 1) for i, j, o in decided])
+        found[name] = _slope(gaps)
+    return found
+
+
+def _slope(gaps: np.ndarray) -> tuple[float, float]:
+    """Newton's method on one logistic slope; a weak prior around 0 keeps it finite."""
+    slope, weight = 0.0, 0.01
+    for _ in range(50):
+        wrong = 1 / (1 + np.exp(slope * gaps))
+        gradient = float(gaps @ wrong) - weight * slope
+        information = float((gaps**2) @ (wrong * (1 - wrong))) + weight
+        slope += max(-1.0, min(1.0, gradient / information))
+        if abs(gradient) < 1e-9:
+            break
+    return slope, information**-0.5

@@ -1,0 +1,134 @@
+"""Files of judgements -> comparisons and rankings.
+
+A comparison is ``{"prompt", "a", "b", "winner": "a" | "b" | "tie"}``, with ``annotator`` and the
+names ``model_a`` and ``model_b`` where there are any; ``align label`` writes such rows. A ranking
+is ``{"prompt", "ranking": [best, ..., worst]}``, with ``annotator``. Without ``prompt`` the texts
+are themselves the names of what is ranked (models, players).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+from align.data.fields import Fields
+from align.data.formats import BadRow, Row, read_rows
+from align.feedback.ranking import Comparison
+from align.types import AlignError, DataSource, Text
+
+OUTCOMES = {"a": 1.0, "b": 0.0, "tie": 0.5}
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What one annotator said of items ``best first``; equal ones are a tie of two."""
+
+    where: str
+    prompt: Text | None
+    items: tuple[str, ...]
+    is_tie: bool = False
+    annotator: str = ""
+    # names of who wrote the items, in their order
+    models: tuple[str, ...] = ()
+
+    def comparisons(self, names: Sequence[str]) -> Iterator[tuple[str, str, float]]:
+        """Every two of ``names``, which stand for the items, and what the first of them got."""
+        for first, second in combinations(names, 2):
+            yield first, second, 0.5 if self.is_tie else 1.0
+
+
+def read_judgements(files: Sequence[str]) -> list[Judgement]:
+    """All judgements of the files.
+
+    Raises:
+        AlignError: A row that is none, with file, line, field and reason.
+    """
+    found = []
+    for file in files:
+        for row in read_rows(DataSource(path=file)):
+            try:
+                if isinstance(row, BadRow):
+                    raise row
+                found.append(_judgement(row))
+            except BadRow as error:
+                raise AlignError(str(error)) from None
+    if not found:
+        raise AlignError(f"{', '.join(files)}: no judgement in it; give a file with rows")
+    return found
+
+
+def _judgement(row: Row) -> Judgement:
+    values = {name: value for name, value in row.values.items() if value is not None}
+    fields = Fields(values, row.where, "preference")
+    prompt = fields.text("prompt") if "prompt" in fields else None
+    annotator = fields.string("annotator") if "annotator" in fields else ""
+    if "ranking" in fields:
+        items = _strings(fields, "ranking")
+        if len(items) < 2 or len(set(items)) < len(items):
+            fields.bad("ranking", "not a list of at least two different items")
+        models = _strings(fields, "models") if "models" in fields else ()
+        if models and len(models) != len(items):
+            fields.bad("models", f"{len(models)} names for {len(items)} items")
+        return Judgement(row.where, prompt, items, annotator=annotator, models=models)
+    winner = fields.get("winner")
+    if winner not in OUTCOMES:
+        fields.bad("winner", "not one of a, b, tie", f"it is {winner!r:.40}")
+    items = (fields.string("a"), fields.string("b"))
+    models = ()
+    if "model_a" in fields and "model_b" in fields:
+        models = (fields.string("model_a"), fields.string("model_b"))
+    if winner == "b":
+        items, models = items[::-1], models[::-1]
+    return Judgement(row.where, prompt, items, winner == "tie", annotator, models)
+
+
+def _strings(fields: Fields, name: str) -> tuple[str, ...]:
+    value: Any = fields.get(name)
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        fields.bad(name, "not a list")
+    return tuple(fields.string(name, item) for item in value)
+
+
+# ---------------------------------------------------------------- what is compared with what
+
+
+@dataclass(frozen=True)
+class Field:
+    """Named items and every comparison of them, by annotator; ties are 0.5."""
+
+    names: tuple[str, ...]
+    comparisons: dict[str, list[Comparison]]
+    rankings: list[tuple[int, ...]]
+
+    def all(self) -> list[Comparison]:
+        return [c for cs in self.comparisons.values() for c in cs]
+
+
+def field_of(judgements: Iterable[tuple[Judgement, Sequence[str]]]) -> Field:
+    """Number the names in the order in which they turn up."""
+    numbers: dict[str, int] = {}
+    comparisons: dict[str, list[Comparison]] = defaultdict(list)
+    rankings = []
+    for judgement, names in judgements:
+        ids = [numbers.setdefault(name, len(numbers)) for name in names]
+        if len(set(ids)) < len(ids):  # a model against itself says nothing of models
+            continue
+        for a, b, outcome in judgement.comparisons(names):
+            comparisons[judgement.annotator].append((numbers[a], numbers[b], outcome))
+        if not judgement.is_tie:
+            rankings.append(tuple(ids))
+    return Field(tuple(numbers), dict(comparisons), rankings)
+
+
+def labels(judgements: Sequence[Judgement]) -> dict[tuple[str, str, str], dict[str, str]]:
+    """(prompt, item, item) -> annotator -> the item that won, or ``tie``; the last word counts."""
+    found: dict[tuple[str, str, str], dict[str, str]] = defaultdict(dict)
+    for judgement in judgements:
+        for first, second in combinations(judgement.items, 2):
+            low, high = sorted((first, second))
+            said = "tie" if judgement.is_tie else ("low" if first == low else "high")
+            found[str(judgement.prompt), low, high][judgement.annotator] = said
+    return dict(found)
