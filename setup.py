@@ -10,5 +10,5 @@ setup(
         *(f"align.recipes.{folder}" for folder in folders),
     ],
     package_dir={"align": "align", "align.recipes": "recipes"},
-    package_data={"": ["*.yaml"]},
+    package_data={"": ["*.yaml"], "align.feedback": ["*.html"]},
 )

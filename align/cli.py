@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from align import __version__
-from align.commands import data
+from align.commands import data, label
 
 # command -> (recipe class in align.config, module:function, what --help says)
 STAGES: dict[str, tuple[str, str, str]] = {
@@ -32,7 +32,7 @@ STAGES: dict[str, tuple[str, str, str]] = {
     "generate": ("GenerateRecipe", "align.stages.generate:run", "sample, score and pair responses"),
 }
 
-OTHERS = ("ls", "cp", "check", "doctor", "data")
+OTHERS = ("ls", "cp", "check", "doctor", "data", "label")
 
 # huge pages for tensors on a CPU: a tenth of a training step is page faults without them
 FAST = {"THP_MEM_ALLOC_ENABLE": "1"}
@@ -143,6 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("folder", metavar="RUN", help="a run's folder, such as runs/tiny/ppo")
     doctor.set_defaults(run=run_doctor)
     data.add_parser(commands)
+    label.add_parser(commands)
     return parser
 
 

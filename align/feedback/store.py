@@ -1,0 +1,161 @@
+"""What people answered, in one SQLite file: every answer is on disk before the next pair is shown.
+
+A killed process loses nothing that it confirmed, and several annotators share one file. Answers are
+never deleted: an undone one is marked.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import sqlite3
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from align.types import AlignError
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS responses (
+    id INTEGER PRIMARY KEY, prompt TEXT NOT NULL, text TEXT NOT NULL, model TEXT,
+    UNIQUE (prompt, text)
+);
+CREATE TABLE IF NOT EXISTS answers (
+    id INTEGER PRIMARY KEY, annotator TEXT NOT NULL,
+    left INTEGER NOT NULL REFERENCES responses, right INTEGER NOT NULL REFERENCES responses,
+    said TEXT NOT NULL CHECK (said IN ('left', 'right', 'tie', 'skip')),
+    seconds REAL NOT NULL, at REAL NOT NULL, undone INTEGER NOT NULL DEFAULT 0
+);
+CREATE UNIQUE INDEX IF NOT EXISTS once ON answers (annotator, min(left, right), max(left, right))
+    WHERE undone = 0;
+"""
+SAID = ("left", "right", "tie", "skip")
+
+
+@dataclass(frozen=True)
+class Response:
+    id: int
+    prompt: str  # as JSON: a string, or turns
+    text: str
+    model: str | None
+
+
+@dataclass(frozen=True)
+class Answer:
+    annotator: str
+    left: int
+    right: int
+    said: str
+
+    @property
+    def pair(self) -> tuple[int, int]:
+        return min(self.left, self.right), max(self.left, self.right)
+
+    def outcome(self) -> float:
+        """What the lower-numbered response of the pair got."""
+        left = {"left": 1.0, "right": 0.0, "tie": 0.5}[self.said]
+        return left if self.left < self.right else 1 - left
+
+
+class Store:
+    """One open file; safe to use from several threads of one process."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = threading.Lock()
+        try:
+            if not path.exists():
+                os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o600))  # it holds the URL's token
+            self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+            # FULL: a commit returns when the disk has it
+            self._db.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL;" + SCHEMA)
+        except (OSError, sqlite3.Error) as error:
+            raise AlignError(f"{path}: cannot be opened as a store of answers: {error}") from error
+        self._db.execute(
+            "INSERT OR IGNORE INTO meta VALUES ('token', ?)", (secrets.token_urlsafe(24),)
+        )
+
+    @property
+    def token(self) -> str:
+        """Random, the same for the life of the file, so that an open page goes on after a crash."""
+        (value,) = self._db.execute("SELECT value FROM meta WHERE key = 'token'").fetchone()
+        return str(value)
+
+    def add_responses(self, rows: Sequence[tuple[Any, str, str | None]]) -> int:
+        """(prompt, text, model) of each response; those that are there already are left alone."""
+        with self._lock, self._db:
+            self._db.execute("BEGIN IMMEDIATE")
+            before = self._count("responses")
+            self._db.executemany(
+                "INSERT OR IGNORE INTO responses (prompt, text, model) VALUES (?, ?, ?)",
+                [(json.dumps(prompt, ensure_ascii=False), text, m) for prompt, text, m in rows],
+            )
+            return self._count("responses") - before
+
+    def responses(self) -> list[Response]:
+        rows = self._db.execute("SELECT id, prompt, text, model FROM responses ORDER BY id")
+        return [Response(*row) for row in rows]
+
+    def answers(self) -> list[Answer]:
+        """All that hold, oldest first, skips included."""
+        with self._lock:
+            rows = self._db.execute(
+                "SELECT annotator, left, right, said FROM answers WHERE undone = 0 ORDER BY id"
+            ).fetchall()
+        return [Answer(*row) for row in rows]
+
+    def add_answer(self, answer: Answer, *, seconds: float) -> bool:
+        """Write one answer through to the disk; False if this annotator had answered already."""
+        values = (answer.annotator, answer.left, answer.right, answer.said, seconds, time.time())
+        with self._lock:
+            try:
+                self._db.execute(
+                    "INSERT INTO answers (annotator, left, right, said, seconds, at)"
+                    " VALUES (?, ?, ?, ?, ?, ?)",
+                    values,
+                )
+            except sqlite3.IntegrityError:
+                return False
+        return True
+
+    def undo(self, annotator: str) -> Answer | None:
+        """Take back this annotator's last answer."""
+        with self._lock:
+            row = self._db.execute(
+                "SELECT id, annotator, left, right, said FROM answers"
+                " WHERE annotator = ? AND undone = 0 ORDER BY id DESC LIMIT 1",
+                (annotator,),
+            ).fetchone()
+            if row is None:
+                return None
+            self._db.execute("UPDATE answers SET undone = 1 WHERE id = ?", row[:1])
+        return Answer(*row[1:])
+
+    def judgements(self) -> list[dict[str, Any]]:
+        """Rows for ``align data rank``; skips are no judgements."""
+        by_id = {response.id: response for response in self.responses()}
+        winners = {"left": "a", "right": "b", "tie": "tie"}
+        rows = []
+        for answer in self.answers():
+            if answer.said == "skip":
+                continue
+            a, b = by_id[answer.left], by_id[answer.right]
+            row = {
+                "prompt": json.loads(a.prompt),
+                "a": a.text,
+                "b": b.text,
+                "winner": winners[answer.said],
+                "annotator": answer.annotator,
+            }
+            if a.model and b.model:
+                row |= {"model_a": a.model, "model_b": b.model}
+            rows.append(row)
+        return rows
+
+    def _count(self, name: str) -> int:
+        return int(self._db.execute(f"SELECT count(*) FROM {name}").fetchone()[0])
