@@ -7,9 +7,11 @@ misspelt command answer at once.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib
 import json
 import os
+import platform
 import re
 import shutil
 import sys
@@ -158,6 +160,20 @@ def _set_up_libraries() -> None:
     """Set what the libraries read when they are imported; what the user has set is kept."""
     for name, value in {**FAST, **QUIET}.items():
         os.environ.setdefault(name, value)
+    _keep_freed_memory()
+
+
+def _keep_freed_memory() -> None:
+    """Tell glibc to reuse what a step has freed instead of handing it back to the system.
+
+    Else every step faults the same pages in again: an eighth of its time on a CPU. Blocks above 32
+    MiB still go back, because holes of their size would be left: peak memory rose by a quarter.
+    """
+    theirs = ("GLIBC_TUNABLES", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
+    if platform.libc_ver()[0] == "glibc" and not any(name in os.environ for name in theirs):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
+        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: bytes
 
 
 # ---------------------------------------------------------------- commands

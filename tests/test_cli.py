@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -133,3 +134,41 @@ def test_help_and_typos_do_not_load_torch(argv: list[str]) -> None:
     root = Path(__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, check=False)
     assert done.returncode == 0
+
+
+CHURN = """
+import resource
+import sys
+from align import cli
+
+def churn():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    blocks = [b"x" * (16 * 2**20) for _ in range(8)]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+if sys.argv[1] == "kept":
+    cli._keep_freed_memory()
+print(churn(), churn())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc that is told")
+def test_freed_memory_is_used_again_without_page_faults() -> None:
+    def faults(how: str) -> tuple[int, ...]:
+        found = subprocess.run(
+            [sys.executable, "-c", CHURN, how], capture_output=True, text=True, check=True
+        )
+        return tuple(map(int, found.stdout.split()))
+
+    first, second = faults("kept")
+    assert second < 0.05 * first
+    first, second = faults("returned")
+    assert second > 0.5 * first
+
+
+def test_the_users_own_allocator_settings_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(cli.ctypes, "CDLL", lambda name: told.append("changed"))
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1")
+    cli._keep_freed_memory()
+    assert told == []

@@ -14,8 +14,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-CHUNK_ELEMENTS = 2**24
-"""Logits held at a time (64 MB in float32): rows per chunk = this / vocabulary."""
+CHUNK_ELEMENTS = 2**26
+"""Logits held at a time (256 MB in float32): rows per chunk = this / vocabulary.
+
+A minibatch of one chunk computes them once; of more, again in the backward pass.
+"""
 
 
 def token_logprobs(
@@ -150,13 +153,17 @@ class _TokenLogprobs(torch.autograd.Function):
             if logits is None:
                 logits = _logits(hidden[part], weight, bias, softcap, temperature)
             centred = logits - lse[part, None]
-            probs = centred.exp()
             # d logprob / d logits = onehot - probs;  d entropy / d logits = -probs (log p + H)
-            grad = probs.mul(-grad_logprobs[part, None])
+            factor = grad_logprobs[part, None].neg()
             if with_entropy:
+                probs = centred.exp()
+                grad = probs.mul(factor)
                 grad -= centred.add_(entropy[part, None]).mul_(probs) * grad_entropy[part, None]
+            else:  # in place: new memory of this size costs more than the arithmetic
+                grad = centred.exp_().mul_(factor)
             grad.scatter_add_(-1, targets[part, None], grad_logprobs[part, None])
-            grad /= temperature
+            if temperature != 1.0:
+                grad /= temperature
             if softcap is not None:
                 # logits hold the capped values divided by the temperature
                 grad *= 1 - (logits * (temperature / softcap)).square_()
