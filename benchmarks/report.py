@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 from benchmarks.plan import PEER, STAGES, rows_of
@@ -20,7 +20,8 @@ def write_report(results: Path, folder: Path) -> str:
     found = json.loads(results.read_text("utf-8"))
     rows = [row for stage in STAGES if (row := stage_row(found, stage))]
     growth = list(growth_rows(found))
-    text = "\n".join([*_about(found), "", *_stage_table(rows), "", *_growth_table(growth), ""])
+    tables = [_about(found), _stage_table(rows), _settings_table(found), _growth_table(growth)]
+    text = "\n".join(line for table in tables for line in (*table, ""))
     (folder / "table.md").write_text(text, encoding="utf-8")
     draw(rows, growth, folder / "plot.png")
     return text
@@ -116,8 +117,22 @@ def _stage_table(rows: list[dict[str, Any]]) -> list[str]:
             f"| **{_with_range(r['ratio'])}** | {r['examples_per_second']:.2f} | {tokens} "
             f"| {limit} | {r['align_gib']:.1f} | {r['trl_gib']:.1f} | {loss} |"
         )
-    chosen = "; ".join(f"{r['stage']} {r['peer']} {r['settings']}" for r in rows)
-    return [*lines, "", f"The peer's settings: {chosen}."]
+    return lines
+
+
+def _settings_table(found: dict[str, Any]) -> list[str]:
+    """Every setting of a peer that was tried."""
+    tried: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for m in found["measurements"]:
+        if m["side"] in PEER.values():
+            options = ", ".join(f"{k} {v}".lower() for k, v in m["settings"].items())
+            tried.setdefault((m["name"], m["side"], options), []).append(m)
+    lines = ["| stage | peer | settings | s a step | GiB |", "|---|---|---|---|---|"]
+    for (stage, peer, options), measured in tried.items():
+        seconds = _with_range(spread(mean(m["seconds"]) for m in measured))
+        gib = max(m["peak_gib"] for m in measured)
+        lines.append(f"| {stage} | {peer} | {options} | {seconds} | {gib:.1f} |")
+    return lines
 
 
 def _growth_table(rows: list[dict[str, Any]]) -> list[str]:

@@ -66,5 +66,7 @@ def test_table_and_plot_are_written(results: dict[str, Any], tmp_path: Path) -> 
     (tmp_path / "results.json").write_text(json.dumps(results))
     text = write_report(tmp_path / "results.json", tmp_path)
     assert "| **2.50 (2.00–3.00)** |" in text
+    assert "| sft | trl-1.16.0 | microbatch 8 | 9.00 | 1.0 |" in text
+    assert "| sft | trl-1.16.0 | microbatch 1 | 4.50 (3.00–6.00) | 7.0 |" in text
     assert (tmp_path / "table.md").read_text() == text
     assert (tmp_path / "plot.png").stat().st_size > 10_000
