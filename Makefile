@@ -99,7 +99,9 @@ $(EVAL): recipes/$(SUITE)/eval.yaml $(SFT) $(RM) $(PPO) $(DPO) $(call again,eval
 base: $(STAMP)
 	$(PY) tools/tiny_model.py init runs/tiny/base_init
 	$(VENV)/bin/align sft tiny/base overwrite=true $(call ours,base)
-	$(PY) tools/tiny_model.py finish runs/tiny/base/model models/tiny
+	$(PY) tools/tiny_model.py exchange runs/tiny/base_init/exchanged.jsonl
+	$(VENV)/bin/align sft tiny/base2 overwrite=true
+	$(PY) tools/tiny_model.py finish runs/tiny/base2/model models/tiny
 
 clean-runs:
 	rm -rf $(RUNS)

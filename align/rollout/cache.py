@@ -98,10 +98,16 @@ class SlotCache(Cache):
         if longest > self.length:
             self._shift(longest - self.length)
         end = self.length
+        # right-aligned; what stands in front of a shorter prompt is before its start, so never read
+        index = torch.zeros(len(slots), longest, dtype=torch.int64)
+        for i, columns in enumerate(prompts):
+            index[i, longest - len(columns) :] = torch.tensor(columns)
+        device = prefill.layers[0].keys.device
+        index, where = index.to(device), torch.tensor(slots, device=device)
         for layer, recorded in zip(self.layers, prefill.layers, strict=True):
-            for slot, columns in zip(slots, prompts, strict=True):
-                layer.keys[slot, :, end - len(columns) : end] = recorded.keys[0, :, columns]
-                layer.values[slot, :, end - len(columns) : end] = recorded.values[0, :, columns]
+            for name in ("keys", "values"):
+                rows = getattr(recorded, name)[0][:, index].transpose(0, 1)
+                getattr(layer, name)[where, :, end - longest : end] = rows
         for slot, columns in zip(slots, prompts, strict=True):
             self.starts[slot] = end - len(columns)
 
@@ -114,8 +120,8 @@ class SlotCache(Cache):
         self.starts = self.starts[slots]
         unused = int(self.starts.min())
         for layer in self.layers:
-            layer.keys = layer.keys[slots][:, :, unused:]
-            layer.values = layer.values[slots][:, :, unused:]
+            layer.keys = layer.keys[:, :, unused:][slots]
+            layer.values = layer.values[:, :, unused:][slots]
             layer.length -= unused
         self.starts -= unused
 
