@@ -1,4 +1,4 @@
-"""The tiny suite's base model: made from shipped text, around `align sft tiny/base` and `tiny/base2`.
+"""The tiny suite's base model, made from shipped text by `tiny/base` and `tiny/base2`.
 
     python tools/tiny_model.py init     FOLDER        a tokenizer and a config, no weights
     python tools/tiny_model.py exchange FILE          pairs for tiny/base2, words exchanged
