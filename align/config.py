@@ -215,13 +215,27 @@ class EvalRecipe:
     """One table over one or several checkpoints, on held-out prompts."""
 
     output_dir: str
-    # a checkpoint, or several as name -> folder, hub id, GGUF file or JSONL of outputs
+    # a checkpoint, or several as name -> folder, hub id, GGUF file or JSONL of outputs; `ppo#0` and
+    # `ppo#1` are two seeds of ppo, and compared as one
     model: str | None = None
     models: dict[str, str] = field(default_factory=dict)
     data: DataConfig = field(default_factory=DataConfig)
     # KL is measured against it; null = no KL
     reference_model: str | None = None
     reward: tuple[RewardTerm, ...] = ()
+    # a reward that counts as true, beside the one that was optimised: shows over-optimisation
+    gold_reward: tuple[RewardTerm, ...] = ()
+    # corpus metrics against the references (align.evaluation.bleu lists them), and module:name of
+    # your own: a function as for a reward, or an `evaluate` metric
+    metrics: tuple[str, ...] = ("bleu", "chrf", "chrf++", "ter")
+    # module:name of f(prompts, a, b, references) -> for each prompt 1 = a is better, 0 = b, 0.5 tie
+    judge: str | None = None
+    # reward units up to which two answers tie in the win rate
+    tie_margin: float = 0.0
+    # adds a model: of n samples of `reference_model` the best by `reward`; null = none
+    best_of_n: int | None = None
+    # held-out preference pairs that `reward` is judged on
+    preferences: tuple[DataSource, ...] = ()
     # the outputs that BLEU, chrF and reward are measured on
     generation: GenerationOptions = field(
         default_factory=lambda: GenerationOptions(temperature=0.0)
@@ -230,6 +244,8 @@ class EvalRecipe:
     sampling: GenerationOptions | None = None
     # resamplings of every paired test
     num_resamples: int = 1000
+    # keep samples in outputs_cache/ beside the run, by weights, prompts and sampling
+    cache_outputs: bool = True
     seed: int = 0
     precision: Precision = "auto"
     tokens_per_microbatch: int = 4096

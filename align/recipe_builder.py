@@ -87,8 +87,10 @@ RANGES: dict[str, str] = {
     "PairsConfig.min_margin": "[0, inf)",
     "PairsConfig.threshold": "(-inf, inf)",
     "GenerateRecipe.tokens_per_microbatch": "[1, inf)",
+    "EvalRecipe.best_of_n": "[2, inf)",
     "EvalRecipe.num_resamples": "[1, inf)",
     "EvalRecipe.seed": "[0, 4294967295]",
+    "EvalRecipe.tie_margin": "[0, inf)",
     "EvalRecipe.tokens_per_microbatch": "[1, inf)",
     "RewardTerm.weight": "(-inf, inf)",
 }

@@ -19,6 +19,11 @@ from align.config import (
 )
 from align.recipe_builder import KeyProblem
 
+# the keys of align.evaluation.bleu.CORPUS_METRICS, without importing sacrebleu
+METRIC_NAMES = (
+    "bleu", "bleu-intl", "bleu-char", "bleu-zh", "bleu-none", "chrf", "chrf++", "ter"
+)  # fmt: skip
+
 
 def check_whole(recipe: Any) -> None:
     """Raise a ``KeyProblem`` about the first thing that is wrong."""
@@ -43,8 +48,20 @@ def _check_common(recipe: CommonRecipe) -> None:
 
 
 def _check_eval(recipe: EvalRecipe) -> None:
-    if (recipe.model is None) == (not recipe.models):
-        raise KeyProblem("models", "set `models` (name: folder) or `model`, not both or none")
+    if recipe.model is not None and recipe.models:
+        raise KeyProblem("models", "set `models` (name: folder) or `model`, not both")
+    if not (recipe.model or recipe.models or recipe.preferences):
+        raise KeyProblem("models", "set `models` (name: folder), `model`, or `preferences`")
+    if recipe.preferences and not recipe.reward:
+        raise KeyProblem("reward", "is empty; `preferences` are what a reward is judged on")
+    if recipe.best_of_n is not None and not (recipe.reward and recipe.reference_model):
+        raise KeyProblem("best_of_n", "needs `reference_model` to sample and `reward` to choose by")
+    if recipe.best_of_n is not None and recipe.sampling is None:
+        raise KeyProblem("best_of_n", "needs `sampling`, which says how the samples are drawn")
+    for name in recipe.metrics:
+        if name not in METRIC_NAMES and ":" not in name:
+            allowed = ", ".join(METRIC_NAMES)
+            raise KeyProblem("metrics", f"has {name!r}; allowed: {allowed}, or module:name")
     if recipe.data.train and recipe.data.test:
         raise KeyProblem("data.train", "would not be read beside data.test; remove one of them")
     for key in ("max_tokens", "test_fraction", "max_train_rows", "loss_on"):

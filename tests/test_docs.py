@@ -21,7 +21,9 @@ from align.data.packing import collate
 from align.data.preferences import load_examples
 from align.doctor import LIMITS
 from align.evaluation.compare import Comparison
+from align.evaluation.wins import EqualLength, WinRate
 from align.losses.dpo import LOSSES
+from align.recipe_checks import METRIC_NAMES
 from align.recipes_io import find_recipe, load_recipe, shipped_recipes
 from align.rewards import load_function
 from align.types import DataSource, TokenGroup, TokenSequence
@@ -42,7 +44,7 @@ WRITERS = [
     *(f"stages/{n}.py" for n in ("sft", "reward_model", "dpo", "ppo", "ppo_update", "generate")),
     "training/loop.py",
     "run_folder.py",
-    "evaluation/harness.py",
+    *(f"evaluation/{n}.py" for n in ("harness", "measure", "systems", "agreement", "reward_model")),
 ]
 # keys of dictionaries that are no logged numbers: arguments, manifest, checkpoints
 NO_NUMBERS = {
@@ -55,7 +57,9 @@ NO_NUMBERS = {
     },
     "evaluation/harness.py": {
         *("models", "comparisons", "num_resamples", "seed", "reference", "on_tokens"),
+        *("prompts", "preferences", "on_bad_row", "pooled", "win_rates", "reward_model"),
     },
+    "evaluation/measure.py": {"predictions"},
 }
 
 
@@ -101,12 +105,17 @@ def test_every_explained_number_is_logged() -> None:
     page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
     explained = set(re.findall(r"^\| `([^`]+)` \|", page, re.M))
     logged = set().union(*(written_keys(writer) for writer in WRITERS))
-    logged |= {f.name for f in fields(Comparison)}
-    # `_per_sample` makes these from a metric's name
-    logged |= {f"sample_{m}_{end}" for m in ("chrf", "reward") for end in ("mean", "ci95")}
+    logged |= {f.name for record in (Comparison, WinRate, EqualLength) for f in fields(record)}
+    # made from a metric's name; test_harness.py holds the keys of a whole eval.json
+    values = ("reward", "gold", "sample_chrf", "sample_reward", "sample_gold", "length")
+    logged |= {f"{m}_{end}" for m in values for end in ("mean", "ci95")}
+    logged |= {f"{m}{end}" for m in METRIC_NAMES for end in ("", "_signature", "_ci95")}
+    logged |= {f"{m}{end}" for m in ("distinct_1", "distinct_2") for end in ("", "_ci95")}
+    logged |= {"repetition_4", "repetition_4_ci95"}
     logged |= set(LIMITS)  # what the doctor finds: its table is held by tests/test_doctor.py
     assert explained - logged == set(), "docs/metrics.md explains what no code writes"
-    assert {f.name for f in fields(Comparison)} <= explained
+    for record in (Comparison, WinRate, EqualLength):
+        assert {f.name for f in fields(record)} <= explained
 
 
 def test_the_gate_rejects() -> None:

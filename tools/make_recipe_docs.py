@@ -53,7 +53,10 @@ MEANINGS: dict[str, str] = {
     "DataConfig.train": "sources of training rows",
     "EvalRecipe.data": "`data.test`, or else `data.train`: prompts, best with references",
     "EvalRecipe.model": "one checkpoint; or several in `models`",
-    "EvalRecipe.models": "name -> folder, hub id, GGUF file or JSONL of outputs",
+    "EvalRecipe.models": (
+        "name -> folder, hub id, adapter, GGUF file, checkpoint of a run or JSONL of outputs; "
+        "`ppo#0` and `ppo#1` are seeds of ppo, compared as one"
+    ),
     "EvalRecipe.output_dir": "folder of the run",
     "EvalRecipe.overwrite": "replace what a run has left in `output_dir`",
     "EvalRecipe.precision": "as for training",

@@ -40,8 +40,16 @@ def read_pair(fields: Fields, source: str) -> PreferencePair:
         chosen=chosen,
         rejected=rejected,
         margin=fields.number("margin") if "margin" in fields else None,
-        source=source,
+        source=_part(fields, source),
     )
+
+
+def _part(fields: Fields, source: str) -> str:
+    """RewardBench's ``subset``, or a column ``source``: the part of the data that a pair is of."""
+    for name in ("subset", "source"):
+        if isinstance(fields.values.get(name), str):
+            return str(fields.values[name])
+    return source
 
 
 def chosen_rejected(fields: Fields) -> Sides:
@@ -152,6 +160,32 @@ def _webgpt(fields: Fields) -> Sides:
     return fields.string("question", asked), answers[0], answers[1]
 
 
+def _hhh(fields: Fields) -> Sides:
+    """HHH alignment: ``targets`` (``choices``, ``labels``), or BIG-bench's ``target_scores``."""
+    scores = fields.values.get("target_scores")
+    if not isinstance(scores, Mapping):
+        targets = fields.values.get("targets")
+        targets = targets if isinstance(targets, Mapping) else {}
+        choices, labels = targets.get("choices") or [], targets.get("labels") or []
+        if len(choices) != len(labels):
+            fields.bad("targets", "has not one label for each choice")
+        scores = dict(zip(choices, labels, strict=True))
+    chosen = [text for text, label in scores.items() if label == 1]
+    rejected = [text for text, label in scores.items() if label == 0]
+    if len(chosen) != 1 or len(rejected) != 1:
+        fields.bad("targets", "not one better and one worse answer")
+    prompt = fields.string("input")
+    asked = prompt.removesuffix("Assistant:").rstrip()
+    turns = fields.turns("input", read_hh(asked) if is_hh(asked) else _user(asked))
+    answers = [({"role": "assistant", "content": text},) for text in (chosen[0], rejected[0])]
+    _check_answers(fields, chosen=answers[0], rejected=answers[1])
+    return turns, answers[0], answers[1]
+
+
+def _user(text: str) -> Turns:
+    return ({"role": "user", "content": text},)
+
+
 def alpaca(fields: Fields) -> Turns:
     """``instruction``, ``input``, ``history`` as turns of a dialogue, as LLaMA-Factory has them."""
     turns: list[Message] = []
@@ -179,6 +213,8 @@ def _is_text_then_turns(fields: Fields) -> bool:
 PAIR_FORMATS = (
     PairFormat("Stanford Human Preferences", _has("human_ref_A", without="chosen"), _shp),
     PairFormat("summarize-from-feedback", _has("summaries", without="chosen"), _summaries),
+    PairFormat("HHH alignment", _has("input", "targets", without="chosen"), _hhh),
+    PairFormat("BIG-bench HHH", _has("input", "target_scores", without="chosen"), _hhh),
     PairFormat("WebGPT comparisons", _has("answer_0", without="chosen"), _webgpt),
     PairFormat("UltraFeedback binarized", _is_text_then_turns, chosen_rejected),
     PairFormat("prompt + chosen + rejected", _has("prompt"), chosen_rejected),

@@ -1,4 +1,4 @@
-"""Corpus BLEU and chrF by sacreBLEU, with the signature that makes a figure comparable.
+"""Corpus BLEU, chrF, chrF++, TER by sacreBLEU, with the signature that makes them comparable.
 
 Nothing is tokenised, lower-cased or smoothed here: sacreBLEU does that, and its signature says how.
 """
@@ -9,15 +9,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
-from sacrebleu.metrics import BLEU, CHRF
+import numpy as np
+from sacrebleu.metrics import BLEU, CHRF, TER
 from sacrebleu.metrics.base import Metric
 
 from align.types import AlignError
 
+# BLEU's tokenizer stands in its name: 13a unless it says otherwise
 CORPUS_METRICS: dict[str, Callable[[], Metric]] = {
     "bleu": BLEU,
+    "bleu-intl": lambda: BLEU(tokenize="intl"),
+    "bleu-char": lambda: BLEU(tokenize="char"),
+    "bleu-zh": lambda: BLEU(tokenize="zh"),
+    "bleu-none": lambda: BLEU(tokenize="none", force=True),
     "chrf": CHRF,
     "chrf++": lambda: CHRF(word_order=2),
+    "ter": TER,
 }
 
 
@@ -52,6 +59,17 @@ def corpus_score(
     scorer = CORPUS_METRICS[metric]()
     score = scorer.corpus_score(hypotheses, reference_streams(hypotheses, references)).score
     return MetricResult(float(score), str(scorer.get_signature()))
+
+
+def corpus_statistics(
+    scorer: Metric, hypotheses: Sequence[str], references: Sequence[Sequence[str]]
+) -> np.ndarray:
+    """Counts ``[rows, n]`` whose sum over any rows determines the score of these rows.
+
+    So a resample need not be tokenised again.
+    """
+    streams = reference_streams(hypotheses, references)
+    return np.array(scorer._extract_corpus_statistics(hypotheses, streams))
 
 
 def reference_streams(

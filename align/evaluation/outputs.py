@@ -1,4 +1,4 @@
-"""A model's answers to the evaluation prompts: generated, or read from somebody's JSONL."""
+"""A model's answers to the evaluation prompts: generated, kept, or read from a JSONL."""
 
 from __future__ import annotations
 
@@ -6,16 +6,24 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
-from align.data.chat import encode_prompt, end_token_ids
+from align.config import EvalRecipe
+from align.data.chat import encode_completion, encode_prompt, end_token_ids
+from align.data.packing import pack
+from align.evaluation.cache import cached_rollout
 from align.models import Policy, load_policy, load_tokenizer
-from align.options import GenerationOptions
+from align.models.policy import batch_sequences
+from align.options import GenerationOptions, LoraOptions
 from align.rollout.experience import decode_rollout, over_rollout, rollout_groups
 from align.rollout.sampler import sample
-from align.types import AlignError, PromptExample, Rollout
+from align.types import AlignError, PromptExample, Rollout, TokenGroup, TokenSequence
 
 
 @dataclass(frozen=True)
@@ -36,27 +44,40 @@ class Outputs:
     kl: list[float] | None = None
 
 
+@dataclass(frozen=True)
+class ReferenceFit:
+    """How likely a model finds each prompt's first reference.
+
+    Attributes:
+        nll: Minus log p of the reference, summed over its tokens, nats ``[prompts]``.
+        tokens: Tokens of each, end token included.
+        num_bytes: UTF-8 bytes of each: what makes models with other tokenizers comparable.
+    """
+
+    nll: np.ndarray
+    tokens: np.ndarray
+    num_bytes: np.ndarray
+
+
 class Answerer:
     """One model under evaluation, loaded once."""
 
-    def __init__(
-        self,
-        model: str,
-        *,
-        device: torch.device,
-        precision: str,
-        trust_remote_code: bool,
-        tokens_per_microbatch: int,
-    ) -> None:
-        self.tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    def __init__(self, model: str, recipe: EvalRecipe, *, device: torch.device) -> None:
+        checkpoint = training_checkpoint(model)
+        name = checkpoint.model if checkpoint else model
+        self.tokenizer = load_tokenizer(name, trust_remote_code=recipe.trust_remote_code)
         self.policy = load_policy(
-            model,
+            name,
             device=device,
-            precision=precision,
-            trust_remote_code=trust_remote_code,
+            precision=recipe.precision,
+            lora=checkpoint.lora if checkpoint else None,
+            trust_remote_code=recipe.trust_remote_code,
             frozen=True,
         )
-        self.tokens_per_microbatch = tokens_per_microbatch
+        if checkpoint:
+            checkpoint.load_into(self.policy)
+        self.tokens_per_microbatch = recipe.tokens_per_microbatch
+        self.cache = outputs_cache(recipe)
 
     def answer(
         self,
@@ -70,14 +91,21 @@ class Answerer:
         # KL is a mean over what the policy itself says; of greedy or nucleus outputs it is none
         sampled = options.temperature > 0 and options.top_p == 1
         end_ids = end_token_ids(self.tokenizer, self.policy.inner.generation_config.eos_token_id)
-        rollout = sample(
-            self.policy,
-            [encode_prompt(self.tokenizer, e.prompt) for e in examples],
-            options,
-            end_ids=end_ids,
-            seed=seed,
-            prefill_tokens=self.tokens_per_microbatch,
-            on_tokens=on_tokens,
+        prompts = [encode_prompt(self.tokenizer, e.prompt) for e in examples]
+
+        def make() -> Rollout:
+            return sample(
+                self.policy,
+                prompts,
+                options,
+                end_ids=end_ids,
+                seed=seed,
+                prefill_tokens=self.tokens_per_microbatch,
+                on_tokens=on_tokens,
+            )
+
+        rollout = cached_rollout(
+            self.cache, self.policy, prompts, options, end_ids=end_ids, seed=seed, make=make
         )
         return Outputs(
             decode_rollout(self.tokenizer, rollout, end_ids=end_ids),
@@ -86,6 +114,28 @@ class Answerer:
             kl=reference.kl(rollout, options, self) if reference and sampled else None,
         )
 
+    @torch.no_grad()
+    def fit(self, examples: Sequence[PromptExample]) -> ReferenceFit:
+        """Log-probability of the first reference of each prompt, at temperature 1."""
+        groups, sizes = [], []
+        for example in examples:
+            ids = encode_completion(self.tokenizer, example.prompt, example.references[0])
+            answer = TokenSequence(ids, np.ones(len(ids), dtype=bool))
+            groups.append(
+                TokenGroup(encode_prompt(self.tokenizer, example.prompt), (answer,), id=example.id)
+            )
+            sizes.append(len(example.references[0].encode()))
+        nll = np.zeros(len(groups))
+        for batch in pack(groups, tokens_per_microbatch=self.tokens_per_microbatch):
+            logprobs = self.policy(batch.to(self.policy.device)).logprobs.double().cpu().numpy()
+            # counted tokens stand in the order of the batch's columns, row by row
+            rows, columns = batch.loss_mask.cpu().numpy().nonzero()
+            for segment, number in zip(batch.sequences, batch_sequences(batch), strict=True):
+                own = (rows == segment.row) & (columns >= segment.start) & (columns < segment.stop)
+                nll[number] -= logprobs[own].sum()
+        tokens = np.array([g.num_counted for g in groups])
+        return ReferenceFit(nll, tokens, np.array(sizes))
+
 
 class Reference:
     """The model that KL is measured against."""
@@ -93,6 +143,7 @@ class Reference:
     def __init__(self, answerer: Answerer) -> None:
         self._policy: Policy = answerer.policy
         self._vocabulary = answerer.tokenizer.get_vocab()
+        self.answerer = answerer
 
     def kl(
         self, rollout: Rollout, options: GenerationOptions, answerer: Answerer
@@ -112,6 +163,60 @@ class Reference:
         )
         return (rollout.logprobs - ref_logprobs).sum(1).tolist()
 
+
+# ---------------------------------------------------------------- a checkpoint of a run
+
+
+@dataclass(frozen=True)
+class TrainingCheckpoint:
+    """``checkpoints/step-N`` of a run: parameters of a model that the run's recipe names."""
+
+    weights: Path
+    model: str
+    lora: LoraOptions | None
+
+    def load_into(self, policy: Policy) -> None:
+        try:
+            held = load_file(self.weights)
+        except (OSError, SafetensorError) as error:
+            raise AlignError(f"models: {self.weights}: cannot be read: {error}") from error
+        parameters = dict(policy.named_parameters())
+        unknown = [name for name in held if name not in parameters]
+        if unknown:
+            raise AlignError(f"models: {self.weights}: {self.model} has no parameter {unknown[0]}")
+        with torch.no_grad():
+            for name, weights in held.items():
+                parameters[name].copy_(weights)
+        if self.lora is not None:
+            adapted: Any = policy.model
+            policy.model = adapted.merge_and_unload()
+
+
+def training_checkpoint(model: str) -> TrainingCheckpoint | None:
+    """What a checkpoint folder of a run holds; None where ``model`` is no such folder."""
+    folder = Path(model)
+    if not (folder / "state.json").is_file():
+        return None
+    weights = [p for n in ("actor", "model") if (p := folder / f"{n}.safetensors").is_file()]
+    config = folder.parents[1] / "config.yaml"
+    try:
+        recipe = yaml.safe_load(config.read_text(encoding="utf-8"))
+        lora = recipe.get("lora")
+        if lora is not None:
+            lora = LoraOptions(**lora | {"target_modules": tuple(lora["target_modules"])})
+        return TrainingCheckpoint(weights[0], recipe["model"], lora)
+    except (OSError, KeyError, IndexError, TypeError, yaml.YAMLError) as error:
+        raise AlignError(
+            f"models: {model}: a checkpoint, but not of a run of sft, dpo or ppo: {error}"
+        ) from error
+
+
+def outputs_cache(recipe: EvalRecipe) -> Path | None:
+    """Beside the run, so that every evaluation of a suite shares it and none removes it."""
+    return Path(recipe.output_dir).parent / "outputs_cache" if recipe.cache_outputs else None
+
+
+# ---------------------------------------------------------------- somebody else's outputs
 
 _ROW = '{"prompt": ..., "response": "..."}'
 

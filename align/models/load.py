@@ -137,6 +137,16 @@ def weights_hash(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
+def fingerprint(model: PreTrainedModel) -> str:
+    """``weights_hash`` and the configuration: the same weights under another rope or window are
+    another model."""
+    config = model.config.to_dict()
+    for name in ("_name_or_path", "transformers_version"):
+        config.pop(name, None)
+    text = weights_hash(model) + json.dumps(config, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def _settle(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """Dropout off, no cache, no quantisation record, one pad token, room for every token.
 

@@ -7,7 +7,6 @@ model's *name* would be wrong as soon as the folder's content changes.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from align.data.packing import pack
-from align.models.load import weights_hash
+from align.models.load import fingerprint
 from align.models.policy import Policy, batch_sequences
 from align.progress import Progress
 from align.types import TokenBatch, TokenGroup
@@ -71,12 +70,7 @@ class ReferenceCache:
 
 
 def _key(reference: Policy, groups: Sequence[TokenGroup]) -> str:
-    digest = hashlib.sha256(weights_hash(reference.inner).encode())
-    # the same weights under another rope or window are another model
-    config = reference.inner.config.to_dict()
-    for name in ("_name_or_path", "transformers_version"):
-        config.pop(name, None)
-    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    digest = hashlib.sha256(fingerprint(reference.inner).encode())
     digest.update(reference.precision.encode())
     for group in groups:
         for ids in (group.prefix_ids, *(c.input_ids for c in group.continuations)):

@@ -60,6 +60,13 @@ def results(folder: Path) -> Row:
     return json.loads((folder / "eval.json").read_text())
 
 
+def keys_of(value: Any) -> set[str]:
+    """Every key of nested objects."""
+    if isinstance(value, dict):
+        return set(value).union(*(keys_of(v) for v in value.values()))
+    return set().union(*(keys_of(v) for v in value)) if isinstance(value, list) else set()
+
+
 def references(prompts: list[Row]) -> list[list[str]]:
     """sacreBLEU's streams: the n-th reference of every segment, missing ones None."""
     return [[(p["references"] + [None])[i] for p in prompts] for i in range(2)]  # type: ignore
@@ -120,16 +127,134 @@ def test_the_contract(
     assert after["kl"] > 1
     compared = [c for c in found["comparisons"] if (c["a"], c["b"]) == ("trained", "start")]
     assert {c["metric"] for c in compared} == {
-        "bleu",
-        "chrf",
-        "reward",
-        "sample_chrf",
-        "sample_reward",
+        *("bleu", "chrf", "chrf++", "ter", "reward", "sample_chrf", "sample_reward"),
+        *("length", "repetition_4"),
     }
     for comparison in compared:
         assert 0 <= comparison["p"] <= 1
     (bleu_difference,) = [c["difference"] for c in compared if c["metric"] == "bleu"]
     assert bleu_difference == pytest.approx(after["bleu"] - start["bleu"])
+
+
+def test_every_key_is_explained_and_everything_can_be_asked_for(
+    run_eval: RunEval,
+    tiny: Path,
+    tiny_sft: Path,
+    preferences: list[Row],
+    write_rows: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two seeds, gold, judge, best-of-n, own metrics, preferences: all there is in one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "eval_own.py").write_text(
+        "import datasets, evaluate\n"
+        "def words(prompts, responses, references):\n"
+        "    return [float(len(r.split())) for r in responses]\n"
+        "def longer(prompts, a, b, references):\n"
+        "    return [(1 + (len(x) > len(y)) - (len(x) < len(y))) / 2 for x, y in zip(a, b)]\n"
+        "class Shout(evaluate.Metric):\n"
+        "    def _info(self):\n"
+        "        features = datasets.Features({'predictions': datasets.Value('string')})\n"
+        "        return evaluate.MetricInfo(description='', citation='', features=features)\n"
+        "    def _compute(self, predictions):\n"
+        "        return {'shout': sum(map(str.isupper, predictions)) / len(predictions)}\n"
+    )
+    pairs = write_rows("pairs.jsonl", preferences)
+    folder = run_eval(
+        "run",
+        f"models={{start: {tiny}, sft#0: {tiny_sft}, sft#1: {tiny_sft}}}",
+        f"reference_model={tiny_sft}",
+        "reward={function: eval_own:words}",
+        "gold_reward={metric: chrf}",
+        "sampling={samples_per_prompt: 2, max_new_tokens: 10}",
+        "metrics=[bleu, bleu-char, ter, 'eval_own:words', 'eval_own:Shout']",
+        "judge=eval_own:longer",
+        "best_of_n=3",
+    )
+    found = results(folder)
+    explained = Path(__file__).parents[2].joinpath("docs/metrics.md").read_text(encoding="utf-8")
+    own = {"words_mean", "words_ci95", "shout"}
+    of_another = {f"bleu-char{end}" for end in ("", "_signature", "_ci95")}
+    unexplained = {k for k in keys_of(found) - own - of_another if f"`{k}`" not in explained}
+    assert unexplained == set()
+    names = [m["name"] for m in found["models"]]
+    assert names == ["start", "sft#0", "sft#1", "best-of-3"]
+    start, first, second, best = found["models"]
+    assert "tok:char" in first["bleu-char_signature"]
+    assert {**first, "name": ""} == {**second, "name": ""}  # the same model twice
+    assert first["words_mean"] == first["reward_mean"]
+    assert first["shout"] == 0
+    assert first["perplexity"] < start["perplexity"]
+    assert 0 < first["bits_per_byte"] < start["bits_per_byte"]
+    assert best["reward_mean"] > first["sample_reward_mean"]
+    assert best["kl"] == pytest.approx(np.log(3) - 2 / 3)
+    curve = found["best_of_n"]
+    assert [c["n"] for c in curve] == [1, 2, 3]
+    assert curve[0]["reward"] < curve[1]["reward"] < curve[2]["reward"]
+    assert curve[2]["reward"] == pytest.approx(best["reward_mean"])
+    (pooled,) = found["pooled"]
+    assert (pooled["name"], pooled["seeds"]) == ("sft", 2)
+    assert pooled["figures"]["bleu"]["std"] == 0
+    compared = {(c["a"], c["b"]) for c in found["comparisons"]}
+    assert ("sft", "start") in compared
+    judges = {w["judge"] for w in found["win_rates"]}
+    assert judges == {"eval_own:words", "chrf", "eval_own:longer"}
+    for w in found["win_rates"]:
+        assert w["wins"] + w["ties"] + w["losses"] == 12
+
+    # a reward without references on held-out pairs, and nothing else
+    judged = run_eval(
+        "judged",
+        f"preferences={pairs}",
+        "reward={function: eval_own:words}",
+        "gold_reward={function: eval_own:words}",
+        "data=null",
+    )
+    reward = results(judged)["reward_model"]
+    assert {k for k in keys_of(reward) if f"`{k}`" not in explained} == {str(pairs)}
+    assert reward["pairs"] == len(preferences)
+    gaps = [len(p["chosen"].split()) - len(p["rejected"].split()) for p in preferences]
+    assert reward["gaps"] == gaps
+    assert reward["accuracy"] == pytest.approx(np.mean([(g > 0) + 0.5 * (g == 0) for g in gaps]))
+    assert len(reward["by_margin"]) == 4
+    assert reward["broken"]["repeated"]["preferred"] == 1
+    assert reward["broken"]["shuffled"]["score_change"] == 0
+    assert reward["gold"]["kendall"] == pytest.approx(1)
+
+
+def test_outputs_are_kept(
+    run_eval: RunEval, tiny_sft: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A second evaluation with another metric samples nothing; other sampling samples anew."""
+    from align.evaluation import outputs
+
+    original, calls = outputs.sample, []
+
+    def counting(*args: Any, **options: Any) -> Any:
+        calls.append(args[2].temperature)
+        return original(*args, **options)
+
+    monkeypatch.setattr(outputs, "sample", counting)
+    sampled = "sampling={samples_per_prompt: 2, max_new_tokens: 10}"
+    first = results(run_eval("a", f"model={tiny_sft}", f"reference_model={tiny_sft}", sampled))
+    assert calls == [0, 1]
+    again = f"model={tiny_sft}", f"reference_model={tiny_sft}", "reward={metric: chrf1}"
+    second = results(run_eval("b", *again, sampled, "metrics=[chrf]", "sampling.slots=2"))
+    assert calls == [0, 1]
+    for key in ("chrf", "kl", "length_mean", "sample_chrf_mean", "perplexity"):
+        assert second["models"][0][key] == pytest.approx(first["models"][0][key])
+    run_eval("c", *again, "sampling={samples_per_prompt: 2, max_new_tokens: 9}")
+    assert calls == [0, 1, 1]
+    run_eval("d", *again, "seed=1", sampled)  # greedy outputs have no seed
+    assert calls == [0, 1, 1, 1]
+    run_eval("e", *again, "cache_outputs=false")
+    assert calls == [0, 1, 1, 1, 0]
+    for path in (tmp_path / "outputs_cache").iterdir():
+        path.write_bytes(b"cut short")
+    run_eval("f", *again)
+    assert calls == [0, 1, 1, 1, 0, 0]
 
 
 def test_copying_the_input_is_measured(

@@ -86,3 +86,50 @@ def test_length(modules, cache) -> None:
     assert words == {"length_mean": 3.0}
     characters = modules.Length(len, **cache).compute(predictions=["a bb", "c"])
     assert characters == {"length_mean": 2.5}
+
+
+def test_every_module_in_one_combination(cache, modules, systems: dict, references: list) -> None:
+    """What one module needs, the others leave alone."""
+    import evaluate
+
+    from align.evaluation.bleu import corpus_score
+    from align.evaluation.text import distinct_n
+    from align.rewards.metric import MetricReward
+
+    predictions, n = systems["good"], len(references)
+    reward = MetricReward("chrf")
+    combined = evaluate.combine(
+        [
+            modules.AlignBleu("char", **cache),
+            modules.AlignChrf(2, **cache),
+            modules.AlignTer(**cache),
+            modules.ExactMatch(**cache),
+            modules.Length(**cache),
+            modules.Diversity(**cache),
+            modules.EosRate(**cache),
+            modules.Kl(**cache),
+            modules.Perplexity(**cache),
+            modules.Reward(reward, **cache),
+            modules.WinRateOver(reward, **cache),
+        ]
+    )
+    got = combined.compute(
+        predictions=predictions,
+        references=references,
+        prompts=["p"] * n,
+        baselines=systems["poor"],
+        finished=[True] * (n - 6) + [False] * 6,
+        # 2 tokens a response: log-ratio .5 in all of it, .25 per token; mean log p -1
+        logprobs=[[-0.5, -1.5]] * n,
+        ref_logprobs=[[-1.0, -1.5]] * n,
+    )
+    for key in ("bleu-char", "chrf++", "ter"):
+        expected = corpus_score(key, predictions, references)
+        assert (got[key], got[f"{key}_signature"]) == (expected.score, expected.signature)
+    assert got["distinct_2"] == distinct_n(predictions, 2)
+    assert got["eos_rate"] == pytest.approx(1 - 6 / n)
+    assert (got["kl"], got["kl_per_token"]) == pytest.approx((0.5, 0.25))
+    assert got["perplexity"] == pytest.approx(2.718282)
+    scores = reward(["p"] * n, predictions, references)
+    assert got["reward_mean"] == pytest.approx(sum(scores) / n)
+    assert 0.8 < got["win_rate"] <= 1

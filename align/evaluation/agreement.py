@@ -1,0 +1,166 @@
+"""How good is a reward? Accuracy, calibration, rank agreement; plain arrays in and out.
+
+A gap is score(chosen) - score(rejected). Bradley-Terry says P(chosen is better) = sigmoid(gap), so
+a reward model makes a probability for each pair, which can be held against how often it is right.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from align.evaluation.compare import proportion_ci95
+
+NUM_BINS = 10
+
+
+def accuracy(gaps: np.ndarray) -> dict[str, Any]:
+    """``pairs``, ``accuracy`` (share of gaps above 0, a tie counts half) and its interval."""
+    right = float(np.mean((gaps > 0) + 0.5 * (gaps == 0)))
+    return {
+        "pairs": len(gaps),
+        "accuracy": right,
+        "accuracy_ci95": proportion_ci95(right, len(gaps)),
+    }
+
+
+def accuracy_by_margin(gaps: np.ndarray, margins: np.ndarray, parts: int = 4) -> list[dict]:
+    """Accuracy where the labels' own margins are small, ..., large: parts of equal size."""
+    order = np.argsort(margins, kind="stable")
+    found = []
+    for rows in np.array_split(order, min(parts, len(order))):
+        low, high = float(margins[rows].min()), float(margins[rows].max())
+        found.append({"margin_from": low, "margin_to": high, **accuracy(gaps[rows])})
+    return found
+
+
+def calibration(gaps: np.ndarray) -> dict[str, Any]:
+    """Reliability diagram, expected calibration error, and the temperature that would mend it.
+
+    ``confidence`` is sigmoid(|gap|): how sure the model is of the answer that it prefers. ``ece``
+    is the mean over pairs of |share right - mean confidence| of the pair's bin, ten bins of equal
+    width over [.5, 1]. ``temperature`` minimises the negative log-likelihood of sigmoid(gap / T):
+    above 1 the model is too sure of itself.
+
+    Source: Guo et al. 2017 (arXiv:1706.04599), sections 2 and 4.2. Differs: the temperature is
+        fitted on the same pairs, one number on all of them.
+    """
+    temperature = best_temperature(gaps)
+    return {
+        "ece": expected_calibration_error(gaps),
+        "temperature": temperature,
+        "ece_at_temperature": expected_calibration_error(gaps / temperature),
+        "reliability": reliability(gaps),
+    }
+
+
+def reliability(gaps: np.ndarray) -> list[dict[str, float]]:
+    """Per bin of confidence that holds a pair: its mean confidence, share right, and pairs."""
+    confidence, right = _confidence(gaps), (gaps > 0) + 0.5 * (gaps == 0)
+    bins = np.minimum(((confidence - 0.5) * 2 * NUM_BINS).astype(int), NUM_BINS - 1)
+    return [
+        {
+            "confidence": float(confidence[bins == b].mean()),
+            "right": float(right[bins == b].mean()),
+            "pairs": int((bins == b).sum()),
+        }
+        for b in range(NUM_BINS)
+        if (bins == b).any()
+    ]
+
+
+def expected_calibration_error(gaps: np.ndarray) -> float:
+    bins = reliability(gaps)
+    return sum(b["pairs"] * abs(b["right"] - b["confidence"]) for b in bins) / len(gaps)
+
+
+def best_temperature(gaps: np.ndarray) -> float:
+    """argmin over T in [1/100, 100] of mean -log sigmoid(gap / T), by golden section on log T.
+
+    The mean is convex in 1 / T, so it has one valley. Where every pair is right (or wrong) there is
+    none, and the end of the range comes back.
+    """
+
+    def loss(log_t: float) -> float:
+        return float(np.logaddexp(0, -gaps / math.exp(log_t)).mean())
+
+    low, high, golden = math.log(1e-2), math.log(1e2), (math.sqrt(5) - 1) / 2
+    while high - low > 1e-6:
+        left, right = high - golden * (high - low), low + golden * (high - low)
+        low, high = (low, right) if loss(left) < loss(right) else (left, high)
+    return math.exp((low + high) / 2)
+
+
+def length_bias(gaps: np.ndarray, length_gaps: np.ndarray) -> dict[str, float | None]:
+    """``longer_wins``: accuracy of preferring the longer answer, ties half; and correlations.
+
+    ``length_correlation`` is Spearman's between gap in score and gap in length: near 0 is good,
+    near 1 means that the reward is a ruler. ``accuracy_longer_chosen`` and ``..._shorter_chosen``
+    are the reward's accuracy where the label goes with length and where it goes against it.
+    """
+    longer, shorter = gaps[length_gaps > 0], gaps[length_gaps < 0]
+    return {
+        "longer_wins": float(np.mean((length_gaps > 0) + 0.5 * (length_gaps == 0))),
+        "length_correlation": spearman(gaps, length_gaps),
+        "accuracy_longer_chosen": float(accuracy(longer)["accuracy"]) if len(longer) else None,
+        "accuracy_shorter_chosen": float(accuracy(shorter)["accuracy"]) if len(shorter) else None,
+    }
+
+
+def pearson(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray) -> float | None:
+    """Pearson's correlation; None where one side does not vary."""
+    a, b = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+    if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
+        return None
+    return float(np.corrcoef(a, b)[0, 1])
+
+
+def spearman(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray) -> float | None:
+    """Pearson's correlation of the ranks, ties sharing their mean rank."""
+    return pearson(_ranks(np.asarray(x)), _ranks(np.asarray(y)))
+
+
+def kendall(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray) -> float | None:
+    """Kendall's tau-b: (concordant - discordant) / sqrt(pairs untied in x * pairs untied in y)."""
+    a, b = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+    above = np.triu_indices(len(a), k=1)
+    signs_a = np.sign(a[:, None] - a[None, :])[above]
+    signs_b = np.sign(b[:, None] - b[None, :])[above]
+    untied = float(np.abs(signs_a).sum() * np.abs(signs_b).sum())
+    return float((signs_a * signs_b).sum() / math.sqrt(untied)) if untied else None
+
+
+def best_of_n(proxy: np.ndarray, gold: np.ndarray) -> list[float]:
+    """Expected gold score of the best of n by proxy, n = 1 .. k, over ``[prompts, k]`` samples.
+
+    With the k samples of a prompt in the order of their proxy scores, sample i (from 1) is the best
+    of n drawn without replacement with probability C(i - 1, n - 1) / C(k, n).
+
+    Source: Nakano et al. 2021, appendix I (arXiv:2112.09332): unbiased, where taking the best of
+        the first n would waste the rest.
+    """
+    k = proxy.shape[1]
+    order = np.argsort(proxy, axis=1, kind="stable")
+    ranked = np.take_along_axis(gold, order, axis=1).mean(axis=0)
+    return [
+        float(sum(math.comb(i, n - 1) / math.comb(k, n) * ranked[i] for i in range(n - 1, k)))
+        for n in range(1, k + 1)
+    ]
+
+
+def best_of_n_kl(n: int) -> float:
+    """log n - (n - 1) / n nats: what best-of-n costs at most (Beirami et al. 2024, 2401.01879)."""
+    return math.log(n) - (n - 1) / n
+
+
+def _confidence(gaps: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-np.abs(gaps)))
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return (last - (counts - 1) / 2)[inverse]

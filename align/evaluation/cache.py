@@ -1,0 +1,84 @@
+"""Sampled responses on disk, keyed by weights, prompts and sampling: a new metric samples nothing.
+
+What is kept are tokens and log-probabilities, not figures, so everything that is measured on
+responses is measured anew each time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from align.models import Policy
+from align.models.load import fingerprint
+from align.options import GenerationOptions
+from align.types import Rollout
+
+
+def cached_rollout(
+    folder: Path | None,
+    policy: Policy,
+    prompts: Sequence[np.ndarray],
+    options: GenerationOptions,
+    *,
+    end_ids: Sequence[int],
+    seed: int,
+    make: Callable[[], Rollout],
+) -> Rollout:
+    """The rollout of these weights, prompts and options from ``folder``, or ``make`` and keep it.
+
+    A file that cannot be read counts as none. ``slots`` is no part of the key: it changes nothing.
+    """
+    if folder is None:
+        return make()
+    path = folder / f"{_key(policy, prompts, options, end_ids, seed)}.safetensors"
+    try:
+        return _to_rollout(load_file(path), prompts, options.samples_per_prompt, policy.device)
+    except (OSError, SafetensorError):
+        rollout = make()
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    save_file(
+        {
+            "input_ids": rollout.input_ids.cpu().contiguous(),
+            "response_mask": rollout.response_mask.cpu().contiguous(),
+            "logprobs": rollout.logprobs.cpu().contiguous(),
+            "finished": rollout.finished.cpu().contiguous(),
+        },
+        partial,
+    )
+    os.replace(partial, path)
+    return rollout
+
+
+def _to_rollout(
+    held: dict[str, torch.Tensor], prompts: Sequence[np.ndarray], k: int, device: torch.device
+) -> Rollout:
+    on_device = {name: tensor.to(device) for name, tensor in held.items()}
+    return Rollout(prompt_ids=tuple(p for p in prompts for _ in range(k)), **on_device)
+
+
+def _key(
+    policy: Policy,
+    prompts: Sequence[np.ndarray],
+    options: GenerationOptions,
+    end_ids: Sequence[int],
+    seed: int,
+) -> str:
+    drawn = {name: value for name, value in asdict(options).items() if name != "slots"}
+    if options.temperature == 0:
+        seed = 0  # nothing is drawn
+    facts = [fingerprint(policy.inner), policy.precision, drawn, list(end_ids), seed]
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for ids in prompts:
+        digest.update(np.int64(len(ids)).tobytes() + np.asarray(ids, np.int32).tobytes())
+    return digest.hexdigest()[:32]

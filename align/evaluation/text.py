@@ -1,0 +1,68 @@
+"""What can be counted in texts alone: exact matches, distinct n-grams, repetition.
+
+Words are what whitespace parts; for languages without spaces pass ``words=list``, which counts
+characters.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+Words = Callable[[str], Sequence[str]]
+
+
+def exact_matches(texts: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
+    """1 where a text equals one of its references, ends stripped; else 0."""
+    return [
+        float(text.strip() in {reference.strip() for reference in row})
+        for text, row in zip(texts, references, strict=True)
+    ]
+
+
+def distinct_n(texts: Sequence[str], n: int, *, words: Words = str.split) -> float:
+    """Different n-grams / all n-grams of all texts; 0 where there is no n-gram.
+
+    Source: Li et al. 2016, section 5.2 (arXiv:1510.03055). It falls with the amount of text, so
+    compare it over the same number of prompts only.
+    """
+    grams = [gram for text in texts for gram in _ngrams(text, n, words)]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def distinct_n_ci95(
+    texts: Sequence[str], n: int, *, words: Words = str.split
+) -> tuple[float, float] | None:
+    """95% interval of ``distinct_n`` by the jackknife over texts; None below two texts.
+
+    A bootstrap would not do: it repeats texts, and a repeated text has no new n-gram.
+    """
+    rows = [_ngrams(text, n, words) for text in texts]
+    owners = Counter(gram for row in rows for gram in set(row))
+    num_different, num_all = len(owners), sum(map(len, rows))
+    num_texts = len(rows)
+    if num_texts < 2 or not num_all:
+        return None
+    without = np.zeros(num_texts)
+    for i, row in enumerate(rows):
+        only_here = sum(owners[gram] == 1 for gram in set(row))
+        without[i] = (num_different - only_here) / max(num_all - len(row), 1)
+    variance = (num_texts - 1) / num_texts * float(np.square(without - without.mean()).sum())
+    score, half_width = num_different / num_all, 1.96 * variance**0.5
+    return max(0.0, score - half_width), min(1.0, score + half_width)
+
+
+def repetition(text: str, n: int = 4, *, words: Words = str.split) -> float:
+    """Share of a text's n-grams that stood in it before; 0 = nothing is repeated.
+
+    Source: seq-rep-n of Welleck et al. 2020, section 5 (arXiv:1908.04319).
+    """
+    grams = _ngrams(text, n, words)
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def _ngrams(text: str, n: int, words: Words) -> list[tuple[str, ...]]:
+    parts = words(text)
+    return [tuple(parts[i : i + n]) for i in range(len(parts) - n + 1)]

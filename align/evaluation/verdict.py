@@ -1,0 +1,64 @@
+"""A test's outcome in words, and how many prompts would have settled it."""
+
+from __future__ import annotations
+
+import math
+from statistics import NormalDist
+
+ALPHA, POWER = 0.05, 0.8
+
+# metrics where less is better; of those in NEUTRAL neither is
+LOWER_IS_BETTER = {"ter", "repetition_4", "perplexity", "bits_per_byte"}
+NEUTRAL = {"length"}
+
+
+def prompts_needed(difference: float, paired_std: float) -> int | None:
+    """Prompts that would show a true difference of this size with power .8 at p < .05, two-sided.
+
+        n = ((z_{1 - alpha/2} + z_power) * paired_std / difference)^2
+
+    Args:
+        difference: The observed mean difference.
+        paired_std: Standard deviation over prompts of the per-prompt difference.
+
+    Returns:
+        None where there is no difference to show.
+
+    Source: any text on sample size for paired means, e.g. Card et al. 2020 (arXiv:2010.06595).
+        The observed difference stands in for the true one, so the figure is rough.
+    """
+    if difference == 0:
+        return None
+    z = NormalDist().inv_cdf(1 - ALPHA / 2) + NormalDist().inv_cdf(POWER)
+    return max(2, math.ceil((z * paired_std / difference) ** 2))
+
+
+def verdict(
+    metric: str, difference: float, p: float, *, num_prompts: int, needed: int | None
+) -> str:
+    """``better, p = .003`` of a against b, or what these prompts cannot show."""
+    if difference == 0:
+        return "no difference"
+    if p < ALPHA:
+        if metric in NEUTRAL:
+            word = "more" if difference > 0 else "less"
+        else:
+            word = "better" if (difference > 0) != (metric in LOWER_IS_BETTER) else "worse"
+        return f"{word}, {p_in_words(p)}"
+    if needed is None or needed <= num_prompts:
+        # by the power formula they would have sufficed: the difference is at the edge
+        return f"no difference that {num_prompts} prompts can show, {p_in_words(p)}"
+    return (
+        f"no difference that {num_prompts} prompts can show; "
+        f"about {rounded(needed):,} would be needed"
+    )
+
+
+def p_in_words(p: float) -> str:
+    """``p = .003``; never 0, because a resampling test cannot say so."""
+    return "p < .001" if p < 0.0005 else f"p = {p:.3f}".replace("0.", ".")
+
+
+def rounded(count: int) -> int:
+    """Two digits: a sample size is never known better."""
+    return round(count, 2 - len(str(count))) if count > 99 else count

@@ -1,0 +1,169 @@
+"""Win rates and rewards, raw and at equal length.
+
+A policy that learns to write longer answers often wins by length alone (Singhal et al. 2023,
+arXiv:2310.03716), so every raw figure has one at equal length beside it. Length is counted in
+characters: it is known for every text, whoever wrote it, and needs no tokenizer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from align.evaluation.compare import compare_values, student_t_975
+
+
+@dataclass(frozen=True, kw_only=True)
+class WinRate:
+    """How often a beats b on the same prompts.
+
+    Attributes:
+        a: Name of one system.
+        b: Name of the other.
+        judge: Who decided: a reward source's or a function's name.
+        wins: Prompts where a was better.
+        ties: Prompts where neither was.
+        losses: Prompts where b was better.
+        win_rate: (wins + ties / 2) / prompts; with a judge of both orders the mean of its shares.
+        win_rate_ci95: Bootstrap interval over prompts.
+        win_rate_p: Of a rate this far from one half, by paired randomisation, two-sided.
+        win_rate_verdict: The same in words.
+        length_controlled_win_rate: The rate expected at equal length; None where every prompt's two
+            answers are equally long.
+        length_controlled_win_rate_ci95: Its interval, from the regression.
+    """
+
+    a: str
+    b: str
+    judge: str
+    wins: int
+    ties: int
+    losses: int
+    win_rate: float
+    win_rate_ci95: tuple[float, float]
+    win_rate_p: float
+    win_rate_verdict: str
+    length_controlled_win_rate: float | None
+    length_controlled_win_rate_ci95: tuple[float, float] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EqualLength:
+    """A difference of rewards at equal length.
+
+    Attributes:
+        difference: Expected reward of a minus that of b on a prompt where both are equally long.
+        ci95: Its interval, Student's t.
+        per_100_characters: Reward that 100 more characters go along with.
+    """
+
+    difference: float
+    ci95: tuple[float, float]
+    per_100_characters: float
+
+
+def shares_won(
+    scores_a: Sequence[float], scores_b: Sequence[float], *, tie_margin: float = 0.0
+) -> np.ndarray:
+    """1 where a scores higher, 0 where b does, 1/2 where they differ by at most ``tie_margin``."""
+    gap = np.subtract(scores_a, scores_b)
+    return np.where(np.abs(gap) <= tie_margin, 0.5, (gap > 0).astype(float))
+
+
+def win_rate(
+    a: str,
+    b: str,
+    shares: Sequence[float] | np.ndarray,
+    *,
+    judge: str,
+    lengths_a: Sequence[int],
+    lengths_b: Sequence[int],
+    num_resamples: int = 1000,
+) -> WinRate:
+    """Summarise one share in [0, 1] for each prompt: 1 = a won, 0 = b won."""
+    won = np.asarray(shares, dtype=float)
+    test = compare_values((a, won), (b, 1 - won), metric="win_rate", num_resamples=num_resamples)
+    controlled = length_controlled_win_rate(won, np.subtract(lengths_a, lengths_b))
+    low, high = test.ci95
+    return WinRate(
+        a=a,
+        b=b,
+        judge=judge,
+        wins=int((won > 0.5).sum()),
+        ties=int((won == 0.5).sum()),
+        losses=int((won < 0.5).sum()),
+        win_rate=float(won.mean()),
+        # the test compares shares won with shares lost: twice as far apart as the rate from 1/2
+        win_rate_ci95=((1 + low) / 2, (1 + high) / 2),
+        win_rate_p=test.p_randomization,
+        win_rate_verdict=test.verdict,
+        length_controlled_win_rate=None if controlled is None else controlled[0],
+        length_controlled_win_rate_ci95=None if controlled is None else controlled[1],
+    )
+
+
+def length_controlled_difference(
+    scores_a: Sequence[float],
+    scores_b: Sequence[float],
+    lengths_a: Sequence[int],
+    lengths_b: Sequence[int],
+) -> EqualLength | None:
+    """Reward of a minus reward of b at equal length, by regression over prompts.
+
+        (score_a - score_b)[i] = difference + slope * (length_a - length_b)[i] + noise
+
+    Returns:
+        None where lengths do not vary, so that no slope can be seen, or with under four prompts.
+
+    The prompt's own difficulty cancels in the pairing. What is adjusted for is a linear effect of
+    length; that longer answers may also be better ones is adjusted away with it.
+    """
+    y = np.subtract(scores_a, scores_b).astype(float)
+    x = np.subtract(lengths_a, lengths_b).astype(float)
+    if len(y) < 4 or np.ptp(x) == 0:
+        return None
+    design = np.stack([np.ones_like(x), x / 100], axis=1)
+    (difference, slope), *_ = np.linalg.lstsq(design, y, rcond=None)
+    residual = y - design @ np.array([difference, slope])
+    freedom = len(y) - 2
+    covariance = residual @ residual / freedom * np.linalg.inv(design.T @ design)
+    half_width = student_t_975(freedom) * math.sqrt(covariance[0, 0])
+    return EqualLength(
+        difference=float(difference),
+        ci95=(float(difference - half_width), float(difference + half_width)),
+        per_100_characters=float(slope),
+    )
+
+
+def length_controlled_win_rate(
+    shares: np.ndarray, length_gaps: np.ndarray
+) -> tuple[float, tuple[float, float]] | None:
+    """The win rate expected where both answers are equally long, with its 95% interval.
+
+        P(a wins prompt i) = sigmoid(quality + slope * tanh(gap[i] / std(gap)))
+
+    fitted by maximum likelihood with a weak ridge (1e-2), then sigmoid(quality).
+
+    Source: Dubois et al. 2024, eq. 1 (arXiv:2404.04475). Differs: no term for each prompt's
+        difficulty, which takes many models' results to fit.
+    """
+    spread = float(np.std(length_gaps))
+    if len(shares) < 4 or spread == 0:
+        return None
+    design = np.stack([np.ones(len(shares)), np.tanh(length_gaps / spread)], axis=1)
+    ridge = 1e-2 * np.eye(2)
+    weights = np.zeros(2)
+    for _ in range(50):  # Newton
+        p = 1 / (1 + np.exp(-design @ weights))
+        hessian = design.T @ (design * (p * (1 - p))[:, None]) + ridge
+        step = np.linalg.solve(hessian, design.T @ (shares - p) - ridge @ weights)
+        weights = weights + step
+        if np.abs(step).max() < 1e-10:
+            break
+    error = math.sqrt(np.linalg.inv(hessian)[0, 0])
+    quality = float(weights[0])
+    ends = [1 / (1 + math.exp(-(quality + sign * 1.96 * error))) for sign in (-1, 1)]
+    return 1 / (1 + math.exp(-quality)), (ends[0], ends[1])

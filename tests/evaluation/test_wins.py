@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from align.evaluation.wins import (
+    length_controlled_difference,
+    length_controlled_win_rate,
+    shares_won,
+    win_rate,
+)
+
+
+def test_literal_win_rate() -> None:
+    shares = shares_won([1.0, 2.0, 0.0, 5.0], [0.0, 2.05, 1.0, 1.0], tie_margin=0.1)
+    assert shares.tolist() == [1.0, 0.5, 0.0, 1.0]
+    rate = win_rate("a", "b", shares, judge="reward", lengths_a=[1] * 4, lengths_b=[1] * 4)
+    assert (rate.wins, rate.ties, rate.losses) == (2, 1, 1)
+    assert rate.win_rate == pytest.approx(2.5 / 4)
+    assert rate.win_rate_ci95[0] <= rate.win_rate <= rate.win_rate_ci95[1]
+    # equal lengths everywhere: nothing to control for
+    assert rate.length_controlled_win_rate is None
+    with pytest.raises(AttributeError):
+        rate.win_rate = 1.0  # type: ignore[misc]
+
+
+def test_a_win_rate_of_one_half_is_no_difference() -> None:
+    shares = np.tile([0.0, 1.0], 30)
+    rate = win_rate("a", "b", shares, judge="j", lengths_a=range(60), lengths_b=[0] * 60)
+    assert rate.win_rate == 0.5
+    assert rate.win_rate_p == 1.0
+    assert rate.win_rate_verdict == "no difference"
+
+
+def test_a_reward_that_pays_for_length_alone_has_no_gain_at_equal_length() -> None:
+    rng = np.random.default_rng(0)
+    lengths_b = rng.integers(20, 80, size=300)
+    lengths_a = lengths_b + rng.integers(0, 60, size=300)
+    noise = rng.normal(size=(2, 300)) * 0.1
+    longer = length_controlled_difference(
+        0.01 * lengths_a + noise[0], 0.01 * lengths_b + noise[1], lengths_a, lengths_b
+    )
+    assert longer is not None
+    assert longer.ci95[0] < 0 < longer.ci95[1]
+    assert longer.per_100_characters == pytest.approx(1, abs=0.1)
+    # and a real gain of .2 stays
+    real = length_controlled_difference(
+        0.01 * lengths_a + 0.2 + noise[0], 0.01 * lengths_b + noise[1], lengths_a, lengths_b
+    )
+    assert real is not None
+    assert real.difference == pytest.approx(0.2, abs=0.05)
+    assert real.ci95[0] > 0
+
+
+def test_literal_regression() -> None:
+    # gaps in score 1, 2, 3, 4.5 over gaps in length 0, 100, 200, 300: slope 1.15, intercept .9
+    found = length_controlled_difference([1, 2, 3, 4.5], [0] * 4, [0, 100, 200, 300], [0] * 4)
+    assert found is not None
+    assert found.difference == pytest.approx(0.9)
+    assert found.per_100_characters == pytest.approx(1.15)
+
+
+def test_length_controlled_win_rate_finds_quality_behind_length() -> None:
+    rng = np.random.default_rng(1)
+    gaps = rng.normal(40, 60, size=2000)  # a is longer on most prompts
+    p = 1 / (1 + np.exp(-(0.5 + 2.0 * np.tanh(gaps / gaps.std()))))
+    shares = (rng.random(2000) < p).astype(float)
+    found = length_controlled_win_rate(shares, gaps)
+    assert found is not None
+    truth = 1 / (1 + np.exp(-0.5))
+    assert shares.mean() > truth + 0.05
+    assert found[0] == pytest.approx(truth, abs=0.03)
+    assert found[1][0] < truth < found[1][1]
+
+
+def test_separable_wins_do_not_run_away() -> None:
+    gaps = np.array([-5.0, -3.0, -1.0, 1.0, 3.0, 5.0])
+    found = length_controlled_win_rate((gaps > 0).astype(float), gaps)
+    assert found is not None
+    assert found[0] == pytest.approx(0.5, abs=0.01)
