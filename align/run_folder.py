@@ -24,6 +24,7 @@ import torch
 import yaml
 
 from align import doctor
+from align.model_card import write_cards
 from align.progress import say, table, warn
 from align.types import AlignError, SourceReport
 
@@ -65,7 +66,7 @@ class Run:
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "versions": _versions(),
             "hardware": _hardware(),
-            "recipe": _lasting(config_yaml),
+            "recipe": lasting(config_yaml),
         }
         # of the run that is resumed
         self._previous: dict[str, Any] | None = None
@@ -221,6 +222,7 @@ class Run:
         seconds = time.time() - self.started
         self.describe(status="done", seconds=round(seconds, 1), **facts)
         if self.is_main:
+            write_cards(self.folder, _plain(self._manifest))
             (self.folder / RUNNING).unlink(missing_ok=True)
             say(table(rows, title=f"\n{self.stage}: done in {duration(seconds)}"))
             if self.stage in doctor.RULES:
@@ -249,7 +251,7 @@ VOLATILE = (
 """Keys that may change when a run is resumed: they change nothing of what is learnt."""
 
 
-def _lasting(config_yaml: str) -> dict[str, Any]:
+def lasting(config_yaml: str) -> dict[str, Any]:
     """The recipe as ``a.b: value``, without what may change."""
     flat: dict[str, Any] = {}
 

@@ -1,0 +1,132 @@
+"""A model card beside every saved model: data, recipe and results, as the hub reads them.
+
+``README.md`` with the hub's metadata in front, so that a folder can be pushed as it is. It says
+what the manifest knows and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+WHAT = {
+    "sft": "fine-tuned on demonstrations",
+    "rm": "trained as a Bradley-Terry reward model on preference pairs",
+    "ppo": "optimised against a reward by PPO",
+    "dpo": "optimised on preference pairs by DPO",
+}
+FOLDERS = ("model", "critic", "model_adapter", "critic_adapter")
+
+
+def write_cards(folder: Path, manifest: Mapping[str, Any]) -> list[Path]:
+    """``README.md`` in every model folder of a run; returns what was written."""
+    written = []
+    for name in FOLDERS:
+        place = folder / name
+        if place.is_dir():
+            path = place / "README.md"
+            path.write_text(model_card(name, folder, manifest), encoding="utf-8")
+            written.append(path)
+    return written
+
+
+def model_card(name: str, folder: Path, manifest: Mapping[str, Any]) -> str:
+    """The card of one saved model.
+
+    Args:
+        name: Its folder inside the run's: ``model``, ``critic``, ...
+        folder: The run's.
+        manifest: Of the finished run.
+
+    Source: the hub's metadata format, https://huggingface.co/docs/hub/model-cards.
+    """
+    stage = str(manifest["stage"])
+    recipe: Mapping[str, Any] = manifest.get("recipe", {})
+    base = recipe.get("model")
+    critic = name.startswith("critic")
+    what = "the critic of a run of PPO" if critic else WHAT.get(stage, f"saved by align {stage}")
+    title = f"{folder.parent.name}-{folder.name}" if folder.parent.name else folder.name
+    results = {} if critic else manifest.get("held_out") or {}
+    parts = [
+        _metadata(name, title, stage, base, manifest, results),
+        f"# {title}\n\n`{base}`, {what} by [align]({ALIGN}).\n",
+        "## Data\n\n" + _data(manifest),
+    ]
+    if results:
+        rows = [f"| {key} | {value:.4g} |" for key, value in results.items()]
+        table = "\n".join(["| held out, after training | |", "|---|---|", *rows])
+        parts.append(f"## Results\n\n{table}\n\nEach number is explained in docs/metrics.md.\n")
+    lines = "\n".join(f"{key}: {_yaml(value)}" for key, value in recipe.items())
+    parts.append(f"## Recipe\n\n```yaml\n{lines}\n```\n")
+    parts.append(f"## How it was made\n\n{_made(manifest)}\n")
+    return "\n".join(parts)
+
+
+ALIGN = "https://pypi.org/project/align-rlhf"
+
+
+def _metadata(
+    name: str,
+    title: str,
+    stage: str,
+    base: Any,
+    manifest: Mapping[str, Any],
+    results: Mapping[str, float],
+) -> str:
+    """YAML between dashes. A base model that is a folder here is no hub id, and is not claimed."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    scored = stage == "rm" or name.startswith("critic")
+    hub_id = base if isinstance(base, str) and _is_hub_id(base) else None
+    data: Sequence[Mapping[str, Any]] = [
+        report for reports in (manifest.get("data") or {}).values() for report in reports
+    ]
+    sets = [r["path"].rpartition("/")[0] for r in data if r.get("sha256") is None]
+    held_out = [
+        EvalResult(
+            task_type="text-classification" if scored else "text-generation",
+            dataset_type="held-out",
+            dataset_name="rows held out by the run",
+            metric_type=key,
+            metric_value=round(float(value), 6),
+        )
+        for key, value in results.items()
+    ]
+    card = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-classification" if scored else "text-generation",
+        base_model=hub_id,
+        datasets=list(dict.fromkeys(sets)) or None,
+        tags=["align", stage],
+        model_name=title if held_out else None,
+        eval_results=held_out or None,
+    )
+    return f"---\n{card.to_yaml().strip()}\n---\n"
+
+
+def _is_hub_id(model: str) -> bool:
+    return model.count("/") == 1 and not Path(model).exists() and not model.startswith((".", "/"))
+
+
+def _data(manifest: Mapping[str, Any]) -> str:
+    rows = ["| use | file | rows | sha256 |", "|---|---|---|---|"]
+    for use, reports in (manifest.get("data") or {}).items():
+        for report in reports:
+            count = f"{report['rows_kept']} of {report['rows_read']}"
+            sha256 = (report.get("sha256") or "")[:16]
+            rows.append(f"| {use} | `{report['path']}` | {count} | `{sha256}` |")
+    return "\n".join(rows) + "\n"
+
+
+def _made(manifest: Mapping[str, Any]) -> str:
+    versions = ", ".join(f"{k} {v}" for k, v in (manifest.get("versions") or {}).items())
+    seconds = manifest.get("seconds")
+    took = f" It took {seconds:.0f} s." if isinstance(seconds, int | float) else ""
+    return f"`{manifest.get('command', '')}`, seed {manifest.get('seed')}; {versions}.{took}"
+
+
+def _yaml(value: Any) -> str:
+    import json
+
+    return json.dumps(value, ensure_ascii=False)
