@@ -10,5 +10,9 @@ setup(
         *(f"align.recipes.{folder}" for folder in folders),
     ],
     package_dir={"align": "align", "align.recipes": "recipes"},
-    package_data={"": ["*.yaml"], "align.feedback": ["*.html"]},
+    package_data={
+        "": ["*.yaml"],
+        "align.feedback": ["*.html"],
+        "align.report": ["*.j2", "*.css", "*.js"],
+    },
 )

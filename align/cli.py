@@ -34,7 +34,7 @@ STAGES: dict[str, tuple[str, str, str]] = {
     "generate": ("GenerateRecipe", "align.stages.generate:run", "sample, score and pair responses"),
 }
 
-OTHERS = ("ls", "cp", "check", "doctor", "data", "label")
+OTHERS = ("ls", "cp", "check", "doctor", "data", "label", "report", "sweep")
 
 # huge pages for tensors on a CPU: a tenth of a training step is page faults without them
 FAST = {"THP_MEM_ALLOC_ENABLE": "1"}
@@ -133,6 +133,25 @@ def _parser() -> argparse.ArgumentParser:
     cp.add_argument("name", metavar="NAME")
     cp.add_argument("dest", metavar="DEST", help="a file or a folder")
     cp.set_defaults(run=run_cp)
+    report = commands.add_parser("report", help="one page about runs, or live in the terminal")
+    report.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, or one of several")
+    report.add_argument(
+        "--output", default="report.html", metavar="FILE", help="the page (default: report.html)"
+    )
+    report.add_argument(
+        "--follow", action="store_true", help="show the numbers of running runs here instead"
+    )
+    report.set_defaults(run=run_report)
+    sweep = commands.add_parser("sweep", help="a recipe over several values of a key; resumable")
+    sweep.add_argument("stage", choices=[s for s in STAGES if s not in ("eval", "generate")])
+    _add_recipe_arguments(sweep)
+    sweep.add_argument(
+        "--over", action="append", required=True, metavar="KEY=A,B,C", help="such as kl.coef=.1,.3"
+    )
+    sweep.add_argument(
+        "--eval", metavar="RECIPE", help="an evaluation; every model of the sweep is added to it"
+    )
+    sweep.set_defaults(run=run_sweep)
     check = commands.add_parser("check", help="validate a recipe and print what will run")
     _add_recipe_arguments(check)
     check.add_argument(
@@ -217,6 +236,24 @@ def run_cp(args: argparse.Namespace) -> None:
         raise AlignError(f"{dest}: the folder {dest.parent} does not exist; make it first")
     shutil.copyfile(source, dest)
     print(f"{dest}: copied from {args.name}; change it, then `align check {dest}`")
+
+
+def run_report(args: argparse.Namespace) -> None:
+    if args.follow:
+        from align.report.follow import follow
+        from align.report.runs import find_runs
+
+        follow(find_runs(args.runs))
+        return
+    from align.report.page import write_report
+
+    print(f"{write_report(args.runs, args.output)}: written; open it in a browser")
+
+
+def run_sweep(args: argparse.Namespace) -> None:
+    from align.sweep import sweep
+
+    sweep(args.stage, STAGES, args.recipe, args.overrides, over=args.over, evaluate=args.eval)
 
 
 def run_check(args: argparse.Namespace) -> None:

@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "align"
 
 # imported by any room; they import nothing of this package but each other
-LEAVES = {"types", "options", "progress", "run_folder", "doctor"}
+LEAVES = {"types", "options", "progress", "run_folder", "doctor", "model_card"}
 CONFIG = {"config", "recipe_builder", "recipe_checks", "recipes_io"}
 # room -> the rooms of this package that it may import, besides itself and types
 ALLOWED: dict[str, set[str]] = {
@@ -20,6 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "progress": set(),
     "run_folder": set(),
     "doctor": set(),
+    "model_card": set(),
     "losses": set(),
     "data": set(),
     "models": {"losses", "data"},
@@ -37,7 +38,9 @@ ALLOWED: dict[str, set[str]] = {
     "checking": {"data", "models", "rewards", "stages"} | CONFIG,
     "feedback": {"data"},
     "commands": {"data", "models", "feedback"},
-    "cli": {"checking", "stages", "evaluation", "commands"} | CONFIG,
+    "report": {"evaluation"},
+    "sweep": {"stages", "evaluation", "report"} | CONFIG,
+    "cli": {"checking", "stages", "evaluation", "commands", "report", "sweep"} | CONFIG,
     "__main__": {"cli"},
     "__init__": set(),
 }

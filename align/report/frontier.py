@@ -1,0 +1,87 @@
+"""Reward against KL: what each nat has bought, and where the true score turned.
+
+Points are the models of an evaluation, whose names carry a sweep or a training step
+(``ppo@step-10``, ``dpo.beta=0.1``); best-of-n of the reference is a line.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from align.evaluation.frontier import turning_point
+from align.report.figures import Line, Point, frontier
+from align.report.runs import RunRecord
+
+LABELS = {"reward": "reward (what was optimised)", "gold": "gold reward (what counts as true)"}
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """Figures by reward, the points as a table, and over-optimisation in words."""
+
+    figures: list[Markup]
+    points: list[dict[str, Any]]
+    best_of_n: list[dict[str, Any]]
+    sentences: list[str]
+
+
+def frontier_of(run: RunRecord) -> Frontier | None:
+    """None where no model has both a KL and a reward."""
+    evaluation = run.evaluation or {}
+    points = [p for p in map(_point, evaluation.get("models", [])) if p is not None]
+    curve = evaluation.get("best_of_n") or []
+    if len(points) < 2:
+        return None
+    drawn, sentences = [], []
+    for key in ("reward", "gold"):
+        own = [p for p in points if p[key] is not None]
+        if not own:
+            continue
+        line = [c for c in curve if c[key] is not None]
+        paths = []
+        if line:
+            x, y = [c["kl"] for c in line], [c[key] for c in line]
+            paths = [Line(f"best of n, n = 1 to {len(line)}", x, y)]
+        drawn.append(
+            frontier(
+                f"{run.name}: {LABELS[key]} against KL",
+                [_drawn(p, key) for p in own],
+                paths,
+                ylabel=LABELS[key],
+            )
+        )
+    for group in dict.fromkeys(p["group"] for p in points):
+        own = [p for p in points if p["group"] == group and p["gold"] is not None]
+        turn = turning_point([p["kl"] for p in own], [p["gold"] for p in own])
+        if turn is not None:
+            sentences.append(
+                f"{group}: the gold reward turns at about {turn[0]:.2f} nats, where it is "
+                f"{turn[1]:.3g}; beyond that the policy is over-optimised."
+            )
+    return Frontier(drawn, points, curve, sentences)
+
+
+def group_of(name: str) -> str:
+    """``ppo@step-10`` and ``ppo@step-20`` are one curve, ``dpo.beta=0.1`` and ``=0.3`` another."""
+    return re.sub(r"(@step-\d+|=[^=]*|#\d+)$", "", name)
+
+
+def _point(row: dict[str, Any]) -> dict[str, Any] | None:
+    """Samples' rewards, because the KL is the samples'; best-of-n's are its answers'."""
+    if row.get("kl") is None:
+        return None
+    found: dict[str, Any] = {"name": row["name"], "group": group_of(row["name"]), "kl": row["kl"]}
+    for key in ("reward", "gold"):
+        prefix = f"sample_{key}" if row.get(f"sample_{key}_mean") is not None else key
+        found[key], found[f"{key}_ci95"] = row.get(f"{prefix}_mean"), row.get(f"{prefix}_ci95")
+    return None if found["reward"] is None and found["gold"] is None else found
+
+
+def _drawn(point: dict[str, Any], key: str) -> Point:
+    low, high = point[f"{key}_ci95"] or (None, None)
+    label = point["name"].removeprefix(point["group"]).lstrip("@=#")
+    return Point(label, point["kl"], point[key], low, high, group=point["group"])

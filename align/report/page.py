@@ -1,0 +1,202 @@
+"""Runs -> one HTML page that needs nothing else: no network, no second file.
+
+Every text that a model, a user or a file wrote is escaped by the template; figures alone are
+markup, and matplotlib escapes what stands in them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from align import __version__, doctor
+from align.report import figures
+from align.report.frontier import frontier_of
+from align.report.runs import RunRecord, find_runs, read_run
+from align.report.samples import of_training, side_by_side
+from align.report.verdicts import NAMES, verdicts
+from align.types import AlignError
+
+# not drawn: they say when, not how well
+NO_CURVE = {"step", "seconds", "epoch", "tokens"}
+COLUMNS = {
+    "bleu": "BLEU",
+    "chrf": "chrF",
+    "chrf++": "chrF++",
+    "ter": "TER",
+    "exact_match": "exact",
+    "reward_mean": "reward",
+    "gold_mean": "gold",
+    "sample_reward_mean": "reward of samples",
+    "sample_gold_mean": "gold of samples",
+    "sample_chrf_mean": "chrF of samples",
+    "kl": "KL, nats",
+    "kl_per_token": "KL per token",
+    "length_mean": "tokens",
+    "eos_rate": "ended",
+    "distinct_2": "distinct-2",
+    "repetition_4": "repeated",
+    "perplexity": "perplexity",
+}
+
+
+def write_report(places: Sequence[str], output: str) -> Path:
+    """Read the runs in ``places`` and write the page."""
+    folders = find_runs(places)
+    path = Path(output)
+    if path.is_dir():
+        path = path / "report.html"
+    root = Path(os.path.commonpath([f.resolve().parent for f in folders]))
+    page = render([read_run(folder.resolve(), root) for folder in folders])
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise AlignError(f"report: {path}: {error.strerror}; name another --output") from error
+    return path
+
+
+def render(runs: Sequence[RunRecord]) -> str:
+    """The whole page as text."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": number, "interval": interval, "duration": duration}
+    evaluations = [run for run in runs if run.evaluation is not None]
+    return environment.get_template("page.html.j2").render(
+        title=_title(runs),
+        version=__version__,
+        written=time.strftime("%Y-%m-%d %H:%M"),
+        runs=runs,
+        facts={run.name: _facts(run) for run in runs},
+        verdicts=[v for run in evaluations for v in verdicts(run)],
+        held_out=[run for run in runs if run.manifest.get("held_out")],
+        findings=[(run.name, finding) for run in runs for finding in _findings(run)],
+        evaluations=[_evaluation(run) for run in evaluations],
+        rewards=[_reward(run) for run in evaluations if (run.evaluation or {}).get("reward_model")],
+        curves=[(run.name, run.stage, drawn) for run in runs if (drawn := _curves(run))],
+        samples=[found for run in evaluations if (found := side_by_side(run))],
+        training_samples=[(r.name, rows) for r in runs if (rows := of_training(r))],
+        names=NAMES,
+    )
+
+
+def _findings(run: RunRecord) -> list[doctor.Finding]:
+    """What is wrong with the run by its logged numbers."""
+    return doctor.diagnose(run.stage, run.metrics, run.manifest) if run.metrics else []
+
+
+def _title(runs: Sequence[RunRecord]) -> str:
+    parents = dict.fromkeys(run.folder.parent.name for run in runs)
+    return ", ".join(parents) if len(parents) <= 2 else f"{len(runs)} runs"
+
+
+def _facts(run: RunRecord) -> dict[str, Any]:
+    """What was run on what."""
+    manifest = run.manifest
+    files = [
+        {
+            "use": use,
+            "path": report["path"],
+            "sha256": (report.get("sha256") or "")[:12],
+            "kept": report["rows_kept"],
+            "read": report["rows_read"],
+        }
+        for use, reports in (manifest.get("data") or {}).items()
+        for report in reports
+    ]
+    models = run.config.get("models") or {"model": run.config.get("model")}
+    return {
+        "models": {name: model for name, model in models.items() if model},
+        "files": files,
+        "config": yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True),
+        "manifest": json.dumps(
+            {k: v for k, v in manifest.items() if k not in ("recipe", "data")},
+            indent=2,
+            ensure_ascii=False,
+        ),
+    }
+
+
+def _evaluation(run: RunRecord) -> dict[str, Any]:
+    found = run.evaluation or {}
+    rows = list(found["models"])
+    if found.get("copy_baseline"):
+        rows = [{"name": "copy the input", **found["copy_baseline"]}, *rows]
+    columns = {k: v for k, v in COLUMNS.items() if any(r.get(k) is not None for r in rows)}
+    return {
+        "name": run.name,
+        "rows": rows,
+        "columns": columns,
+        "comparisons": found.get("comparisons", []),
+        "win_rates": found.get("win_rates", []),
+        "pooled": found.get("pooled", []),
+        "signatures": sorted({v for r in rows for k, v in r.items() if k.endswith("signature")}),
+        "prompts": run.manifest.get("prompts"),
+        "frontier": frontier_of(run),
+    }
+
+
+def _reward(run: RunRecord) -> dict[str, Any]:
+    found = (run.evaluation or {})["reward_model"]
+    return {
+        "name": run.name,
+        "found": found,
+        "reliability": figures.reliability(
+            f"Reliability of {found['reward']}: share right against confidence",
+            found["reliability"],
+        ),
+        "gaps": figures.histogram(
+            f"Margins of {found['reward']}: {found['accuracy']:.0%} of them right of 0",
+            found["gaps"],
+            xlabel="score(chosen) - score(rejected)",
+            ylabel="pairs",
+        ),
+    }
+
+
+def _curves(run: RunRecord) -> list[Any]:
+    """A small figure for every logged number, training and held out in one where both are."""
+    keys = dict.fromkeys(key for row in run.metrics for key in row)
+    drawn = []
+    for key in (k for k in keys if k not in NO_CURVE):
+        if key.startswith("eval_") and key.removeprefix("eval_") in keys:
+            continue
+        lines = [figures.Line(key, *run.series(key), dots=key.startswith("eval_"))]
+        if f"eval_{key}" in keys:
+            lines.append(figures.Line("held out", *run.series(f"eval_{key}"), dots=True))
+        lines = [line for line in lines if len(line.x) > 1]
+        if lines:
+            drawn.append((key, figures.curves(f"{run.name}: {key} by step", lines), lines))
+    return drawn
+
+
+def number(value: Any) -> str:
+    """Three significant digits; nothing for None."""
+    if value is None:
+        return ""
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
+
+
+def interval(pair: Any) -> str:
+    return "" if pair is None else f"{number(pair[0])} to {number(pair[1])}"
+
+
+def duration(seconds: Any) -> str:
+    if seconds is None:
+        return ""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.0f} s"

@@ -1,0 +1,145 @@
+"""What an evaluation says, in sentences: better, by how much, at what cost, and is it cheating?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from align.evaluation.verdict import ALPHA
+from align.report.runs import RunRecord
+
+NAMES = {
+    "bleu": "BLEU",
+    "chrf": "chrF",
+    "chrf++": "chrF++",
+    "ter": "TER",
+    "reward": "reward",
+    "gold": "gold reward",
+    "sample_reward": "reward of samples",
+    "sample_gold": "gold reward of samples",
+    "sample_chrf": "chrF of samples",
+    "length": "length",
+    "repetition_4": "repetition",
+}
+# those that a reader looks for first, as far as they were measured
+HEADLINES = ("reward", "gold", "sample_reward", "sample_gold", "bleu", "chrf", "sample_chrf")
+
+
+@dataclass
+class Verdict:
+    """One model against its baseline; ``warnings`` are reasons to doubt what looks good."""
+
+    title: str
+    sentences: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def verdicts(run: RunRecord) -> list[Verdict]:
+    """Every model of one evaluation against its reference, and what is known of the reward."""
+    evaluation = run.evaluation or {}
+    models = {m["name"]: m for m in evaluation.get("models", [])}
+    baseline = baseline_of(run)
+    found = []
+    for name in models:
+        if name != baseline:
+            told = _against(evaluation, models, name, baseline)
+            found += [told] if told.sentences else []
+    reward = evaluation.get("reward_model")
+    if reward:
+        found.append(_of_reward(reward))
+    return found
+
+
+def baseline_of(run: RunRecord) -> str | None:
+    """The model that others are held against: the reference of KL, else the first one."""
+    models = (run.evaluation or {}).get("models", [])
+    reference = run.config.get("reference_model")
+    same = [m["name"] for m in models if reference and m.get("model") == reference]
+    return (same or [m["name"] for m in models] or [None])[0]
+
+
+def _against(
+    evaluation: dict[str, Any], models: dict[str, Any], name: str, baseline: str | None
+) -> Verdict:
+    told = Verdict(f"{name} against {baseline}")
+    tests = {
+        c["metric"]: c
+        for c in evaluation.get("comparisons", [])
+        if (c["a"], c["b"]) == (name.partition("#")[0], (baseline or "").partition("#")[0])
+    }
+    for metric in (m for m in HEADLINES if m in tests):
+        test = tests[metric]
+        low, high = test["ci95"]
+        told.sentences.append(
+            f"{capital(NAMES[metric])}: {test.get('verdict', '')} "
+            f"({test['difference']:+.3g}, 95% interval {low:+.3g} to {high:+.3g})."
+        )
+        controlled = test.get("at_equal_length")
+        if controlled:
+            low, high = controlled["ci95"]
+            told.sentences.append(
+                f"{capital(NAMES[metric])} at equal length: {controlled['difference']:+.3g} "
+                f"({low:+.3g} to {high:+.3g})."
+            )
+            if _gained(test) and low <= 0:
+                told.warnings.append(
+                    f"The gain in {NAMES[metric]} is not certain at equal length: "
+                    "longer answers may be all that was learnt."
+                )
+    told.sentences += _cost(models[name], models.get(baseline or "", {}))
+    for proxy, gold in (("reward", "gold"), ("sample_reward", "sample_gold")):
+        if proxy in tests and gold in tests and _gained(tests[proxy]):
+            if tests[gold]["p"] < ALPHA and tests[gold]["difference"] < 0:
+                told.warnings.append(
+                    f"The {NAMES[proxy]} rose and the {NAMES[gold]} fell: over-optimised."
+                )
+            elif not _gained(tests[gold]):
+                told.warnings.append(
+                    f"The {NAMES[proxy]} rose; that the {NAMES[gold]} did is not shown."
+                )
+    return told
+
+
+def capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _gained(test: dict[str, Any]) -> bool:
+    return bool(test["p"] < ALPHA and test["difference"] > 0)
+
+
+def _cost(model: dict[str, Any], baseline: dict[str, Any]) -> list[str]:
+    found = []
+    if model.get("kl") is not None:
+        text = f"Cost: {model['kl']:.2f} nats of KL per response"
+        if model.get("kl_per_token") is not None:
+            text += f", {model['kl_per_token']:.3f} per token"
+        found.append(f"{text}.")
+    length, before = model.get("length_mean"), baseline.get("length_mean")
+    if length is not None and before:
+        found.append(
+            f"Length: {length:.1f} tokens against {before:.1f} ({length / before - 1:+.0%})."
+        )
+    return found
+
+
+def _of_reward(found: dict[str, Any]) -> Verdict:
+    low, high = found["accuracy_ci95"]
+    told = Verdict(
+        f"The reward {found['reward']}",
+        [
+            f"Right on {found['accuracy']:.0%} of {found['pairs']} held-out pairs "
+            f"({low:.0%} to {high:.0%}); preferring the longer answer would be right on "
+            f"{found['longer_wins']:.0%}.",
+            f"Calibration error {found['ece']:.3f}; dividing its scores by "
+            f"{found['temperature']:.2f} would make it {found['ece_at_temperature']:.3f}.",
+        ],
+    )
+    if low <= max(0.5, found["longer_wins"]):
+        told.warnings.append("It is not shown to be better than chance and than length.")
+    for way, change in found["broken"].items():
+        if change["preferred"] >= 0.5:
+            told.warnings.append(
+                f"It prefers {way} answers on {change['preferred']:.0%}: a policy will find out."
+            )
+    return told

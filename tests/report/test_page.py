@@ -1,0 +1,163 @@
+"""The page without a browser: what it says, that it is one file, and that nothing in it runs."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from align.report.page import interval, number, write_report
+from align.report.samples import MAX_SHOWN, difference
+from align.types import AlignError
+
+VOID = {"meta", "link", "br", "input", "img", "hr"}
+
+
+class Outline(HTMLParser):
+    """Tags, ids, headings, and whether every element was closed in order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.wrong: list[str] = []
+        self.texts: dict[str, list[str]] = {}
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        if not self.open or self.open.pop() != tag:
+            self.wrong.append(tag)
+
+    def handle_data(self, data: str) -> None:
+        if self.open:
+            self.texts.setdefault(self.open[-1], []).append(data)
+
+
+@pytest.fixture
+def text(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
+
+
+def test_the_verdict_comes_first_and_says_what_is_wrong(text: str) -> None:
+    sections = re.findall(r'<section id="(\w+)"', text)
+    assert sections == ["verdict", "runs", "evaluation", "frontier", "reward", "curves", "samples"]
+    verdict = text.partition('<section id="verdict"')[2].partition("</section>")[0]
+    assert "Reward: better, p = .001 (+0.2, 95% interval +0.1 to +0.3)" in verdict
+    assert "Gold reward: worse, p = .002" in verdict
+    assert "not certain at equal length" in verdict
+    assert "over-optimised" in verdict
+    assert "1.60 nats of KL per response" in verdict
+    assert "not shown to be better than chance and than length" in verdict
+    assert "prefers repeated answers on 70%" in verdict
+
+
+def test_it_is_one_file_without_a_network(text: str) -> None:
+    outline = Outline(text)
+    for tag, attributes in outline.tags:
+        for name in ("src", "href", "xlink:href", "action", "data"):
+            value = attributes.get(name)
+            assert value is None or value.startswith(("#", "data:,")), (tag, name, value)
+    assert "@import" not in text
+    assert not re.search(r"url\((?!#)", text)
+    without_names = re.sub(r'xmlns(:xlink)?="[^"]*"', "", text)
+    assert "http://" not in without_names
+    assert "https://" not in without_names
+
+
+def test_outputs_are_escaped(text: str) -> None:
+    assert "<script>alert" not in text
+    assert "&lt;script&gt;alert(&#39;out&#39;)&lt;/script&gt;" in text
+    assert "{{ 7 * 7 }}" in text  # no template either
+    assert "<b>And</b>" not in text
+    assert [tag for tag, _ in Outline(text).tags].count("script") == 1
+
+
+def test_the_escaping_test_rejects(suite: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Without autoescape the script stands in the page: the test above can fail."""
+    from align.report import page
+
+    original = page.Environment
+    monkeypatch.setattr(
+        page, "Environment", lambda **options: original(**options | {"autoescape": False})
+    )
+    broken = write_report([str(suite)], str(tmp_path / "broken.html"))
+    assert "<script>alert" in broken.read_text(encoding="utf-8")
+
+
+def test_it_is_well_formed_and_accessible(text: str) -> None:
+    outline = Outline(text)
+    assert outline.wrong == []
+    assert outline.open == []
+    ids = [a["id"] for _, a in outline.tags if "id" in a]
+    assert len(ids) == len(set(ids))
+    for name in re.findall(r'(?:url\(#|href="#|aria-labelledby=")([^)"]+)', text):
+        assert name in ids
+    headings = [int(tag[1]) for tag, _ in outline.tags if re.fullmatch("h[1-6]", tag)]
+    assert headings.count(1) == 1
+    assert all(b <= a + 1 for a, b in itertools.pairwise(headings))
+    figures = [a for tag, a in outline.tags if tag == "svg"]
+    assert len(figures) > 8
+    assert all(a["role"] == "img" and a["aria-labelledby"] in ids for a in figures)
+    assert all("scope" in a for tag, a in outline.tags if tag == "th")
+    (html,) = [a for tag, a in outline.tags if tag == "html"]
+    assert html["lang"] == "en"
+    for tag in ("main", "nav", "header"):
+        assert tag in [t for t, _ in outline.tags]
+
+
+def test_many_prompts_are_cut_to_the_telling_ones(text: str) -> None:
+    assert text.count('class="sample"') == MAX_SHOWN
+    assert f"{200 - MAX_SHOWN} are in the run" in text
+
+
+def test_the_gold_reward_turns(text: str) -> None:
+    frontier = text.partition('<section id="frontier"')[2].partition("</section>")[0]
+    # one group for each model here, so no curve has four points; best of n is in the table
+    assert "turns at about" not in frontier
+    assert "best of 4 samples" in frontier
+
+
+def test_a_run_that_goes_on_and_no_evaluation(make_run, tmp_path: Path) -> None:
+    folder = make_run("going", "sft", status="running", metrics=[{"step": 1, "loss": 2.0}])
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "lo')  # it is being written
+    text = write_report([str(folder)], str(tmp_path)).read_text(encoding="utf-8")
+    assert "No run here has been measured" in text
+    assert 'class="badge running"' in text
+
+
+def test_wrong_places_are_one_line(tmp_path: Path, make_run) -> None:
+    with pytest.raises(AlignError, match="no such folder"):
+        write_report([str(tmp_path / "nothing")], "x.html")
+    with pytest.raises(AlignError, match="no run in it"):
+        write_report([str(tmp_path)], "x.html")
+    folder = make_run("a", "sft")
+    with pytest.raises(AlignError, match="name another --output"):
+        write_report([str(folder)], str(folder / "config.yaml" / "x.html"))
+
+
+def test_differences_by_words() -> None:
+    pieces = difference("the dog ran fast", "the cat ran")
+    assert "".join(t for kind, t in pieces if kind != "missing") == "the dog ran fast"
+    assert ("missing", "cat ") in pieces
+    assert difference("a b", None) == [("same", "a b")]
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(None, ""), (0.12345, "0.123"), (1234, "1,234"), (123.4, "123"), (0.0, "0")],
+)
+def test_numbers(value: float | None, shown: str) -> None:
+    assert number(value) == shown
+    assert interval((0.1, 0.25)) == "0.1 to 0.25"
