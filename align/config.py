@@ -234,8 +234,9 @@ class EvalRecipe:
     tie_margin: float = 0.0
     # adds a model: of n samples of `reference_model` the best by `reward`; null = none
     best_of_n: int | None = None
-    # held-out preference pairs that `reward` is judged on
-    preferences: tuple[DataSource, ...] = ()
+    # preference pairs whose held-out side `reward` is judged on: `test`, or `test_fraction` of
+    # `train`, which with equal seeds are the rows that `align rm` held out
+    preferences: DataConfig = field(default_factory=DataConfig)
     # the outputs that BLEU, chrF and reward are measured on
     generation: GenerationOptions = field(
         default_factory=lambda: GenerationOptions(temperature=0.0)

@@ -6,6 +6,7 @@ what the manifest knows and nothing else.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,20 +51,19 @@ def model_card(name: str, folder: Path, manifest: Mapping[str, Any]) -> str:
     results = {} if critic else manifest.get("held_out") or {}
     parts = [
         _metadata(name, title, stage, base, manifest, results),
-        f"# {title}\n\n`{base}`, {what} by [align]({ALIGN}).\n",
+        f"# {title}\n\n`{base}`, {what} by align.\n",
         "## Data\n\n" + _data(manifest),
     ]
     if results:
         rows = [f"| {key} | {value:.4g} |" for key, value in results.items()]
         table = "\n".join(["| held out, after training | |", "|---|---|", *rows])
         parts.append(f"## Results\n\n{table}\n\nEach number is explained in docs/metrics.md.\n")
-    lines = "\n".join(f"{key}: {_yaml(value)}" for key, value in recipe.items())
+    lines = "\n".join(
+        f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in recipe.items()
+    )
     parts.append(f"## Recipe\n\n```yaml\n{lines}\n```\n")
     parts.append(f"## How it was made\n\n{_made(manifest)}\n")
     return "\n".join(parts)
-
-
-ALIGN = "https://pypi.org/project/align-rlhf"
 
 
 def _metadata(
@@ -124,9 +124,3 @@ def _made(manifest: Mapping[str, Any]) -> str:
     seconds = manifest.get("seconds")
     took = f" It took {seconds:.0f} s." if isinstance(seconds, int | float) else ""
     return f"`{manifest.get('command', '')}`, seed {manifest.get('seed')}; {versions}.{took}"
-
-
-def _yaml(value: Any) -> str:
-    import json
-
-    return json.dumps(value, ensure_ascii=False)

@@ -50,14 +50,9 @@ def _check_common(recipe: CommonRecipe) -> None:
 def _check_eval(recipe: EvalRecipe) -> None:
     if recipe.model is not None and recipe.models:
         raise KeyProblem("models", "set `models` (name: folder) or `model`, not both")
-    if not (recipe.model or recipe.models or recipe.preferences):
-        raise KeyProblem("models", "set `models` (name: folder), `model`, or `preferences`")
-    if recipe.preferences and not recipe.reward:
-        raise KeyProblem("reward", "is empty; `preferences` are what a reward is judged on")
-    if recipe.best_of_n is not None and not (recipe.reward and recipe.reference_model):
-        raise KeyProblem("best_of_n", "needs `reference_model` to sample and `reward` to choose by")
-    if recipe.best_of_n is not None and recipe.sampling is None:
-        raise KeyProblem("best_of_n", "needs `sampling`, which says how the samples are drawn")
+    judged = recipe.reward and (recipe.preferences.train or recipe.preferences.test)
+    if not (recipe.model or recipe.models or judged):
+        raise KeyProblem("models", "set `models` (name: folder), `model`, or reward + preferences")
     for name in recipe.metrics:
         if name not in METRIC_NAMES and ":" not in name:
             allowed = ", ".join(METRIC_NAMES)

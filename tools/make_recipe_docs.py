@@ -60,6 +60,10 @@ MEANINGS: dict[str, str] = {
     "EvalRecipe.output_dir": "folder of the run",
     "EvalRecipe.overwrite": "replace what a run has left in `output_dir`",
     "EvalRecipe.precision": "as for training",
+    "EvalRecipe.preferences": (
+        "as `data`: pairs whose held-out side `reward` is judged on; with equal seed and "
+        "`test_fraction` the rows that `align rm` held out"
+    ),
     "EvalRecipe.reward": "a reward or a list of them, as for PPO; scores every model's outputs",
     "EvalRecipe.seed": "of sampling and of the choice of rows",
     "EvalRecipe.tokens_per_microbatch": "tokens of one forward pass: sets the memory only",
@@ -122,7 +126,8 @@ def _sections(recipes: Any) -> dict[str, type]:
         for name, hint in get_type_hints(cls).items():
             inner = _section_class(hint)
             if inner is not None:
-                found.setdefault(name if name != "sampling" else "generation", inner)
+                same = {"sampling": "generation", "preferences": "data"}
+                found.setdefault(same.get(name, name), inner)
     found["data.train"] = DataSource
     order = ["data", "data.train", *(n for n in found if not n.startswith("data"))]
     return {name: found[name] for name in order}

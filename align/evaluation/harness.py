@@ -19,7 +19,7 @@ import torch
 from accelerate import PartialState
 
 from align.config import EvalRecipe
-from align.data.preferences import load_examples, with_columns
+from align.data.preferences import load_examples, split_by_prompt, with_columns
 from align.data.subset import pick
 from align.evaluation.agreement import best_of_n, best_of_n_kl
 from align.evaluation.measure import Measurer, System
@@ -59,7 +59,10 @@ def run(recipe: EvalRecipe) -> None:
     for name, model in models.items():
         evaluation.add(name, model)
     if recipe.best_of_n is not None:
-        evaluation.add_best_of_n(recipe.best_of_n)
+        if recipe.reward and recipe.reference_model and recipe.sampling and models:
+            evaluation.add_best_of_n(recipe.best_of_n)
+        else:
+            say("  best_of_n: left out; it needs reward, reference_model, sampling and models")
     results = evaluation.results()
     if pairs and evaluation.reward is not None:
         results["reward_model"] = evaluate_reward(
@@ -210,9 +213,9 @@ class _Evaluation:
         complete = self.measurer.has_references and len(sources) == len(self.examples)
         if not complete or not sources:
             return None
-        # by what references say alone: no reward is asked for what nobody wrote
+        # no reward is asked for what nobody wrote
         system = System(COPY, {}, Outputs(sources))
-        self.measurer._against_references(system)
+        self.measurer.against_references(system)
         return system
 
     def _copy_baseline(self) -> dict[str, Any] | None:
@@ -251,9 +254,20 @@ def _data(
         loaded = load_examples(with_columns(sources, data.columns), kind="prompt", **options)
         prompts = [e for e in loaded.examples if isinstance(e, PromptExample)]
         reports["prompts"] = loaded.reports
-    if recipe.preferences:
-        loaded = load_examples(recipe.preferences, kind="preference", **options)
+    judged = recipe.preferences
+    if (judged.train or judged.test) and not recipe.reward:
+        say("  preferences: left out; there is no reward to judge")
+    elif judged.train or judged.test:
+        options["on_bad_row"] = judged.on_bad_row
+        named = with_columns(judged.test or judged.train, judged.columns)
+        loaded = load_examples(named, kind="preference", **options)
         pairs = [e for e in loaded.examples if isinstance(e, PreferencePair)]
+        if not judged.test:
+            fraction = judged.test_fraction
+            pairs = list(split_by_prompt(pairs, test_fraction=fraction, seed=recipe.seed)[1])
+        pairs = list(pick(pairs, judged.max_test_rows, recipe.seed))
         reports["preferences"] = loaded.reports
+        if not pairs:
+            raise AlignError("preferences: no pair is held out; set preferences.test")
     session.describe_data(**reports)
     return tuple(pick(prompts, data.max_test_rows, recipe.seed)), tuple(pairs)

@@ -69,7 +69,7 @@ class Measurer:
     ) -> System:
         """Measure the answers, the samples if there are any, and the fit to the references."""
         system = System(name, {"name": name}, outputs)
-        self._against_references(system)
+        self.against_references(system)
         for key, source in self.sources.items():
             if source is not None:
                 self._values(system, key, self.score(source, outputs.responses), f"{key}_mean")
@@ -88,7 +88,8 @@ class Measurer:
         prompts, references = [e.prompt for e in repeated], [e.references for e in repeated]
         return list(source(prompts, responses, references))
 
-    def _against_references(self, system: System) -> None:
+    def against_references(self, system: System) -> None:
+        """What references alone can say: corpus metrics and exact matches."""
         if not self.has_references:
             return
         responses, row = system.outputs.responses, system.row

@@ -36,6 +36,9 @@ def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrained
     transformers reads a classifier's score at the last token that is *not* padding: with pad = EOS
     that would be the token before EOS.
     """
+    base = adapter_base(model)
+    if base is not None and not (Path(model) / "tokenizer_config.json").is_file():
+        return load_tokenizer(base, trust_remote_code=trust_remote_code)
     where, options = _locate(model)
     tokenizer = _guarded(
         model, AutoTokenizer.from_pretrained, where, trust_remote_code=trust_remote_code, **options
@@ -68,7 +71,14 @@ def load_causal_lm(
     trust_remote_code: bool = False,
     from_scratch: bool = False,
 ) -> PreTrainedModel:
-    """A decoder with its language-model head."""
+    """A decoder with its language-model head; a LoRA adapter's folder is its base, merged with it."""
+    base = adapter_base(model)
+    if base is not None:
+        from peft import PeftModel
+
+        whole = load_causal_lm(base, tokenizer, dtype=dtype, trust_remote_code=trust_remote_code)
+        adapted = _guarded(model, PeftModel.from_pretrained, whole, model)
+        return adapted.merge_and_unload()
     where, options = _locate(model)
     if from_scratch:
         config = _guarded(
@@ -88,6 +98,17 @@ def load_causal_lm(
             **options,
         )
     return _settle(loaded, tokenizer)
+
+
+def adapter_base(model: str) -> str | None:
+    """The base model of a folder that holds a LoRA adapter alone; None where it does not."""
+    config = Path(model) / "adapter_config.json"
+    if not config.is_file() or (Path(model) / "config.json").is_file():
+        return None
+    base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise AlignError(f"model: {model}: the adapter does not name its base model; merge them")
+    return str(base)
 
 
 def load_classifier(

@@ -61,7 +61,7 @@ def curves(title: str, lines: Sequence[Line], *, xlabel: str = "step") -> Markup
 
 def frontier(title: str, points: Sequence[Point], paths: Sequence[Line], *, ylabel: str) -> Markup:
     """Reward against KL: models as points with intervals, best-of-n and training as lines."""
-    figure, axes = _axes(6.4, 3.8)
+    figure, axes = _axes(4.4, 3.2)
     groups = list(dict.fromkeys(p.group or p.label for p in points))
     for number, group in enumerate(groups):
         own = sorted((p for p in points if (p.group or p.label) == group), key=lambda p: p.x)
@@ -88,7 +88,7 @@ def frontier(title: str, points: Sequence[Point], paths: Sequence[Line], *, ylab
     axes.set_xlabel("KL to the reference, nats per response")
     axes.set_ylabel(ylabel)
     axes.legend(frameon=False, fontsize=8)
-    return _svg(figure, title)
+    return _svg(figure, title, largest=1.8)
 
 
 def reliability(title: str, bins: Sequence[dict[str, float]]) -> Markup:
@@ -129,7 +129,7 @@ def _axes(width: float, height: float) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _svg(figure: Any, title: str) -> Markup:
+def _svg(figure: Any, title: str, *, largest: float = 1.35) -> Markup:
     import matplotlib
 
     stream = io.StringIO()
@@ -152,7 +152,7 @@ def _svg(figure: Any, title: str) -> Markup:
     name = f"t{_digest(title + drawing)}"
     head = (
         f'<svg role="img" aria-labelledby="{name}" viewBox="0 0 {width} {height}" '
-        f'style="max-width:{float(width) * 1.35:.0f}px" xmlns="http://www.w3.org/2000/svg" '
+        f'style="max-width:{float(width) * largest:.0f}px" xmlns="http://www.w3.org/2000/svg" '
         f'xmlns:xlink="http://www.w3.org/1999/xlink"><title id="{name}">{escape(title)}</title>'
     )
     return Markup(re.sub(r"<svg[^>]*>", lambda _: head, drawing, count=1))

@@ -179,6 +179,10 @@ def _curves(run: RunRecord) -> list[Any]:
         lines = [line for line in lines if len(line.x) > 1]
         if lines:
             drawn.append((key, figures.curves(f"{run.name}: {key} by step", lines), lines))
+    path = figures.Line("score_mean", run.series("kl")[1], run.series("score_mean")[1])
+    if len(path.x) == len(path.y) > 1:  # what each nat has bought so far, on training prompts
+        title = f"{run.name}: score_mean against kl, iteration by iteration"
+        drawn.append(("score_mean by kl", figures.curves(title, [path], xlabel="kl"), [path]))
     return drawn
 
 

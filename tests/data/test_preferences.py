@@ -156,3 +156,22 @@ def test_what_a_prompt_is() -> None:
     assert prompt_key(SFTExample(id="x", text="t")) == "t"
     assert prompt_key(PromptExample(id="x", prompt=turns[1:2])) == "q"
     assert prompt_key(PromptExample(id="x", prompt=turns)) == "system: s\n\nuser: q\n\nassistant: a"
+
+
+def test_hhh_and_rewardbench(tmp_path) -> None:
+    hhh = {"input": "Is it safe?", "targets": {"choices": ["No.", "Sure!"], "labels": [1, 0]}}
+    bench = {"input": "Is it safe?", "target_scores": {"Sure!": 0, "No.": 1}}
+    dialogue = hhh | {"input": "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Safe?\n\nAssistant:"}
+    row = {"prompt": "q", "chosen": "a", "rejected": "b", "subset": "refusals", "chosen_model": "m"}
+    source = write(tmp_path / "d.jsonl", [json.dumps(r) for r in (hhh, bench, dialogue, row)])
+    first, second, third, fourth = load_examples([source], kind="preference").examples
+    assert first.prompt == ({"role": "user", "content": "Is it safe?"},)
+    assert first.chosen == second.chosen == ({"role": "assistant", "content": "No."},)
+    assert first.rejected == second.rejected == ({"role": "assistant", "content": "Sure!"},)
+    assert [t["role"] for t in third.prompt] == ["user", "assistant", "user"]
+    assert (first.source, fourth.source) == (source.path, "refusals")
+    undecided = {"input": "x", "targets": {"choices": ["a", "b"], "labels": [1, 1]}}
+    uneven = {"input": "x", "targets": {"choices": ["a", "b"], "labels": [1]}}
+    for wrong in (undecided, uneven):
+        with pytest.raises(AlignError, match="targets"):
+            load_examples([write(tmp_path / "e.jsonl", [json.dumps(wrong)])], kind="preference")

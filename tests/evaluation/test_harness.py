@@ -11,8 +11,9 @@ import sacrebleu
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from align.config import EvalRecipe
+from align.config import EvalRecipe, SFTRecipe
 from align.evaluation import harness
+from align.stages import sft
 from align.types import AlignError
 
 Row = dict[str, Any]
@@ -207,7 +208,7 @@ def test_every_key_is_explained_and_everything_can_be_asked_for(
     # a reward without references on held-out pairs, and nothing else
     judged = run_eval(
         "judged",
-        f"preferences={pairs}",
+        f"preferences.test={pairs}",
         "reward={function: eval_own:words}",
         "gold_reward={function: eval_own:words}",
         "data=null",
@@ -222,6 +223,10 @@ def test_every_key_is_explained_and_everything_can_be_asked_for(
     assert reward["broken"]["repeated"]["preferred"] == 1
     assert reward["broken"]["shuffled"]["score_change"] == 0
     assert reward["gold"]["kendall"] == pytest.approx(1)
+    # a part of the training file: the rows that a reward model with this seed and fraction held out
+    split = [f"preferences.train={pairs}", "preferences.test_fraction=0.4"]
+    part = run_eval("part", *split, "reward={function: eval_own:words}", "data=null")
+    assert 0 < results(part)["reward_model"]["pairs"] < len(preferences)
 
 
 def test_outputs_are_kept(
@@ -373,3 +378,43 @@ def test_an_evaluation_is_not_written_over(run_eval: RunEval, tiny: Path) -> Non
         run_eval("run", f"model={tiny}")
     folder = run_eval("run", f"models={{other: {tiny}}}", "overwrite=true")
     assert [p.name for p in (folder / "outputs").iterdir()] == ["other.jsonl"]
+
+
+def test_adapters_and_checkpoints_are_models(
+    run_eval: RunEval,
+    tiny: Path,
+    tmp_path: Path,
+    make_recipe: Callable[..., Any],
+    write_rows: Callable[..., Path],
+    demonstrations: list[Row],
+) -> None:
+    """An adapter alone, the merged model and the last checkpoint of the same run say the same."""
+    tree = {
+        "model": str(tiny),
+        "output_dir": str(tmp_path / "lora"),
+        "data": {"train": str(write_rows("d.jsonl", demonstrations)), "test_fraction": 0.0},
+        "train": {"max_steps": 4, "save_every": 2},
+        "optim": {"lr": 0.02},
+        "lora": {"r": 4},
+        "precision": "fp32",
+    }
+    sft.run(make_recipe(SFTRecipe, tree))
+    lora = tmp_path / "lora"
+    models = {
+        "merged": lora / "model",
+        "adapter": lora / "model_adapter",
+        "step-2": lora / "checkpoints" / "step-2",
+        "step-4": lora / "checkpoints" / "step-4",
+        "base": tiny,
+    }
+    named = ", ".join(f"{name}: {path}" for name, path in models.items())
+    found = {m["name"]: m for m in results(run_eval("run", f"models={{{named}}}"))["models"]}
+    merged = found["merged"]["perplexity"]
+    assert found["adapter"]["perplexity"] == pytest.approx(merged, rel=1e-4)
+    assert found["step-4"]["perplexity"] == pytest.approx(merged, rel=1e-4)
+    assert found["base"]["perplexity"] > found["step-2"]["perplexity"] > merged
+    wrong = tmp_path / "wrong" / "checkpoints" / "step-1"
+    wrong.mkdir(parents=True)
+    (wrong / "state.json").write_text("{}")
+    with pytest.raises(AlignError, match="not of a run of sft, dpo or ppo"):
+        run_eval("wrong_eval", f"model={wrong}")

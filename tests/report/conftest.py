@@ -110,7 +110,7 @@ def evaluation(names: list[str], num_prompts: int) -> dict[str, Any]:
                 {"confidence": 0.75, "right": 0.6, "pairs": 50},
             ],
             "broken": {"repeated": {"score_change": 0.4, "preferred": 0.7, "responses": 80}},
-            "gaps": [random.Random(0).gauss(0.3, 1) for _ in range(80)],
+            "gaps": [random.Random(i).gauss(0.3, 1) for i in range(80)],
         },
     }
 
