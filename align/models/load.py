@@ -224,6 +224,8 @@ def _locate(model: str) -> tuple[str, dict[str, Any]]:
             )
         return str(path), {"use_safetensors": True}
     looks_local = model.startswith((".", "/", "~", "runs/")) or model.count("/") != 1
+    # a folder of that name is here: the hub would be asked, five times, for a misspelt path
+    looks_local = looks_local or path.parent.is_dir()
     if looks_local and "/" in model or path.exists():
         raise AlignError(f"model: {model}: no such folder{_nearest(path)}")
     return model, {"use_safetensors": True}

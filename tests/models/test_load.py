@@ -182,6 +182,14 @@ def test_misspelt_folder_names_the_nearest(copy_of: Callable[[], Path]) -> None:
     refuse(folder.parent / "tinny", f"no such folder; did you mean {folder}")
 
 
+def test_a_misspelt_relative_folder_is_not_asked_of_the_hub(
+    copy_of: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copy_of()
+    monkeypatch.chdir(folder.parent.parent)
+    refuse(f"{folder.parent.name}/tinny", f"no such folder; did you mean {folder.parent.name}/")
+
+
 def test_folder_without_a_model(tmp_path: Path) -> None:
     refuse(tmp_path, "no config.json")
 
