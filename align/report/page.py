@@ -192,6 +192,8 @@ def number(value: Any) -> str:
         return ""
     if isinstance(value, int):
         return f"{value:,}"
+    if abs(value) < 1e-6:  # what rounding leaves of a KL of 0
+        return "0"
     return f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from align.evaluation.verdict import ALPHA
+from align.evaluation.verdict import ALPHA, p_in_words, verdict
 from align.report.runs import RunRecord
 
 NAMES = {
@@ -62,16 +62,15 @@ def _against(
     evaluation: dict[str, Any], models: dict[str, Any], name: str, baseline: str | None
 ) -> Verdict:
     told = Verdict(f"{name} against {baseline}")
-    tests = {
-        c["metric"]: c
-        for c in evaluation.get("comparisons", [])
-        if (c["a"], c["b"]) == (name.partition("#")[0], (baseline or "").partition("#")[0])
-    }
+    pair = name.partition("#")[0], (baseline or "").partition("#")[0]
+    listed = evaluation.get("comparisons", [])
+    tests = {c["metric"]: turned(c) for c in listed if (c["b"], c["a"]) == pair}
+    tests |= {c["metric"]: c for c in listed if (c["a"], c["b"]) == pair}
     for metric in (m for m in HEADLINES if m in tests):
         test = tests[metric]
         low, high = test["ci95"]
         told.sentences.append(
-            f"{capital(NAMES[metric])}: {test.get('verdict', '')} "
+            f"{capital(NAMES[metric])}: {test.get('verdict') or p_in_words(test['p'])} "
             f"({test['difference']:+.3g}, 95% interval {low:+.3g} to {high:+.3g})."
         )
         controlled = test.get("at_equal_length")
@@ -100,8 +99,30 @@ def _against(
     return told
 
 
+def turned(test: dict[str, Any]) -> dict[str, Any]:
+    """The same comparison of b against a."""
+    found = test | {"a": test["b"], "b": test["a"]} | _negated(test)
+    if test.get("at_equal_length"):
+        found["at_equal_length"] = test["at_equal_length"] | _negated(test["at_equal_length"])
+    if "verdict" in test:
+        found["verdict"] = verdict(
+            test["metric"],
+            -test["difference"],
+            test["p_randomization"],
+            num_prompts=test["num_prompts"],
+            needed=test["num_prompts_needed"],
+        )
+    return found
+
+
+def _negated(figures: dict[str, Any]) -> dict[str, Any]:
+    low, high = figures["ci95"]
+    return {"difference": -figures["difference"], "ci95": [-high, -low]}
+
+
 def capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
+    """As a sentence begins; chrF stays chrF."""
+    return text[:1].upper() + text[1:] if text.islower() else text
 
 
 def _gained(test: dict[str, Any]) -> bool:

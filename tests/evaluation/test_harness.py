@@ -11,8 +11,9 @@ import sacrebleu
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from align.config import EvalRecipe, SFTRecipe
+from align.config import EvalRecipe, RewardRecipe, SFTRecipe
 from align.evaluation import harness
+from align.recipes_io import load_recipe
 from align.stages import sft
 from align.types import AlignError
 
@@ -418,3 +419,12 @@ def test_adapters_and_checkpoints_are_models(
     (wrong / "state.json").write_text("{}")
     with pytest.raises(AlignError, match="not of a run of sft, dpo or ppo"):
         run_eval("wrong_eval", f"model={wrong}")
+
+
+@pytest.mark.parametrize("suite", ["tiny", "smollm2"])
+def test_shipped_evaluations_judge_what_the_reward_model_held_out(suite: str) -> None:
+    judged = load_recipe(EvalRecipe, f"{suite}/eval")
+    trained = load_recipe(RewardRecipe, f"{suite}/rm")
+    assert judged.preferences.train == trained.data.train
+    assert judged.preferences.test_fraction == trained.data.test_fraction
+    assert judged.seed == trained.seed

@@ -11,6 +11,7 @@ import pytest
 
 from align.report.page import interval, number, write_report
 from align.report.samples import MAX_SHOWN, difference
+from align.report.verdicts import capital, turned
 from align.types import AlignError
 
 VOID = {"meta", "link", "br", "input", "img", "hr"}
@@ -156,8 +157,39 @@ def test_differences_by_words() -> None:
 
 @pytest.mark.parametrize(
     ("value", "shown"),
-    [(None, ""), (0.12345, "0.123"), (1234, "1,234"), (123.4, "123"), (0.0, "0")],
+    [
+        (None, ""),
+        (0.12345, "0.123"),
+        (1234, "1,234"),
+        (123.4, "123"),
+        (0.0, "0"),
+        (1.2e-7, "0"),
+        (1e-5, "1e-05"),
+    ],
 )
 def test_numbers(value: float | None, shown: str) -> None:
     assert number(value) == shown
     assert interval((0.1, 0.25)) == "0.1 to 0.25"
+
+
+def test_a_comparison_turned_round() -> None:
+    test = {
+        "a": "sft",
+        "b": "base",
+        "metric": "bleu",
+        "difference": 3.0,
+        "ci95": [1.0, 4.0],
+        "p": 0.001,
+        "p_randomization": 0.001,
+        "num_prompts": 50,
+        "num_prompts_needed": 20,
+        "verdict": "better, p = .001",
+        "at_equal_length": {"difference": 2.0, "ci95": [0.5, 3.0]},
+    }
+    found = turned(test)
+    assert (found["a"], found["b"], found["difference"]) == ("base", "sft", -3.0)
+    assert found["ci95"] == [-4.0, -1.0]
+    assert found["verdict"] == "worse, p = .001"
+    assert found["at_equal_length"]["ci95"] == [-3.0, -0.5]
+    assert turned(found) == test
+    assert [capital(t) for t in ("gold reward", "chrF", "BLEU")] == ["Gold reward", "chrF", "BLEU"]
