@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from align import cli
-from benchmarks.measure import Job, main, step_seconds
+from align.run_folder import Run
+from benchmarks.measure import Clock, Job, main
 
 COMMANDS = {"sft": "sft", "rm": "rm", "dpo": "dpo", "dpo_cached": "dpo", "ppo": "ppo"}
 
@@ -47,12 +49,21 @@ def measure(job: Job) -> dict[str, Any]:
     path = Path(job.folder, "recipe.yaml")
     path.write_text(yaml.safe_dump(recipe(job)), encoding="utf-8")
     overrides = [f"{key}={value}" for key, value in job.settings.items()]
+    clock = Clock()
+    log = Run.log
+
+    def log_and_tick(run: Run, step: int, metrics: Mapping[str, float]) -> None:
+        log(run, step, metrics)
+        if "tokens" in metrics:  # not of an evaluation
+            clock.tick()
+
+    Run.log = log_and_tick  # type: ignore[method-assign]
     if cli.main([COMMANDS[job.stage], str(path), *overrides, "--debug"]):
         raise SystemExit(f"align {job.stage} failed; see above")
     lines = Path(job.folder, "run", "metrics.jsonl").read_text("utf-8").splitlines()
     steps = [line for line in map(json.loads, lines) if "tokens" in line]
     return {
-        "seconds": step_seconds([line["seconds"] for line in steps]),
+        **clock.durations(),
         "losses": [line.get("loss", line.get("policy_loss")) for line in steps],
         "tokens": [line["tokens"] for line in steps],
         "first_step": steps[0]["seconds"],

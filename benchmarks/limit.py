@@ -37,22 +37,29 @@ def linear_shapes(model: str) -> tuple[Counter[tuple[int, int]], tuple[int, int]
     return body, (head.weight.shape[1], head.weight.shape[0])
 
 
-def seconds_of(tokens: int, inputs: int, outputs: int, passes: int, dtype: torch.dtype) -> float:
-    """Median time of one layer's products: 3 are a training step, 4 with a reference forward."""
+def seconds_of(
+    tokens: int, inputs: int, outputs: int, passes: int, dtype: torch.dtype
+) -> tuple[float, float]:
+    """Median time of one layer's products: 3 are a training step, 4 with a reference forward.
+
+    Returns:
+        ``(wall, cpu)``, seconds.
+    """
     x, weight, grad = (
         torch.randn(shape).to(dtype)
         for shape in ((tokens, inputs), (outputs, inputs), (tokens, outputs))
     )
     forward, grad_x, grad_weight = (torch.empty_like(t) for t in (grad, x, weight))
-    found = []
+    wall, cpu = [], []
     for _ in range(REPEATS):
-        started = time.perf_counter()
+        started, spent = time.perf_counter(), time.process_time()
         for _ in range(passes - 2):
             torch.mm(x, weight.T, out=forward)
         torch.mm(grad, weight, out=grad_x)
         torch.mm(grad.T, x, out=grad_weight)
-        found.append(time.perf_counter() - started)
-    return median(found)
+        wall.append(time.perf_counter() - started)
+        cpu.append(time.process_time() - spent)
+    return median(wall), median(cpu)
 
 
 def measure(job: Job) -> dict[str, Any]:
@@ -64,10 +71,14 @@ def measure(job: Job) -> dict[str, Any]:
     counted = round(sum(c for _, c in steps) / len(steps))
     passes = 4 if job.stage == "dpo" else 3
     body, head = linear_shapes(job.model)
-    total = sum(n * seconds_of(tokens, *shape, passes, dtype) for shape, n in body.items())
+    times = [(n, *seconds_of(tokens, *shape, passes, dtype)) for shape, n in body.items()]
     if job.stage != "rm":
-        total += seconds_of(counted, *head, passes, dtype)
-    return {"seconds": [total] * len(steps), "dtype": str(dtype).removeprefix("torch.")}
+        times.append((1, *seconds_of(counted, *head, passes, dtype)))
+    return {
+        "seconds": [sum(n * wall for n, wall, _ in times)] * len(steps),
+        "cpu_seconds": [sum(n * cpu for n, _, cpu in times)] * len(steps),
+        "dtype": str(dtype).removeprefix("torch."),
+    }
 
 
 if __name__ == "__main__":

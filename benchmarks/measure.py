@@ -9,6 +9,7 @@ import dataclasses
 import json
 import resource
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -64,6 +65,21 @@ def peak_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def step_seconds(ends: list[float]) -> list[float]:
-    """Durations of steps 2, 3, ... from the moments at which steps ended."""
-    return [after - before for before, after in pairwise(ends)]
+class Clock:
+    """When steps ended: by the wall, and in time that processors spent on this process.
+
+    The latter says little about waiting, but it is not disturbed by what else the machine does.
+    """
+
+    def __init__(self) -> None:
+        self.wall: list[float] = []
+        self.cpu: list[float] = []
+
+    def tick(self) -> None:
+        self.wall.append(time.monotonic())
+        self.cpu.append(time.process_time())
+
+    def durations(self) -> dict[str, list[float]]:
+        """Of steps 2, 3, ...: the first is warm-up."""
+        kinds = {"seconds": self.wall, "cpu_seconds": self.cpu}
+        return {name: [b - a for a, b in pairwise(ends)] for name, ends in kinds.items()}

@@ -41,7 +41,7 @@ class Plan:
     response_tokens: int
 
 
-SHORT = Plan(steps=3, rounds=1, all_settings=False, response_tokens=24)
+SHORT = Plan(steps=2, rounds=1, all_settings=False, response_tokens=16)
 LONG = Plan(steps=5, rounds=3, all_settings=True, response_tokens=48)
 
 
@@ -49,6 +49,7 @@ TINY = "models/tiny"
 STEP_TOKENS = 4096
 SEQUENCE_LENGTHS = (64, 128, 256, 512, 1024, 2048)
 BATCH_TOKENS = (1024, 2048, 4096, 8192, 16384)
+MICROBATCH_TOKENS = (512, 1024, 2048, 4096)
 VOCABULARIES = (49_152, 98_304, 196_608)
 PAIRS = (1_000, 10_000, 100_000)
 MEAN_TOKENS = 184  # of a prompt and a reply of `benchmarks.data`
@@ -56,9 +57,11 @@ SHORT_LAYERS = 4
 
 
 def points(folder: Path, *, full: bool) -> Iterator[tuple[str, Job]]:
-    """Name and job of every point; every second one, and few layers, in the short form."""
+    """Name and job of every point; the first and the last, and few layers, in the short form."""
     layers = None if full else SHORT_LAYERS
-    every = 1 if full else 2
+
+    def some(values: tuple[int, ...]) -> tuple[int, ...]:
+        return values if full else (values[0], values[-1])
 
     def job(name: str, **settings: Any) -> tuple[str, Job]:
         stage = "rm" if name == "pairs" else "sft"
@@ -72,14 +75,22 @@ def points(folder: Path, *, full: bool) -> Iterator[tuple[str, Job]]:
             batch=settings.pop("batch"),
             steps=settings.pop("steps", 3),
             lr=1e-5,
-            settings={"layers": layers, "vocabulary": None, "length": None, **settings},
+            settings={
+                "layers": layers,
+                "vocabulary": None,
+                "length": None,
+                "microbatch": 4096,
+                **settings,
+            },
         )
 
-    for length in SEQUENCE_LENGTHS[::every]:
+    for length in some(SEQUENCE_LENGTHS):
         yield job("sequence length", value=length, batch=STEP_TOKENS // length, length=length)
-    for tokens in BATCH_TOKENS[::every]:
+    for tokens in some(BATCH_TOKENS):
         yield job("batch tokens", value=tokens, batch=max(tokens // MEAN_TOKENS, 1))
-    for vocabulary in VOCABULARIES[::every]:
+    for tokens in some(MICROBATCH_TOKENS):
+        yield job("microbatch tokens", value=tokens, batch=4096 // MEAN_TOKENS, microbatch=tokens)
+    for vocabulary in some(VOCABULARIES):
         yield job("vocabulary", value=vocabulary, batch=16, vocabulary=vocabulary)
     for pairs in PAIRS if full else PAIRS[:2]:
         yield job("pairs", value=pairs, batch=4, steps=2)

@@ -16,32 +16,26 @@ OURS, THEIRS = "#1f6f8b", "#d08c60"
 
 def draw(stages: list[dict[str, Any]], growth: list[dict[str, Any]], path: Path) -> None:
     kinds = list(dict.fromkeys(row["by"] for row in growth))
-    rows = 1 + bool(kinds)
-    figure = plt.figure(figsize=(13, 4 * rows), layout="constrained")
-    grid = figure.add_gridspec(rows, 12)
+    figure = plt.figure(figsize=(13, 8 if kinds else 4), layout="constrained")
+    above, *below = figure.subfigures(1 + bool(kinds), 1, squeeze=False)[:, 0]
+    speed, limit, memory = above.subplots(1, 3)
     names = [row["stage"].replace("_", " ") for row in stages]
-    _bars(
-        figure.add_subplot(grid[0, :4]),
-        names,
-        {"TRL / align": [row["ratio"] for row in stages]},
-        "times as fast as TRL",
-    )
+    _bars(speed, names, {"TRL / align": [row["ratio"] for row in stages]}, "times as fast as TRL")
     limited = [row for row in stages if row["of_limit"]]
     _bars(
-        figure.add_subplot(grid[0, 4:8]),
+        limit,
         [row["stage"].replace("_", " ") for row in limited],
         {"align": [row["of_limit"] for row in limited]},
         "bare matrix products / step time",
     )
-    memory = {
+    peaks = {
         side: [(row[f"{key}_gib"],) * 3 for row in stages]
         for side, key in (("align", "align"), ("TRL", "trl"))
     }
-    _bars(figure.add_subplot(grid[0, 8:]), names, memory, "peak memory, GiB")
-    for i, kind in enumerate(kinds):
-        width = 12 // len(kinds)
-        points = [row for row in growth if row["by"] == kind]
-        _line(figure.add_subplot(grid[1, i * width : (i + 1) * width]), kind, points)
+    _bars(memory, names, peaks, "peak memory, GiB")
+    for part in below:
+        for axes, kind in zip(part.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
+            _line(axes, kind, [row for row in growth if row["by"] == kind])
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -47,11 +47,13 @@ def stage_row(found: dict[str, Any], stage: str) -> dict[str, Any] | None:
         "align": spread(sum(m["seconds"]) / steps for m in ours),
         "trl": spread(sum(m["seconds"]) / steps for m in theirs),
         "ratio": spread(_ratios(theirs, ours)),
+        "cpu_ratio": spread(_ratios(theirs, ours, "cpu_seconds")),
         "examples_per_second": about["batch"][stage] * steps / sum(_middle(ours)),
         "tokens_per_second": tokens / sum(_middle(ours)) if tokens else None,
         "align_gib": max(m["peak_gib"] for m in ours),
         "trl_gib": min(m["peak_gib"] for m in theirs),
         "of_limit": spread(_ratios(limits, ours)) if limits else None,
+        "cpu_of_limit": spread(_ratios(limits, ours, "cpu_seconds")) if limits else None,
         "loss_difference": None,
     }
     if stage not in NO_LOSS:
@@ -79,10 +81,10 @@ def growth_rows(found: dict[str, Any]) -> Iterator[dict[str, Any]]:
             yield row | {"ms_per_token": median(each)}
 
 
-def _ratios(numerators: list[Any], denominators: list[Any]) -> list[float]:
+def _ratios(numerators: list[Any], denominators: list[Any], time: str = "seconds") -> list[float]:
     """Of the time for all steps, one for every round."""
     both = zip(numerators, denominators, strict=False)
-    return [sum(a["seconds"]) / sum(b["seconds"]) for a, b in both]
+    return [sum(a[time]) / sum(b[time]) for a, b in both]
 
 
 def _middle(measured: list[dict[str, Any]]) -> list[float]:
@@ -104,18 +106,19 @@ def _about(found: dict[str, Any]) -> list[str]:
 
 def _stage_table(rows: list[dict[str, Any]]) -> list[str]:
     lines = [
-        "| stage | align, s a step | TRL, s a step | TRL / align | examples/s | tokens/s "
-        "| of the limit | GiB align | GiB TRL | largest difference of a loss |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| stage | align, s a step | TRL, s a step | TRL / align | in CPU time | examples/s "
+        "| tokens/s | of the limit | in CPU time | GiB align | GiB TRL | difference of losses |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
         tokens = f"{r['tokens_per_second']:.0f}" if r["tokens_per_second"] else ""
-        limit = _with_range(r["of_limit"]) if r["of_limit"] else ""
+        limits = (_with_range(r[k]) if r[k] else "" for k in ("of_limit", "cpu_of_limit"))
         loss = "" if r["loss_difference"] is None else f"{r['loss_difference']:.1e}"
         lines.append(
             f"| {r['stage']} | {_with_range(r['align'])} | {_with_range(r['trl'])} "
-            f"| **{_with_range(r['ratio'])}** | {r['examples_per_second']:.2f} | {tokens} "
-            f"| {limit} | {r['align_gib']:.1f} | {r['trl_gib']:.1f} | {loss} |"
+            f"| **{_with_range(r['ratio'])}** | {_with_range(r['cpu_ratio'])} "
+            f"| {r['examples_per_second']:.2f} | {tokens} | {' | '.join(limits)} "
+            f"| {r['align_gib']:.1f} | {r['trl_gib']:.1f} | {loss} |"
         )
     return lines
 

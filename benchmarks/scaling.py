@@ -29,7 +29,9 @@ def measure(job: Job) -> dict[str, Any]:
         rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
     data = Path(job.folder, "rows.jsonl")
     write_jsonl(data, rows)
-    settings = {"from_scratch": "true"} if job.stage == "sft" else {}
+    settings = {"train.tokens_per_microbatch": job.settings["microbatch"]}
+    if job.stage == "sft":
+        settings["from_scratch"] = "true"
     found = align_stage.measure(
         dataclasses.replace(job, model=model, data=str(data), settings=settings)
     )

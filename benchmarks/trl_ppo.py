@@ -17,8 +17,8 @@ from transformers import (
 )
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 
-from benchmarks.measure import Job, main, step_seconds
-from benchmarks.trl_stage import Clock
+from benchmarks.measure import Job, main
+from benchmarks.trl_stage import TickAtEachStep
 
 
 def options(job: Job) -> PPOConfig:
@@ -63,7 +63,7 @@ def measure(job: Job) -> dict[str, Any]:
             job.reward_model, num_labels=1, dtype="float32"
         )
 
-    clock = Clock()
+    callback = TickAtEachStep()
     trainer = PPOTrainer(
         args=options(job),
         processing_class=tokenizer,
@@ -73,12 +73,12 @@ def measure(job: Job) -> dict[str, Any]:
         value_model=scalar(),
         train_dataset=rows,
         eval_dataset=rows,
-        callbacks=[clock],
+        callbacks=[callback],
     )
     trainer.train()
     logged = [line for line in trainer.state.log_history if "loss/policy_avg" in line]
     return {
-        "seconds": step_seconds(clock.ends),
+        **callback.clock.durations(),
         "losses": [line["loss/policy_avg"] for line in logged],
         "metrics": logged[-1],
     }

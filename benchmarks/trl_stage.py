@@ -6,14 +6,13 @@ rate constant, and a step's gradient is that of the same minibatch, so losses ca
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import datasets
 import transformers
 import trl
 
-from benchmarks.measure import Job, main, step_seconds
+from benchmarks.measure import Clock, Job, main
 
 STAGES = {
     "sft": (trl.SFTConfig, trl.SFTTrainer),
@@ -23,14 +22,12 @@ STAGES = {
 }
 
 
-class Clock(transformers.TrainerCallback):
-    """When each optimizer step ended."""
-
+class TickAtEachStep(transformers.TrainerCallback):
     def __init__(self) -> None:
-        self.ends: list[float] = []
+        self.clock = Clock()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.ends.append(time.monotonic())
+        self.clock.tick()
 
 
 def options(job: Job) -> dict[str, Any]:
@@ -70,18 +67,18 @@ def measure(job: Job) -> dict[str, Any]:
     rows = datasets.load_dataset(
         "json", data_files=job.data, split="train", cache_dir=f"{job.folder}/cache"
     )
-    clock = Clock()
+    callback = TickAtEachStep()
     trainer = trainer_class(
         model=model,
         args=config(**options(job), model_init_kwargs={"dtype": "float32"}),
         train_dataset=rows,
         processing_class=tokenizer,
-        callbacks=[clock],
+        callbacks=[callback],
     )
     trainer.train()
     logged = [line for line in trainer.state.log_history if "loss" in line]
     return {
-        "seconds": step_seconds(clock.ends),
+        **callback.clock.durations(),
         "losses": [line["loss"] for line in logged],
         "metrics": logged[-1],
     }

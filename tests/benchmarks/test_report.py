@@ -10,7 +10,11 @@ from benchmarks.report import growth_rows, stage_row, write_report
 
 
 def measured(side: str, seconds: list[float], **more: Any) -> dict[str, Any]:
-    return {"name": "sft", "side": side, "settings": {}, "seconds": seconds, "peak_gib": 1} | more
+    return (
+        {"name": "sft", "side": side, "settings": {}, "seconds": seconds, "peak_gib": 1}
+        | {"cpu_seconds": seconds}
+        | more
+    )
 
 
 @pytest.fixture
