@@ -13,6 +13,7 @@ from align.data.packing import collate, pack
 from align.models import Policy, ScalarModel, load_policy, load_scalar_model, load_tokenizer
 from align.models.policy import batch_sequences
 from align.types import TokenBatch, TokenGroup, TokenSequence
+from tests.trust import Trust
 
 CPU = torch.device("cpu")
 
@@ -71,12 +72,14 @@ def test_statistics_are_asked_for(policy: Policy, groups: list[TokenGroup]) -> N
 
 
 def test_bf16_is_close_and_comes_back_in_float32(
-    tiny: Path, policy: Policy, groups: list[TokenGroup]
+    tiny: Path, policy: Policy, groups: list[TokenGroup], trust: Trust
 ) -> None:
     rounded = load_policy(str(tiny), device=CPU, precision="bf16")
     a, b = policy(collate(groups)).logprobs, rounded(collate(groups)).logprobs
     assert b.dtype == torch.float32
-    assert 1e-6 < (a - b).abs().max() < 0.2
+    apart = (a - b).abs().max().item()
+    assert apart > 1e-6
+    trust.at_most("equivalences", "bf16 against fp32: log-prob of a token, nats", apart, 0.2)
     assert {p.dtype for p in rounded.parameters()} == {torch.float32}
 
 
@@ -120,7 +123,7 @@ def gradient(policy: Policy, batch: TokenBatch) -> dict[str, Tensor]:
 
 
 def test_gradient_checkpointing_recomputes_and_changes_nothing(
-    tiny: Path, policy: Policy, groups: list[TokenGroup]
+    tiny: Path, policy: Policy, groups: list[TokenGroup], trust: Trust
 ) -> None:
     batch = collate(groups)
     thrifty = load_policy(str(tiny), device=CPU, precision="fp32", gradient_checkpointing=True)
@@ -129,7 +132,8 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(
     assert plain_calls.count == 2  # two layers, forward only
     assert thrifty_calls.count == 4  # and once more in the backward pass
     assert want.keys() == got.keys()
-    assert all(torch.equal(want[name], got[name]) for name in want)
+    apart = max((want[name] - got[name]).abs().max().item() for name in want)
+    trust.at_most("equivalences", "recomputed activations = kept ones, gradients", apart, 0.0)
     with torch.no_grad():
         thrifty.eval()(batch)
     assert thrifty_calls.count == 6

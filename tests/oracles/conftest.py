@@ -76,7 +76,7 @@ def plot() -> Callable[..., None]:
             )
         axes.set(xlabel=x, ylabel=y, title=title, yscale="log" if log else "linear")
         axes.grid(alpha=0.3)
-        axes.legend()
+        axes.legend(loc="upper right" if log else "best", fontsize=8)
         PLOTS.mkdir(parents=True, exist_ok=True)
         figure.savefig(PLOTS / f"{name}.png", dpi=90)
         plt.close(figure)

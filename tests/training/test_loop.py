@@ -19,6 +19,7 @@ from align.stages import sft
 from align.training import loop
 from align.training.loop import minibatches, num_steps
 from align.types import AlignError
+from tests.trust import Trust
 
 ReadJsonl = Callable[[Path], list[dict[str, Any]]]
 RunSFT = Callable[..., Path]
@@ -61,15 +62,19 @@ def metrics(folder: Path, read_jsonl: ReadJsonl, key: str) -> list[float]:
 # ---------------------------------------------------------------- accumulation
 
 
-def test_microbatches_change_nothing(run_sft: RunSFT, read_jsonl: ReadJsonl, tiny: Path) -> None:
+def test_microbatches_change_nothing(
+    run_sft: RunSFT, read_jsonl: ReadJsonl, tiny: Path, trust: Trust
+) -> None:
     """Lengths are ragged, so a mean of microbatch means would be another number."""
     whole, cut = run_sft("whole"), run_sft("cut", "train.tokens_per_microbatch=20")
     start = load_file(tiny / "model.safetensors")
+    worst = 0.0
     for name, tensor in weights(whole).items():
         scale = tensor.abs().max()
-        assert (tensor - weights(cut)[name]).abs().max() <= 1e-6 * scale, name
+        worst = max(worst, ((tensor - weights(cut)[name]).abs().max() / scale).item())
         moved = (tensor - start[name]).abs().max()
         assert moved > 1e-4 * scale, name  # it did train
+    trust.at_most("equivalences", "SFT: microbatches = one batch, weights, relative", worst, 1e-6)
     for key in ("loss", "grad_norm", "tokens"):
         want = metrics(whole, read_jsonl, key)
         assert len(want) == 3
