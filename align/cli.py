@@ -47,6 +47,7 @@ QUIET = {
     "DATASETS_VERBOSITY": "error",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TQDM_DISABLE": "1",  # the default of those who do not ask; our own bars do
     "HF_HUB_VERBOSITY": "error",
 }
 

@@ -28,7 +28,7 @@ def main() -> int:
     parser.add_argument("gguf_file")
     parser.add_argument("folder")
     args = parser.parse_args()
-    logging.disable_progress_bar()  # it takes seconds
+    logging.disable_progress_bar()  # it takes seconds; the Makefile silences tqdm's own
     try:
         convert(args.gguf_file, args.folder)
     except AlignError as error:
