@@ -193,3 +193,12 @@ def test_a_comparison_turned_round() -> None:
     assert found["at_equal_length"]["ci95"] == [-3.0, -0.5]
     assert turned(found) == test
     assert [capital(t) for t in ("gold reward", "chrF", "BLEU")] == ["Gold reward", "chrF", "BLEU"]
+
+
+def test_the_doctors_findings_are_told(make_run, tmp_path: Path) -> None:
+    rows = [{"step": i, "kl": 5.0 * i, "score_mean": 0.1 * i} for i in range(1, 13)]
+    folder = make_run("ppo", "ppo", metrics=rows)
+    text = write_report([str(folder)], str(tmp_path / "p.html")).read_text(encoding="utf-8")
+    findings = text.partition('class="findings"')[2].partition("</ul>")[0]
+    assert "nats per response, over its budget" in findings
+    assert "(kl_over_budget)" in findings
