@@ -48,7 +48,7 @@ def launch(processes: int, *arguments: str) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("stage", ["sft", "rm"])
+@pytest.mark.parametrize("stage", ["sft", "rm", "dpo"])
 def test_two_processes_are_one(
     stage: str,
     tiny_sft: Path,
