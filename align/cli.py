@@ -32,6 +32,7 @@ STAGES: dict[str, tuple[str, str, str]] = {
     "dpo": ("DPORecipe", "align.stages.dpo:run", "optimise preference pairs by DPO"),
     "eval": ("EvalRecipe", "align.evaluation.harness:run", "BLEU, chrF, reward, KL of checkpoints"),
     "generate": ("GenerateRecipe", "align.stages.generate:run", "sample, score and pair responses"),
+    "iterate": ("IterateRecipe", "align.stages.iterate:run", "rounds of generate, rm, ppo or dpo"),
 }
 
 OTHERS = ("ls", "cp", "check", "doctor", "data", "label", "report", "sweep")

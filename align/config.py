@@ -252,3 +252,46 @@ class EvalRecipe:
     tokens_per_microbatch: int = 4096
     trust_remote_code: bool = False
     overwrite: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class StopRules:
+    """When `align iterate` ends before its last round; null switches a rule off."""
+
+    # KL to the starting model, nats per response, on held-out prompts
+    max_kl: float | None = None
+    # rounds without a higher gold score
+    patience: int | None = None
+    # pairs that a round has to yield
+    min_pairs: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class IterateRecipe:
+    """Rounds of sampling, labelling, reward model, and PPO or online DPO."""
+
+    # folder or hub id of the model before the first round
+    model: str
+    output_dir: str
+    rounds: int = 3
+    # recipes (files or shipped names) of a round's stages; what labels the pairs is `generate`'s
+    # reward, which is the gold score; model, data of pairs, and folders are set here
+    generate: str
+    # trained on the pairs of all rounds so far; null with `dpo` trains none
+    rm: str | None = None
+    # one of the two
+    ppo: str | None = None
+    # online DPO, on the round's own pairs
+    dpo: str | None = None
+    eval: str
+    # `stage.key=value` over those recipes, such as generate.generation.slots=64
+    set: tuple[str, ...] = ()
+    # what KL is charged to: the model before the first round, the round's own start, or an average
+    reference: Literal["fixed", "refresh", "average"] = "fixed"
+    # share of the old average that each round keeps, for reference=average
+    reference_decay: float = 0.5
+    stop: StopRules = field(default_factory=StopRules)
+    seed: int = 0
+    # never refuses a folder that holds a run; auto goes on where it was cut short
+    resume: Literal["never", "auto"] = "never"
+    overwrite: bool = False

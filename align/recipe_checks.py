@@ -13,6 +13,7 @@ from align.config import (
     DataConfig,
     EvalRecipe,
     GenerateRecipe,
+    IterateRecipe,
     KLConfig,
     PPORecipe,
     SFTRecipe,
@@ -35,6 +36,8 @@ def check_whole(recipe: Any) -> None:
         _check_generate(recipe)
     if isinstance(recipe, PPORecipe):
         _check_ppo(recipe)
+    if isinstance(recipe, IterateRecipe):
+        _check_iterate(recipe)
 
 
 def _check_common(recipe: CommonRecipe) -> None:
@@ -98,6 +101,17 @@ def _check_ppo(recipe: PPORecipe) -> None:
         raise KeyProblem("generation.temperature", "is 0; PPO has to sample, such as at 0.7")
     _check_ppo_batches(recipe)
     _check_kl(recipe)
+
+
+def _check_iterate(recipe: IterateRecipe) -> None:
+    if (recipe.ppo is None) == (recipe.dpo is None):
+        raise KeyProblem("ppo", "set `ppo` or `dpo`, not both or none")
+    if recipe.ppo and recipe.rm is None:
+        raise KeyProblem("rm", "is missing; ppo needs the reward model of each round")
+    if recipe.reference != "average" and recipe.reference_decay != 0.5:
+        raise KeyProblem("reference_decay", "has an effect with reference=average only")
+    if recipe.resume == "auto" and recipe.overwrite:
+        raise KeyProblem("resume", "is auto, but overwrite=true starts anew; say one of them")
 
 
 def _changed(data: DataConfig) -> set[str]:

@@ -42,6 +42,7 @@ def blocks(page: Path, language: str) -> list[str]:
 
 WRITERS = [
     *(f"stages/{n}.py" for n in ("sft", "reward_model", "dpo", "ppo", "ppo_update", "generate")),
+    "stages/iterate.py",
     "training/loop.py",
     "run_folder.py",
     *(f"evaluation/{n}.py" for n in ("harness", "measure", "systems", "agreement", "reward_model")),
@@ -50,6 +51,10 @@ WRITERS = [
 NO_NUMBERS = {
     "stages/ppo.py": {"before"},
     "stages/ppo_update.py": {"actor", "critic", "clip_range", "denominator", "ratio_error"},
+    "stages/iterate.py": {
+        *("generate", "rm", "ppo", "dpo", "eval", "seed", "resume", "overwrite", "policy"),
+        *("fixed", "refresh"),
+    },
     "training/loop.py": {"model", "before"},
     "run_folder.py": {
         *("stage", "status", "seed", "command", "started", "versions", "hardware", "recipe"),

@@ -1,0 +1,26 @@
+"""A moving average of saved models: one that follows another at a distance."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from align.models.load import load_causal_lm, load_tokenizer
+
+
+def average_models(slow: str, fast: str, folder: Path, *, decay: float) -> None:
+    """Save ``decay * slow + (1 - decay) * fast``, weight by weight, with fast's tokenizer.
+
+    Both are of one architecture: a policy of this run and one that it came from.
+    """
+    tokenizer = load_tokenizer(fast)
+    averaged, other = load_causal_lm(slow, tokenizer), load_causal_lm(fast, tokenizer)
+    with torch.no_grad():
+        for mine, its in zip(averaged.parameters(), other.parameters(), strict=True):
+            mine.lerp_(its, 1 - decay)
+    averaged.generation_config = other.generation_config
+    partial = folder.with_name(f"{folder.name}.partial")
+    averaged.save_pretrained(str(partial))
+    tokenizer.save_pretrained(str(partial))
+    partial.rename(folder)

@@ -1,0 +1,266 @@
+"""Round after round: sample, label, refresh the reward model, then PPO or online DPO, and measure.
+
+Each round is the shipped stages, run one after another on what came before; this file only says
+what reads what. A stage whose folder says that it is done is not run again, and one that was cut
+short goes on from its checkpoint, so an iteration can be killed anywhere and started again.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from align.config import (
+    DPORecipe,
+    EvalRecipe,
+    GenerateRecipe,
+    IterateRecipe,
+    PPORecipe,
+    RewardRecipe,
+    StopRules,
+)
+from align.evaluation import harness
+from align.models.average import average_models
+from align.progress import say, table
+from align.recipes_io import load_recipe, to_yaml
+from align.run_folder import Run
+from align.stages import dpo, generate, ppo, reward_model
+from align.types import AlignError, DataSource, RewardTerm
+
+KINDS: dict[str, type] = {
+    "generate": GenerateRecipe,
+    "rm": RewardRecipe,
+    "ppo": PPORecipe,
+    "dpo": DPORecipe,
+    "eval": EvalRecipe,
+}
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one round starts from and where its stages lie."""
+
+    number: int
+    folder: Path
+    policy: str
+    reference: str
+
+    @property
+    def pairs(self) -> Path:
+        return self.folder / "generate" / "pairs.jsonl"
+
+
+def stage_recipes(recipe: IterateRecipe) -> dict[str, Any]:
+    """The recipes of a round's stages, with ``set`` laid over them.
+
+    Raises:
+        AlignError: A recipe is missing, wrong, or for another method than is asked for.
+    """
+    named = {name: getattr(recipe, name) for name in KINDS}
+    given = {name: path for name, path in named.items() if path is not None}
+    for override in recipe.set:
+        if override.partition(".")[0] not in given:
+            raise AlignError(f"set: {override}: begins with none of {', '.join(given)}")
+    loaded: dict[str, Any] = {}
+    for name, path in given.items():
+        overrides = [o.partition(".")[2] for o in recipe.set if o.startswith(f"{name}.")]
+        loaded[name] = load_recipe(KINDS[name], path, overrides)
+    if loaded["generate"].pairs is None:
+        raise AlignError(f"generate: {recipe.generate} makes no pairs; set generate.pairs.choose")
+    if "ppo" in loaded and not any(term.model for term in loaded["ppo"].reward):
+        raise AlignError(f"ppo: {recipe.ppo} has no reward model, which each round would refresh")
+    measured = loaded["eval"]
+    sampled = measured.sampling is not None or measured.generation.temperature > 0
+    if recipe.stop.max_kl is not None and not sampled:
+        raise AlignError(
+            "stop.max_kl: greedy outputs have no KL to measure; set eval.sampling.temperature=1, "
+            "or leave max_kl out"
+        )
+    return loaded
+
+
+def run(recipe: IterateRecipe) -> None:
+    """Run the rounds that are left and print one table of all."""
+    stages = stage_recipes(recipe)
+    run = Run(
+        "iterate",
+        recipe.output_dir,
+        config_yaml=to_yaml(recipe),
+        seed=recipe.seed,
+        resume=recipe.resume,
+        overwrite=recipe.overwrite,
+    )
+    if (run.folder / "manifest.json").is_file() and recipe.resume == "auto":
+        run.resume()
+    else:
+        run.begin()
+        for old in run.folder.glob("round-*"):
+            shutil.rmtree(old)
+    say(f"iterate: {recipe.model} -> {recipe.output_dir}, at most {recipe.rounds} rounds")
+    run.forget_after(0)  # the rows are written again, from the folders of the rounds
+    start = Round(0, run.folder / "round-0", recipe.model, recipe.model)
+    rows = [_measure(recipe, stages, start)]
+    run.log(1, rows[0])
+    now, reason = start, ""
+    while not reason and now.number < recipe.rounds:
+        now = _next(recipe, now)
+        _play(recipe, stages, now)
+        rows.append(_measure(recipe, stages, replace(now, policy=str(_policy(recipe, now)))))
+        run.log(now.number + 1, rows[-1])
+        reason = stop_reason(rows, recipe.stop)
+    if reason:
+        say(f"  stopped after round {now.number}: {reason}")
+    say(table(list(_table(rows)), title="\nrounds"))
+    run.finish([["rounds", str(now.number)]], rounds=rows, stopped=reason)
+
+
+# ---------------------------------------------------------------- one round
+
+
+def _next(recipe: IterateRecipe, last: Round) -> Round:
+    """The round after ``last``: its policy is last's, its reference what the recipe says."""
+    number = last.number + 1
+    folder = Path(recipe.output_dir) / f"round-{number}"
+    folder.mkdir(exist_ok=True)
+    policy = recipe.model if number == 1 else str(_policy(recipe, last))
+    reference = {"fixed": recipe.model, "refresh": policy}.get(recipe.reference)
+    if reference is None:  # average
+        if number == 1:
+            reference = recipe.model
+        else:
+            reference = str(folder / "reference")
+            if not Path(reference).is_dir():
+                average_models(
+                    last.reference, policy, Path(reference), decay=recipe.reference_decay
+                )
+    return Round(number, folder, policy, reference)
+
+
+def _play(recipe: IterateRecipe, stages: dict[str, Any], now: Round) -> None:
+    """Sample and label, refresh the reward model, improve the policy."""
+    # another seed each round, so that other prompts and samples are taken
+    common = {"seed": recipe.seed + now.number, "resume": "never", "overwrite": False}
+    sampled = replace(
+        stages["generate"], model=now.policy, output_dir=str(now.pairs.parent), **common
+    )
+    _run_once(sampled, generate.run, resumable=False)
+    all_pairs = [
+        Path(recipe.output_dir) / f"round-{n}" / "generate" / "pairs.jsonl"
+        for n in range(1, now.number + 1)
+    ]
+    if "rm" in stages:
+        # from the same trunk each round: what it learnt before is in the pairs
+        rm = replace(stages["rm"], model=recipe.model, output_dir=str(now.folder / "rm"), **common)
+        _run_once(_trained_on(rm, all_pairs), reward_model.run)
+    if "ppo" in stages:
+        refreshed = str(now.folder / "rm" / "model")
+        reward = tuple(
+            replace(term, model=refreshed) if term.model else term for term in stages["ppo"].reward
+        )
+        policy = replace(
+            stages["ppo"],
+            model=now.policy,
+            reference_model=None if now.reference == now.policy else now.reference,
+            reward=reward,
+            output_dir=str(now.folder / "ppo"),
+            **common,
+        )
+        _run_once(policy, ppo.run)
+    else:
+        options = replace(
+            stages["dpo"].dpo,
+            reference_model=None if now.reference == now.policy else now.reference,
+        )
+        policy = replace(
+            stages["dpo"],
+            model=now.policy,
+            dpo=options,
+            output_dir=str(now.folder / "dpo"),
+            **common,
+        )
+        _run_once(_trained_on(policy, [now.pairs]), dpo.run)
+
+
+def _trained_on(recipe: Any, pairs: list[Path]) -> Any:
+    sources = tuple(DataSource(path=str(path)) for path in pairs)
+    return replace(recipe, data=replace(recipe.data, train=sources, test=()))
+
+
+def _policy(recipe: IterateRecipe, now: Round) -> Path:
+    return now.folder / ("ppo" if recipe.ppo else "dpo") / "model"
+
+
+def _run_once(recipe: Any, stage: Callable[[Any], None], *, resumable: bool = True) -> None:
+    """Run a stage, unless its folder says that it is done; go on with one that was cut short."""
+    manifest = Path(recipe.output_dir) / "manifest.json"
+    if manifest.is_file():
+        if json.loads(manifest.read_text(encoding="utf-8"))["status"] == "done":
+            return
+        recipe = replace(recipe, **({"resume": "auto"} if resumable else {"overwrite": True}))
+    stage(recipe)
+
+
+# ---------------------------------------------------------------- what a round was worth
+
+
+def _measure(recipe: IterateRecipe, stages: dict[str, Any], now: Round) -> dict[str, float]:
+    """One row of the table, from held-out prompts; ``gold`` is what the pairs are labelled by."""
+    folder = now.folder / "eval"
+    measured = replace(
+        stages["eval"],
+        model=None,
+        models={"policy": now.policy},
+        reference_model=recipe.model,
+        reward=stages["generate"].reward,
+        output_dir=str(folder),
+        seed=recipe.seed,
+    )
+    _run_once(measured, harness.run, resumable=False)
+    found = _of_eval(folder)
+    row: dict[str, float] = {"round": now.number, "gold": found["reward_mean"]}
+    row |= {key: found[key] for key in ("kl", "bleu") if found.get(key) is not None}
+    if now.number:
+        with now.pairs.open(encoding="utf-8") as lines:
+            row["pairs"] = sum(1 for _ in lines)
+    if "rm" in stages and now.number:
+        scored = now.folder / "eval_reward"  # the same outputs, by the round's reward model
+        proxy = replace(
+            measured,
+            models={"policy": str(folder / "outputs" / "policy.jsonl")},
+            reference_model=None,
+            sampling=None,
+            reward=(RewardTerm(model=str(now.folder / "rm" / "model")),),
+            output_dir=str(scored),
+        )
+        _run_once(proxy, harness.run, resumable=False)
+        row["reward"] = _of_eval(scored)["reward_mean"]
+    return row
+
+
+def _of_eval(folder: Path) -> dict[str, float]:
+    return dict(json.loads((folder / "eval.json").read_text(encoding="utf-8"))["models"][0])
+
+
+def stop_reason(rows: list[dict[str, float]], rules: StopRules) -> str:
+    """Why no further round should be run, or nothing; ``rows[0]`` is before the first round."""
+    last = rows[-1]
+    if rules.max_kl is not None and last.get("kl", 0.0) > rules.max_kl:
+        return f"KL {last['kl']:.3g} nats per response, above stop.max_kl={rules.max_kl:g}"
+    if rules.min_pairs is not None and last["pairs"] < rules.min_pairs:
+        return f"{last['pairs']:g} pairs, fewer than stop.min_pairs={rules.min_pairs}"
+    if rules.patience is not None and len(rows) > rules.patience:
+        best_before = max(row["gold"] for row in rows[: -rules.patience])
+        if all(row["gold"] <= best_before for row in rows[-rules.patience :]):
+            return f"gold has not risen for {rules.patience} rounds (stop.patience)"
+    return ""
+
+
+def _table(rows: list[dict[str, float]]) -> Iterator[list[str]]:
+    names = [n for n in ("reward", "gold", "kl", "bleu", "pairs") if any(n in r for r in rows)]
+    yield ["round", *names]
+    for row in rows:
+        yield [str(row["round"]), *(f"{row[n]:.4g}" if n in row else "" for n in names)]
