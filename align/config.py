@@ -204,6 +204,10 @@ class PairsConfig:
 class GenerateRecipe(CommonRecipe):
     """Sample responses, score them if there is a reward, and write pairs if there is `pairs`."""
 
+    # further models that answer the same prompts; all samples of a prompt are ranked together
+    also: tuple[str, ...] = ()
+    # write the best sample of each prompt for sft (rejection-sampling fine-tuning)
+    best_of_n: bool = False
     generation: GenerationOptions = field(default_factory=GenerationOptions)
     reward: tuple[RewardTerm, ...] = ()
     pairs: PairsConfig | None = None

@@ -86,9 +86,11 @@ def _check_generate(recipe: GenerateRecipe) -> None:
             raise KeyProblem(f"data.{key}", "has no effect in generate, which holds out nothing")
     if recipe.pairs and not recipe.reward:
         raise KeyProblem("reward", "is empty; pairs are made by a reward, such as a metric")
+    if recipe.best_of_n and not recipe.reward:
+        raise KeyProblem("reward", "is empty; the best of n is chosen by a reward")
     if recipe.pairs and recipe.pairs.choose != "threshold" and recipe.pairs.threshold:
         raise KeyProblem("pairs.threshold", "has an effect with pairs.choose=threshold only")
-    if recipe.pairs and recipe.generation.samples_per_prompt < 2:
+    if recipe.pairs and recipe.generation.samples_per_prompt < 2 and not recipe.also:
         raise KeyProblem("generation.samples_per_prompt", "is 1; pairs need at least 2")
 
 

@@ -29,7 +29,8 @@ from align.progress import say, table, warn
 from align.types import AlignError, SourceReport
 
 OURS = (
-    "config.yaml", "manifest.json", "metrics.jsonl", "samples.jsonl", "pairs.jsonl", "eval.json",
+    "config.yaml", "manifest.json", "metrics.jsonl", "samples.jsonl", "pairs.jsonl", "best.jsonl",
+    "eval.json",
     "model", "critic", "model_adapter", "critic_adapter", "checkpoints", "outputs", "tracking",
     "margins.png",
 )  # fmt: skip

@@ -1,7 +1,8 @@
 """Sample responses to prompts, score them, and turn the scores into preference pairs.
 
 Writes ``samples.jsonl`` (prompt, response, references, score) and, with ``pairs``, ``pairs.jsonl``
-(prompt, chosen, rejected, margin), which ``align rm`` and ``align dpo`` read as it is.
+(prompt, chosen, rejected, margin), which ``align rm`` and ``align dpo`` read as it is; with
+``best_of_n`` also ``best.jsonl``, for ``align sft``.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -21,9 +22,19 @@ from align.rewards import build_reward
 from align.rewards.model import reward_model_loader
 from align.rollout.experience import decode_rollout
 from align.rollout.sampler import sample
-from align.stages.common import load_data, open_session, policy_end_ids
+from align.stages.common import (
+    Session,
+    Split,
+    load_data,
+    open_session,
+    policy_end_ids,
+    require_same_vocabulary,
+)
 from align.training.distributed import gather_in_order, my_share
 from align.types import AlignError, PromptExample
+
+Answer: TypeAlias = tuple[str, bool]
+"""A sampled text, and whether it ended by itself."""
 
 
 def run(recipe: GenerateRecipe) -> None:
@@ -36,8 +47,46 @@ def run(recipe: GenerateRecipe) -> None:
     every_prompt = replace(recipe.data, test_fraction=0.0)
     prompts, _ = load_data(session, every_prompt, "prompt", seed=recipe.seed)
     accelerator = session.accelerator
+    names = (recipe.model, *recipe.also)
+    for other in recipe.also:
+        require_same_vocabulary("also", other, recipe, session)
+    by_model = [_sample(recipe, name, session, prompts) for name in names]
+    # all samples of a prompt side by side, whoever wrote them
+    answers = [[a for one in same for a in one] for same in zip(*by_model, strict=True)]
+    k = recipe.generation.samples_per_prompt
+    writers = [name for name in names for _ in range(k)]
+    if not accelerator.is_main_process:
+        return
+    rows = _score(recipe, prompts.examples, answers, writers, accelerator)
+    session.run.begin()
+    session.run.append("samples.jsonl", rows)
+    report = [["sampled", ""], ["responses", str(len(rows))]]
+    report.append(["ended by themselves", f"{np.mean([r['finished'] for r in rows]):.1%}"])
+    if recipe.reward:
+        report.append(["mean score", f"{np.mean([r['score'] for r in rows]):.4g}"])
+    if recipe.pairs is not None:
+        pairs, left_out = make_pairs(rows, len(writers), recipe.pairs)
+        if not pairs:
+            raise AlignError(f"no pairs can be made of {len(rows)} samples: {left_out}")
+        session.run.append("pairs.jsonl", pairs)
+        session.run.describe(pairs=len(pairs), left_out=left_out)
+        report.append(["pairs", str(len(pairs))])
+        for reason, count in left_out.items():
+            say(f"  left out {count} pairs: {reason}")
+    if recipe.best_of_n:
+        best = best_of_n(rows, len(writers))
+        session.run.append("best.jsonl", best)
+        report.append([f"best of {len(writers)}", str(len(best))])
+    session.run.finish(report)
+
+
+def _sample(
+    recipe: GenerateRecipe, model: str, session: Session, prompts: Split
+) -> list[list[Answer]]:
+    """One model's samples of every prompt, in the prompts' order, on every process."""
+    accelerator = session.accelerator
     policy = load_policy(
-        recipe.model,
+        model,
         device=accelerator.device,
         precision=recipe.precision,
         trust_remote_code=recipe.trust_remote_code,
@@ -58,34 +107,15 @@ def run(recipe: GenerateRecipe) -> None:
             on_tokens=lambda n: bar.advance(steps=0, tokens=n),
         )
     texts = decode_rollout(session.tokenizer, rollout, end_ids=end_ids)
-    finished = rollout.finished.tolist()
-    packed = [(texts[i * k : (i + 1) * k], finished[i * k : (i + 1) * k]) for i in range(len(mine))]
-    answers = gather_in_order(packed, accelerator)
-    if not accelerator.is_main_process:
-        return
-    rows = _score(recipe, prompts.examples, answers, accelerator)
-    session.run.begin()
-    session.run.append("samples.jsonl", rows)
-    report = [["sampled", ""], ["responses", str(len(rows))]]
-    report.append(["ended by themselves", f"{np.mean([r['finished'] for r in rows]):.1%}"])
-    if recipe.reward:
-        report.append(["mean score", f"{np.mean([r['score'] for r in rows]):.4g}"])
-    if recipe.pairs is not None:
-        pairs, left_out = make_pairs(rows, k, recipe.pairs)
-        if not pairs:
-            raise AlignError(f"no pairs can be made of {len(rows)} samples: {left_out}")
-        session.run.append("pairs.jsonl", pairs)
-        session.run.describe(pairs=len(pairs), left_out=left_out)
-        report.append(["pairs", str(len(pairs))])
-        for reason, count in left_out.items():
-            say(f"  left out {count} pairs: {reason}")
-    session.run.finish(report)
+    answers = list(zip(texts, rollout.finished.tolist(), strict=True))
+    return gather_in_order([answers[i * k : (i + 1) * k] for i in range(len(mine))], accelerator)
 
 
 def _score(
     recipe: GenerateRecipe,
     examples: Sequence[PromptExample],
-    answers: Sequence[tuple[list[str], list[bool]]],
+    answers: Sequence[Sequence[Answer]],
+    writers: Sequence[str],
     accelerator: Any,
 ) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = [
@@ -95,9 +125,10 @@ def _score(
             "response": text,
             "references": list(example.references),
             "finished": ended,
+            **({"model": writer} if recipe.also else {}),
         }
-        for example, (texts, ends) in zip(examples, answers, strict=True)
-        for text, ended in zip(texts, ends, strict=True)
+        for example, same in zip(examples, answers, strict=True)
+        for (text, ended), writer in zip(same, writers, strict=True)
     ]
     if recipe.reward:
         reward = build_reward(
@@ -117,6 +148,22 @@ def _score(
         for row, score in zip(rows, scores, strict=True):
             row["score"] = score
     return rows
+
+
+def best_of_n(rows: Sequence[dict[str, Any]], samples_per_prompt: int) -> list[dict[str, Any]]:
+    """Each prompt with its best finished sample: what `align sft` reads (rejection sampling).
+
+    A prompt whose samples were all cut off or empty is left out.
+    """
+    best = []
+    for start in range(0, len(rows), samples_per_prompt):
+        samples = rows[start : start + samples_per_prompt]
+        usable = [r for r in samples if r["finished"] and r["response"].strip()]
+        if usable:
+            row = max(usable, key=lambda r: r["score"])
+            kept = {name: row[name] for name in ("id", "prompt", "score")}
+            best.append({**kept, "completion": row["response"]})
+    return best
 
 
 def make_pairs(

@@ -221,3 +221,27 @@ def test_pairs_need_a_reward(run_generate: RunGenerate, tmp_path: Path) -> None:
     with pytest.raises(AlignError, match="reward"):
         run_generate("run", "pairs.min_margin=1", "reward=[]")
     assert not (tmp_path / "run").exists()
+
+
+def test_two_models_answer_the_same_prompts(
+    run_generate: RunGenerate, read_jsonl: ReadJsonl, tiny: Path, tiny_sft: Path
+) -> None:
+    alone, both = run_generate("alone"), run_generate("both", f"also=[{tiny}]", "pairs.choose=all")
+    rows = read_jsonl(both / "samples.jsonl")
+    # the second model changes nothing of what the first one writes
+    first = [{k: v for k, v in r.items() if k != "model"} for r in rows if r["model"] != str(tiny)]
+    assert first == read_jsonl(alone / "samples.jsonl")
+    for _, same in groupby(rows, key=lambda r: r["id"]):
+        assert [r["model"] for r in same] == [str(tiny_sft)] * 4 + [str(tiny)] * 4
+    assert read_jsonl(both / "pairs.jsonl") == make_pairs(rows, 8, PairsConfig(choose="all"))[0]
+
+
+def test_best_of_n_is_what_sft_reads(run_generate: RunGenerate, read_jsonl: ReadJsonl) -> None:
+    folder = run_generate("run", "best_of_n=true")
+    rows, best = (read_jsonl(folder / f"{name}.jsonl") for name in ("samples", "best"))
+    assert len(best) >= 6
+    for row in best:
+        scores = [r["score"] for r in rows if r["id"] == row["id"] and r["finished"]]
+        assert row["score"] == max(scores)
+    examples = load_examples([DataSource(path=str(folder / "best.jsonl"))], kind="sft").examples
+    assert [e.completion for e in examples] == [r["completion"] for r in best]
