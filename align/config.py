@@ -277,6 +277,7 @@ class IterateRecipe:
     # folder or hub id of the model before the first round
     model: str
     output_dir: str
+    # rounds at most; `stop` may end earlier
     rounds: int = 3
     # recipes (files or shipped names) of a round's stages; what labels the pairs is `generate`'s
     # reward, which is the gold score; model, data of pairs, and folders are set here
@@ -287,6 +288,7 @@ class IterateRecipe:
     ppo: str | None = None
     # online DPO, on the round's own pairs
     dpo: str | None = None
+    # measures each round, on held-out prompts, with `generate`'s reward and KL to the first model
     eval: str
     # `stage.key=value` over those recipes, such as generate.generation.slots=64
     set: tuple[str, ...] = ()

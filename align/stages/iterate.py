@@ -103,13 +103,13 @@ def run(recipe: IterateRecipe) -> None:
     say(f"iterate: {recipe.model} -> {recipe.output_dir}, at most {recipe.rounds} rounds")
     run.forget_after(0)  # the rows are written again, from the folders of the rounds
     start = Round(0, run.folder / "round-0", recipe.model, recipe.model)
-    rows = [_measure(recipe, stages, start)]
+    rows = [_row_of(recipe, stages, start)]
     run.log(1, rows[0])
     now, reason = start, ""
     while not reason and now.number < recipe.rounds:
         now = _next(recipe, now)
         _play(recipe, stages, now)
-        rows.append(_measure(recipe, stages, replace(now, policy=str(_policy(recipe, now)))))
+        rows.append(_row_of(recipe, stages, replace(now, policy=str(_policy(recipe, now)))))
         run.log(now.number + 1, rows[-1])
         reason = stop_reason(rows, recipe.stop)
     if reason:
@@ -207,7 +207,7 @@ def _run_once(recipe: Any, stage: Callable[[Any], None], *, resumable: bool = Tr
 # ---------------------------------------------------------------- what a round was worth
 
 
-def _measure(recipe: IterateRecipe, stages: dict[str, Any], now: Round) -> dict[str, float]:
+def _row_of(recipe: IterateRecipe, stages: dict[str, Any], now: Round) -> dict[str, float]:
     """One row of the table, from held-out prompts; ``gold`` is what the pairs are labelled by."""
     folder = now.folder / "eval"
     measured = replace(
