@@ -276,6 +276,7 @@ class IterateRecipe:
 
     # folder or hub id of the model before the first round
     model: str
+    # `round-1`, `round-2`, ... lie in it, a folder for each stage in them
     output_dir: str
     # rounds at most; `stop` may end earlier
     rounds: int = 3
@@ -297,7 +298,9 @@ class IterateRecipe:
     # share of the old average that each round keeps, for reference=average
     reference_decay: float = 0.5
     stop: StopRules = field(default_factory=StopRules)
+    # each round adds its number to it
     seed: int = 0
     # never refuses a folder that holds a run; auto goes on where it was cut short
     resume: Literal["never", "auto"] = "never"
+    # replace the run that the folder holds, its rounds included
     overwrite: bool = False
