@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
-from align.models.load import load_causal_lm, load_classifier, load_tokenizer
-from align.models.lora import add_lora
+from align.models.load import classifier_on, load_causal_lm, load_classifier, load_tokenizer
+from align.models.lora import add_lora, load_adapter, on_same_weights
 from align.models.policy import Policy, ScalarModel, check_packable
 from align.models.precision import resolve_precision
 from align.options import LoraOptions
 from align.types import AlignError
 
-__all__ = ["Policy", "ScalarModel", "load_policy", "load_scalar_model", "load_tokenizer"]
+__all__ = [
+    "Policy", "ScalarModel", "load_policy", "load_scalar_model", "load_tokenizer", "scalar_model_on",
+]  # fmt: skip
 
 
 def load_policy(
@@ -82,6 +86,41 @@ def load_scalar_model(
     if gradient_checkpointing:
         scalar.enable_gradient_checkpointing()
     check_packable(scalar)
+    return scalar
+
+
+def scalar_model_on(
+    base: Policy | ScalarModel,
+    *,
+    name: str,
+    lora: LoraOptions | None = None,
+    adapter: Path | None = None,
+    gradient_checkpointing: bool = False,
+    frozen: bool = False,
+) -> ScalarModel | None:
+    """A one-label model on ``base``'s own weights, which are frozen: nothing of them is copied.
+
+    Exactly one of ``lora`` (a new adapter) and ``adapter`` (one that was saved, its head with it)
+    is given. The head of a `ScalarModel` is taken over, a `Policy` gets a new one.
+
+    Returns:
+        None where transformers has no one-label model with this trunk.
+    """
+    plain = on_same_weights(base.model)
+    fresh = isinstance(base, Policy)
+    model = classifier_on(plain) if fresh else plain
+    if model is None:
+        return None
+    if adapter is not None:
+        model, fresh = load_adapter(model, adapter, trained=not frozen), False
+    elif lora is not None:
+        model = add_lora(model, task="classifier", options=lora)
+    scalar = ScalarModel(model, precision=base.precision, name=name)
+    scalar.fresh_head = fresh
+    if gradient_checkpointing:
+        scalar.enable_gradient_checkpointing()
+    if frozen:
+        scalar.requires_grad_(False).eval()
     return scalar
 
 

@@ -135,23 +135,49 @@ def load_classifier(
         raise AlignError(f"{model}: {type(loaded).__name__} has no `score` head; use a decoder")
     fresh = any(key.startswith("score") for key in info["missing_keys"])
     if fresh:
-        # Stiennon et al. 2020; "N+ details" (arXiv:2403.17031), section 4.1
-        torch.nn.init.normal_(loaded.score.weight, std=(loaded.score.in_features + 1) ** -0.5)
-        if loaded.score.bias is not None:
-            torch.nn.init.zeros_(loaded.score.bias)
+        _draw_head(loaded.score)
     loaded.score.float()  # scores are float32, whatever the trunk is held in
     return _settle(loaded, tokenizer), fresh
 
 
-def weights_hash(model: PreTrainedModel) -> str:
+def classifier_on(model: PreTrainedModel) -> PreTrainedModel | None:
+    """A one-label model whose trunk is that of a loaded ``model``, its head new.
+
+    None where transformers has no one-label model with this trunk and a ``score`` head.
+    """
+    config = model.config
+    config.num_labels = 1
+    trunk = getattr(model, model.base_model_prefix)
+    with torch.device("meta"):
+        try:
+            made = AutoModelForSequenceClassification.from_config(config)
+        except ValueError:
+            return None
+    if not hasattr(made, "score") or type(getattr(made, made.base_model_prefix)) is not type(trunk):
+        return None
+    setattr(made, made.base_model_prefix, trunk)
+    made.config = config
+    made.score.to_empty(device=model.device).float()
+    _draw_head(made.score)
+    return made
+
+
+def _draw_head(score: torch.nn.Linear) -> None:
+    """Stiennon et al. 2020; "N+ details" (arXiv:2403.17031), section 4.1."""
+    torch.nn.init.normal_(score.weight, std=(score.in_features + 1) ** -0.5)
+    if score.bias is not None:
+        torch.nn.init.zeros_(score.bias)
+
+
+def weights_hash(model: torch.nn.Module, *, adapters: bool = False) -> str:
     """sha256 over names, shapes and bytes of all weights: what a cache of outputs is keyed by.
 
-    Adapters are left out: the hash is that of the model under them.
+    Adapters are left out unless asked for: the hash is that of the model under them.
     """
     digest = hashlib.sha256()
     weights = {k.replace(".base_layer", ""): v for k, v in model.state_dict().items()}
     for name, parameter in sorted(weights.items()):
-        if "lora_" in name:
+        if "lora_" in name and not adapters:
             continue
         digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
         digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)

@@ -1,14 +1,23 @@
-"""Low-rank adapters by peft: put on, switched off for a reference, merged for saving."""
+"""Low-rank adapters by peft: put on, switched off for a reference, merged for saving.
+
+Several models may stand on the same frozen weights, each with an adapter of its own: every one is a
+module tree of its own over the same tensors, so no adapter is ever switched, and nothing here
+writes into a frozen tensor.
+"""
 
 from __future__ import annotations
 
+import copy
+import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Literal
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -48,9 +57,18 @@ def add_lora(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft's, about transformers 6
-            return get_peft_model(model, config)
+            adapted = get_peft_model(model, config)
     except ValueError as error:
         raise AlignError(f"lora.target_modules: {str(error).splitlines()[0]}") from error
+    # merging would change the embeddings with the head, or the head with them
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    weights = [getattr(getattr(end, "base_layer", end), "weight", None) for end in ends]
+    if weights[0] is weights[1] and any(isinstance(end, BaseTunerLayer) for end in ends):
+        raise AlignError(
+            "lora.target_modules: this model's output embeddings are its input embeddings, which "
+            "one adapter cannot serve; leave them out"
+        )
+    return adapted
 
 
 def _linear_names(model: PreTrainedModel, layers: list[int] | None) -> str | list[str]:
@@ -65,6 +83,62 @@ def _linear_names(model: PreTrainedModel, layers: list[int] | None) -> str | lis
 def unwrapped(model: torch.nn.Module) -> PreTrainedModel:
     """The transformers model under a peft wrapper (its adapted layers stay in place)."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+RECORD = "trunk.json"
+"""Beside a saved adapter: the sha256 of the trunk that it belongs on."""
+
+
+def save_adapter(model: PeftModel, folder: Path, *, trunk_sha256: str) -> None:
+    """The adapter (and head) alone, in peft's own format, and what it belongs on."""
+    model.save_pretrained(str(folder))
+    text = json.dumps({"sha256": trunk_sha256}) + "\n"
+    (folder / RECORD).write_text(text, encoding="utf-8")
+
+
+def adapter_beside(model: str) -> tuple[Path, str] | None:
+    """The adapter that ``model`` was merged from and the sha256 of its trunk, if it was kept."""
+    folder = Path(f"{model}_adapter")
+    try:
+        return folder, str(json.loads((folder / RECORD).read_text(encoding="utf-8"))["sha256"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def load_adapter(model: PreTrainedModel, folder: Path, *, trained: bool) -> PeftModel:
+    """Put a saved adapter, and the head saved with it, on the trunk that it was trained on."""
+    try:
+        return PeftModel.from_pretrained(model, str(folder), is_trainable=trained)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise AlignError(f"adapter {folder}: cannot be loaded: {reason}; remove it") from error
+
+
+def on_same_weights(model: torch.nn.Module) -> PreTrainedModel:
+    """The model without its adapter, as a module tree of its own over the very same tensors."""
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    twin = copy.deepcopy(model, tensors)
+    return twin.unload() if isinstance(twin, PeftModel) else twin
+
+
+def merged(model: PeftModel) -> PreTrainedModel:
+    """A plain float32 model on the CPU with the adapter added in; ``model`` stays as it is.
+
+    float32, because a small update added to a weight that is held in bf16 would be rounded away.
+    """
+    adapted = {id(m.get_base_layer().weight) for m in model.modules() if _is_adapted(m)}
+    twins: dict[int, torch.Tensor] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+        # merging adds in place: what it adds to has to be a copy
+        twin = tensor.detach().to("cpu", dtype, copy=id(tensor) in adapted)
+        is_parameter = isinstance(tensor, torch.nn.Parameter)
+        twins[id(tensor)] = torch.nn.Parameter(twin, False) if is_parameter else twin
+    return copy.deepcopy(model, twins).merge_and_unload()
+
+
+def _is_adapted(module: torch.nn.Module) -> bool:
+    return isinstance(module, BaseTunerLayer)
 
 
 @contextmanager

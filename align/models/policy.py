@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from align.losses.logprobs import TokenStatistics, token_logprobs, token_statistics
-from align.models.lora import unwrapped
+from align.models.load import weights_hash
+from align.models.lora import merged, save_adapter, unwrapped
 from align.models.precision import autocast
 from align.types import AlignError, Segment, TokenBatch
 
@@ -79,10 +80,9 @@ class _Packed(nn.Module):
         partial = folder.with_name(f"{folder.name}.partial")
         model: Any = self.model
         if model is not self.inner:
-            model.save_pretrained(f"{folder}_adapter")
-            # a small update added to a trunk that is held in bf16 would be rounded away
-            model = model.float().merge_and_unload()
-            self.model = model
+            adapter = folder.with_name(f"{folder.name}_adapter")
+            save_adapter(model, adapter, trunk_sha256=weights_hash(self.trunk))
+            model = merged(model)
         shutil.rmtree(partial, ignore_errors=True)
         model.save_pretrained(str(partial))
         tokenizer.save_pretrained(str(partial))

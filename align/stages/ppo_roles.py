@@ -10,13 +10,20 @@ import torch
 from torch import Tensor
 
 from align.config import PPORecipe
-from align.models import Policy, ScalarModel, load_policy, load_scalar_model
+from align.models import (
+    Policy,
+    ScalarModel,
+    load_policy,
+    load_scalar_model,
+    load_tokenizer,
+)
 from align.models.load import weights_hash
 from align.models.lora import adapter_off
 from align.progress import say
 from align.rewards import build_reward
 from align.rewards.model import ModelReward, reward_model_loader
 from align.stages.common import Session, require_same_vocabulary, same_vocabulary
+from align.stages.trunk import Trunk
 from align.types import RewardSource, TokenBatch
 
 
@@ -35,7 +42,7 @@ class Roles:
 
 
 def load_roles(recipe: PPORecipe, session: Session) -> Roles:
-    """Load each role once; with LoRA the reference is the actor with its adapter off."""
+    """Load each role once; with LoRA all that start from the same weights stand on one trunk."""
     device = session.accelerator.device
     actor = load_policy(
         recipe.model,
@@ -46,26 +53,42 @@ def load_roles(recipe: PPORecipe, session: Session) -> Roles:
         trust_remote_code=recipe.trust_remote_code,
     )
     weights = {"actor": weights_hash(actor.inner)}
-    load_model = reward_model_loader(
+    trunk = None if recipe.lora is None else Trunk(actor)
+    load_apart = reward_model_loader(
         device,
         precision=recipe.precision,
         trust_remote_code=recipe.trust_remote_code,
         tokens_per_microbatch=recipe.tokens_per_microbatch,
     )
 
-    def load_and_hash(model: str) -> ModelReward:
-        source = load_model(model)
-        weights[f"reward {model}"] = weights_hash(source.model.inner)
+    def load_reward(model: str) -> ModelReward:
+        scalar = trunk.reward_model(model) if trunk else None
+        if scalar is None:
+            source = load_apart(model)
+            if trunk:
+                trunk.apart[model] = source.model
+        else:
+            tokenizer = load_tokenizer(model, trust_remote_code=recipe.trust_remote_code)
+            source = ModelReward(
+                scalar, tokenizer, tokens_per_microbatch=recipe.tokens_per_microbatch
+            )
+        weights[f"reward {model}"] = weights_hash(source.model.inner, adapters=True)
         return source
 
-    reward = build_reward(recipe.reward, load_model=load_and_hash)
-    critic = _critic(recipe, session)
+    reward = build_reward(recipe.reward, load_model=load_reward)
+    critic = _critic(recipe, session, trunk)
     weights["critic"] = weights_hash(critic.inner)
     ref_logprobs = _reference(recipe, session, actor, weights)
+    if trunk:
+        if "reference" not in weights:
+            trunk.roles.append("reference")
+        session.run.describe(one_trunk=trunk.roles)
+        for line in trunk.lines() if session.run.is_main else ():
+            say(f"  {line}")
     return Roles(actor, critic, reward, ref_logprobs, weights)
 
 
-def _critic(recipe: PPORecipe, session: Session) -> ScalarModel:
+def _critic(recipe: PPORecipe, session: Session, trunk: Trunk | None) -> ScalarModel:
     """From `critic.model`, else from the reward model, else from the actor's trunk.
 
     A critic reads the actor's tokens, so a reward model with another vocabulary cannot start one.
@@ -81,14 +104,20 @@ def _critic(recipe: PPORecipe, session: Session) -> ScalarModel:
                 # values are in the unit of what is paid, and that is weight * score
                 start, weight = term.model, term.weight
                 break
-    critic = load_scalar_model(
-        start,
-        device=session.accelerator.device,
-        precision=recipe.precision,
-        lora=recipe.lora,
-        gradient_checkpointing=recipe.gradient_checkpointing,
-        trust_remote_code=recipe.trust_remote_code,
-    )
+    critic = None
+    if trunk and recipe.lora:
+        critic = trunk.critic(
+            start, lora=recipe.lora, gradient_checkpointing=recipe.gradient_checkpointing
+        )
+    if critic is None:
+        critic = load_scalar_model(
+            start,
+            device=session.accelerator.device,
+            precision=recipe.precision,
+            lora=recipe.lora,
+            gradient_checkpointing=recipe.gradient_checkpointing,
+            trust_remote_code=recipe.trust_remote_code,
+        )
     critic.scale_head(0.0 if critic.fresh_head else weight)
     if session.run.is_main:
         say(f"  critic starts from {start}" + (", with a new head" if critic.fresh_head else ""))
@@ -99,7 +128,7 @@ def _reference(
     recipe: PPORecipe, session: Session, actor: Policy, weights: dict[str, str]
 ) -> Callable[[TokenBatch], Tensor]:
     temperature = recipe.generation.temperature
-    if recipe.lora is not None and recipe.reference_model is None:
+    if recipe.lora is not None and recipe.reference_model in (None, recipe.model):
 
         @torch.no_grad()
         def adapter_switched_off(batch: TokenBatch) -> Tensor:
