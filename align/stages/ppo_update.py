@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from align.config import PPORecipe
-from align.data.packing import counted_coordinates, pack
+from align.data.packing import counted_coordinates
 from align.losses import approx_kl, clip_fraction, kl_estimate, masked_mean, ppo_policy_loss
 from align.losses import value_loss as clipped_value_loss
 from align.rollout.experience import rollout_groups
 from align.stages.common import Session
 from align.stages.ppo_roles import Roles
 from align.training.distributed import my_share, sum_over_processes, without_sync
+from align.training.microbatches import Microbatches
 from align.training.optim import make_optimizer, set_lr
 from align.types import AlignError, Experience, TokenBatch, TokenGroup
 
@@ -37,6 +38,9 @@ class Update:
                 f"ppo.rollout_batch: a minibatch has {prompts // recipe.ppo.num_minibatches} "
                 f"prompts, too few for {self.accelerator.num_processes} processes"
             )
+        self.microbatches = Microbatches(
+            recipe.tokens_per_microbatch, num_processes=self.accelerator.num_processes
+        )
         self.actor = self.accelerator.prepare(roles.actor)
         self.critic = self.accelerator.prepare(roles.critic)
         self.actor_lr = recipe.optim.lr
@@ -73,7 +77,8 @@ class Update:
                 for name, value in found.items():
                     sums[name] = sums.get(name, 0.0) + value
         del sums["ratio_error"]
-        return {name: value / per_iteration for name, value in sums.items()} | {"lr": lr}
+        means = {name: value / per_iteration for name, value in sums.items()}
+        return means | {"lr": lr, "tokens_per_microbatch": float(self.microbatches.tokens)}
 
     def _minibatch(
         self,
@@ -88,15 +93,12 @@ class Update:
         self.critic.train()
         mine = my_share(members, self.accelerator)
         denominator = sum(groups[i].num_counted for i in members)
-        batches = pack(
-            [groups[i] for i in mine], tokens_per_microbatch=self.recipe.tokens_per_microbatch
-        )
         world = self.accelerator.num_processes
         sums: dict[str, float] = {}
-        worst = 0.0
-        for number, batch in enumerate(batches):
+        errors: list[float] = []
+
+        def visit(batch: TokenBatch, last: bool) -> None:
             batch = batch.to(self.accelerator.device)
-            last = number == len(batches) - 1
             take = _Taken(experience, batch, mine, self.recipe.generation.samples_per_prompt)
             with without_sync(self.accelerator, self.actor, last=last):
                 loss, found, error = self._policy_loss(take, batch, kl_coef, denominator)
@@ -106,14 +108,22 @@ class Update:
                 loss = self._value_loss(take, batch, denominator)
                 self.accelerator.backward(loss * world)
             found["value_loss"] = loss.item()
-            worst = max(worst, error)
+            errors.append(error)
             for name, value in found.items():
                 sums[name] = sums.get(name, 0.0) + value
+
+        def restart() -> None:
+            sums.clear()
+            errors.clear()
+            for _, optimizer in self.trained.values():
+                optimizer.zero_grad(set_to_none=True)
+
+        self.microbatches.accumulate([groups[i] for i in mine], visit, restart)
         metrics = sum_over_processes(sums, self.accelerator)
         if train_actor:
             metrics["grad_norm"] = self._step("actor", self.actor, self.actor_optimizer)
         metrics["critic_grad_norm"] = self._step("critic", self.critic, self.critic_optimizer)
-        return metrics | {"ratio_error": worst}
+        return metrics | {"ratio_error": max(errors)}
 
     def _policy_loss(
         self, take: Callable[[str], Tensor], batch: TokenBatch, kl_coef: float, denominator: int

@@ -1,0 +1,97 @@
+"""Microbatches under a token budget that is halved when memory runs out, without losing the step.
+
+Gradients are sums over microbatches, so a step that is done again in smaller ones has the same
+result. With several processes it is not done again: the others would wait for this one for ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from align.data.packing import pack
+from align.progress import say
+from align.types import AlignError, TokenBatch, TokenGroup
+
+ADVICE = "data.max_tokens, or set gradient_checkpointing=true or lora.r=16"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of a GPU, or of torch's allocator for the CPU, which raises a plain RuntimeError."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
+class Microbatches:
+    """The budget of a run: ``tokens`` of one forward and backward, which only ever falls."""
+
+    def __init__(self, tokens: int, *, num_processes: int) -> None:
+        self.tokens = tokens
+        self.num_processes = num_processes
+
+    def accumulate(
+        self,
+        groups: Sequence[TokenGroup],
+        visit: Callable[[TokenBatch, bool], None],
+        restart: Callable[[], None],
+    ) -> int:
+        """``visit(batch, is_last)`` every microbatch of the groups; the tokens that they had.
+
+        Args:
+            visit: Forward and backward of one microbatch; gradients add up.
+            restart: Called before all of it is done again: forget gradients and sums.
+
+        Raises:
+            AlignError: One group alone takes more memory than there is.
+        """
+        while True:
+            batches = pack(groups, tokens_per_microbatch=self.tokens)
+            failed = _first_failing(batches, visit)
+            if failed is None:
+                return sum(batch.num_tokens for batch in batches)
+            restart()
+            self._halve(groups, failed)
+
+    def _halve(self, groups: Sequence[TokenGroup], failed: TokenBatch) -> None:
+        firsts = np.cumsum([len(group.continuations) for group in groups])
+        owners = {int(np.searchsorted(firsts, s.sequence, "right")) for s in failed.sequences}
+        if len(owners) == 1:
+            group = groups[owners.pop()]
+            name = f" ({group.id})" if group.id else ""
+            raise AlignError(
+                f"out of memory: one row{name} of {failed.num_tokens} tokens alone does not fit; "
+                f"lower {ADVICE}"
+            )
+        fewer = min(self.tokens, failed.num_tokens) // 2
+        if self.num_processes > 1:
+            raise AlignError(
+                f"out of memory in a microbatch of {failed.num_tokens} tokens; set "
+                f"tokens_per_microbatch to {fewer} (several processes cannot do a step again)"
+            )
+        say(
+            f"  out of memory in a microbatch of {failed.num_tokens} tokens: the step is done "
+            f"again with tokens_per_microbatch={fewer}, which stays for this run"
+        )
+        self.tokens = fewer
+
+
+def _first_failing(
+    batches: Sequence[TokenBatch], visit: Callable[[TokenBatch, bool], None]
+) -> TokenBatch | None:
+    for number, batch in enumerate(batches):
+        try:
+            visit(batch, number == len(batches) - 1)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            # the error's traceback holds the activations: it must be gone before the next try
+            error.__traceback__ = None
+        else:
+            continue
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # what is free lies in pieces of the wrong size
+        return batch
+    return None
