@@ -84,6 +84,12 @@ def _save_model(folder: Path, template: str | None) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What tests tokenise is not left in the user's cache."""
+    os.environ["ALIGN_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random two-layer Llama with a tokenizer for plain strings: BOS, no chat template."""

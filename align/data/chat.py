@@ -9,7 +9,8 @@ training saw. No row is ever shortened: what is too long is a bad row.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -172,6 +173,38 @@ def encode_examples(
     Returns:
         The groups in order; for each the number of its example; and bad rows counted by reason.
     """
+    found = encode_some(
+        tokenizer, examples, max_tokens=max_tokens, on_bad_row=on_bad_row, loss_on=loss_on
+    )
+    require_usable(len(examples), len(found.groups), found.first_dropped)
+    return found.groups, found.owners, found.dropped
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What became of some examples; ``first_dropped`` tells the first bad row in full, if any."""
+
+    groups: list[TokenGroup]
+    owners: list[int]
+    dropped: dict[str, int]
+    first_dropped: str
+
+
+def require_usable(num_examples: int, num_groups: int, first_dropped: str) -> None:
+    """Refuse a data set of bad rows only."""
+    if num_examples and not num_groups:
+        raise AlignError(f"no usable row among {num_examples}; the first: {first_dropped}")
+
+
+def encode_some(
+    tokenizer: Tokenizer,
+    examples: Iterable[Example],
+    *,
+    max_tokens: int,
+    on_bad_row: Literal["stop", "skip"],
+    loss_on: LossOn,
+) -> Encoded:
+    """`encode_examples` of a part of the examples, where one without a usable row is no error."""
     groups: list[TokenGroup] = []
     owners: list[int] = []
     dropped: Counter[str] = Counter()
@@ -197,9 +230,7 @@ def encode_examples(
         dropped[reason] += 1
         if on_bad_row == "stop":
             raise AlignError(f"{first}; {_SKIP}")
-    if examples and not groups:
-        raise AlignError(f"no usable row among {len(examples)}; the first: {first}")
-    return groups, owners, dict(dropped)
+    return Encoded(groups, owners, dict(dropped), first)
 
 
 def encode_example(tokenizer: Tokenizer, example: Example, loss_on: LossOn = "auto") -> TokenGroup:

@@ -91,16 +91,26 @@ def read_file(path: Path) -> Iterator[Row | BadRow]:
 
 def read_hub(source: DataSource) -> Iterator[Row | BadRow]:
     """Rows of a data set from the hub or its cache."""
+    yield from _numbered(_load_hub(source), f"{source.path}/{source.split}")
+
+
+def _load_hub(source: DataSource) -> Any:
     import datasets
 
     try:
-        rows = datasets.load_dataset(source.path, source.name, split=source.split)
+        return datasets.load_dataset(source.path, source.name, split=source.split)
     except Exception as error:  # the library raises a dozen kinds, all of them the user's matter
         raise AlignError(
             f"{source.path}: no such file, and not loaded from the hub ({_one_line(error)}); "
             f"{nearest(Path(source.path))}"
         ) from error
-    yield from _numbered(rows, f"{source.path}/{source.split}")
+
+
+def content_of(source: DataSource) -> list[tuple[str, str]]:
+    """(name, hash of the content) of every file of a source, or of a hub data set."""
+    files = [(str(file), file_sha256(file)) for file in find_files(source)]
+    # `datasets` keeps a hash of what it has loaded
+    return files or [(f"{source.path}/{source.split}", str(_load_hub(source)._fingerprint))]
 
 
 def file_sha256(path: Path) -> str:

@@ -8,14 +8,18 @@ here: a group is placed whole, or gets a microbatch of its own.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from align.data.token_cache import GroupFile
 from align.types import Segment, TokenBatch, TokenGroup
+
+T = TypeVar("T")
 
 SHORTEST_OPENING = 8
 """Tokens: sharing fewer saves less than the longer keys of every segment cost."""
@@ -42,6 +46,23 @@ def pack(groups: Sequence[TokenGroup], *, tokens_per_microbatch: int) -> list[To
 def longest_sequence(group: TokenGroup) -> int:
     """Tokens of the prefix and the longest continuation."""
     return len(group.prefix_ids) + max((len(c.input_ids) for c in group.continuations), default=0)
+
+
+def longest_of(groups: Sequence[TokenGroup]) -> int:
+    """`longest_sequence` of the longest group."""
+    if isinstance(groups, GroupFile):
+        return groups.longest_sequence()
+    return max((longest_sequence(group) for group in groups), default=0)
+
+
+WINDOW = 4096
+"""Groups that are packed together where a whole data set is gone through."""
+
+
+def windows(items: Sequence[T]) -> Iterator[Sequence[T]]:
+    """Parts of a long list, in order: not all batches of a data set at once."""
+    for start in range(0, len(items), WINDOW):
+        yield items[start : start + WINDOW]
 
 
 def counted_coordinates(batch: TokenBatch) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from align.config import DPOConfig, DPORecipe
 from align.data.packing import counted_coordinates
+from align.data.token_cache import GroupFile
 from align.losses.dpo import LOSSES_WITHOUT_REFERENCE, dpo_loss, sft_term, wpo_weights
 from align.losses.logprobs import TokenStatistics
 from align.models import Policy, load_policy
@@ -26,16 +27,16 @@ from align.models.policy import batch_sequences
 from align.run_folder import change
 from align.stages.common import (
     Session,
-    load_data,
     open_session,
     require_same_vocabulary,
     save_policy,
     trained_parameters,
 )
+from align.stages.data import load_data
 from align.stages.dpo_options import check_options
 from align.stages.reference import ReferenceCache
 from align.training.loop import Measure, Measured, evaluate_groups, train
-from align.types import TokenBatch, TokenGroup
+from align.types import TokenBatch
 
 Reference = Callable[[TokenBatch, Sequence[int]], Tensor]
 """Reference log-probs of a batch's sequences, in the batch's order."""
@@ -156,7 +157,7 @@ def _reference(
     session: Session,
     policy: Policy,
     frozen: Policy | None,
-    groups: Sequence[TokenGroup],
+    groups: GroupFile,
 ) -> Reference:
     """Where reference log-probs come from: disk, the adapter switched off, or a second model."""
     if recipe.dpo.loss_type in LOSSES_WITHOUT_REFERENCE:

@@ -24,12 +24,11 @@ from align.rollout.experience import decode_rollout
 from align.rollout.sampler import sample
 from align.stages.common import (
     Session,
-    Split,
-    load_data,
     open_session,
     policy_end_ids,
     require_same_vocabulary,
 )
+from align.stages.data import Split, load_data
 from align.training.distributed import gather_in_order, my_share
 from align.types import AlignError, PromptExample
 

@@ -32,13 +32,12 @@ from align.rollout.sampler import sample
 from align.run_folder import change
 from align.stages.common import (
     Session,
-    Split,
-    load_data,
     open_session,
     policy_end_ids,
     save_policy,
     trained_parameters,
 )
+from align.stages.data import Split, load_data
 from align.stages.ppo_roles import Roles, load_roles
 from align.stages.ppo_update import Update
 from align.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint

@@ -16,18 +16,19 @@ import torch
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
-from align.data.packing import pack
+from align.data.packing import pack, windows
+from align.data.token_cache import GroupFile
 from align.models.load import fingerprint
 from align.models.policy import Policy, batch_sequences
 from align.progress import Progress
-from align.types import TokenBatch, TokenGroup
+from align.types import TokenBatch
 
 
 class ReferenceCache:
     """Summed log-probs, float32 ``[sequences]``, of every continuation of every group."""
 
-    def __init__(self, groups: Sequence[TokenGroup], logprobs: np.ndarray) -> None:
-        counts = [len(g.continuations) for g in groups]
+    def __init__(self, groups: GroupFile, logprobs: np.ndarray) -> None:
+        counts = groups.num_continuations()
         self._first = np.cumsum([0, *counts])
         self._logprobs = logprobs
 
@@ -35,7 +36,7 @@ class ReferenceCache:
     def compute(
         cls,
         reference: Policy,
-        groups: Sequence[TokenGroup],
+        groups: GroupFile,
         logprobs_of: Callable[[TokenBatch, Sequence[int]], Tensor],
         *,
         folder: Path,
@@ -46,16 +47,19 @@ class ReferenceCache:
         path = folder / f"{_key(reference, groups)}.safetensors"
         if path.is_file():
             return cls(groups, load_file(path)["logprobs"])
-        total = sum(len(g.continuations) for g in groups)
-        logprobs = np.zeros(total, dtype=np.float32)
-        batches = pack(groups, tokens_per_microbatch=tokens_per_microbatch) if groups else []
+        parts = [np.zeros(0, dtype=np.float32)]
         reference.eval()
-        with Progress(len(batches), "reference", shown=is_main) as bar:
-            for batch in batches:
-                found = logprobs_of(batch.to(reference.device), range(len(groups)))
-                logprobs[batch_sequences(batch)] = found.cpu().numpy()
-                bar.advance(tokens=batch.num_tokens)
-        if is_main and total:
+        with Progress(len(groups), "reference", unit="row", shown=is_main) as bar:
+            for part in windows(groups):
+                found = np.zeros(sum(len(g.continuations) for g in part), dtype=np.float32)
+                for batch in pack(part, tokens_per_microbatch=tokens_per_microbatch):
+                    computed = logprobs_of(batch.to(reference.device), range(len(part)))
+                    found[batch_sequences(batch)] = computed.cpu().numpy()
+                    bar.advance(steps=0, tokens=batch.num_tokens)
+                parts.append(found)
+                bar.advance(steps=len(part))
+        logprobs = np.concatenate(parts)
+        if is_main and len(logprobs):
             folder.mkdir(parents=True, exist_ok=True)
             partial = path.with_suffix(f".{os.getpid()}.partial")
             save_file({"logprobs": logprobs}, partial)
@@ -69,10 +73,8 @@ class ReferenceCache:
         return torch.from_numpy(found).to(batch.input_ids.device)
 
 
-def _key(reference: Policy, groups: Sequence[TokenGroup]) -> str:
+def _key(reference: Policy, groups: GroupFile) -> str:
     digest = hashlib.sha256(fingerprint(reference.inner).encode())
     digest.update(reference.precision.encode())
-    for group in groups:
-        for ids in (group.prefix_ids, *(c.input_ids for c in group.continuations)):
-            digest.update(np.int64(len(ids)).tobytes() + np.asarray(ids, np.int32).tobytes())
+    groups.update(digest)
     return digest.hexdigest()[:32]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from align.config import RewardRecipe
-from align.data.packing import pack
+from align.data.packing import pack, windows
 from align.data.subset import pick
 from align.losses import bradley_terry_loss
 from align.models import ScalarModel, load_scalar_model
@@ -23,7 +23,8 @@ from align.models.load import weights_hash
 from align.models.policy import batch_sequences
 from align.progress import say
 from align.run_folder import change
-from align.stages.common import Session, Split, load_data, open_session, trained_parameters
+from align.stages.common import Session, open_session, trained_parameters
+from align.stages.data import Split, load_data
 from align.training.loop import Measure, Measured, evaluate_groups, train
 from align.types import AlignError, TokenBatch, TokenGroup
 
@@ -161,11 +162,14 @@ def _finish(
 def scores_of(scalar: ScalarModel, groups: Sequence[TokenGroup], budget: int) -> np.ndarray:
     """Scores ``[2 * pairs]``, chosen and rejected in turn, float64."""
     scalar.eval()
-    scores = np.zeros(2 * len(groups))
-    for batch in pack(groups, tokens_per_microbatch=budget):
-        found = scalar(batch.to(scalar.device), at="last")
-        scores[batch_sequences(batch)] = found.double().cpu().numpy()
-    return scores
+    parts = [np.zeros(0)]
+    for part in windows(groups):
+        scores = np.zeros(2 * len(part))
+        for batch in pack(part, tokens_per_microbatch=budget):
+            found = scalar(batch.to(scalar.device), at="last")
+            scores[batch_sequences(batch)] = found.double().cpu().numpy()
+        parts.append(scores)
+    return np.concatenate(parts)
 
 
 def _plot_margins(gaps: np.ndarray, session: Session) -> None:

@@ -14,7 +14,8 @@ from align.losses import nll_loss
 from align.models import load_policy
 from align.models.load import weights_hash
 from align.run_folder import change
-from align.stages.common import load_data, open_session, save_policy, trained_parameters
+from align.stages.common import open_session, save_policy, trained_parameters
+from align.stages.data import load_data
 from align.training.loop import Measured, evaluate_groups, train
 from align.types import TokenBatch
 

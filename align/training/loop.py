@@ -19,13 +19,14 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from align.data.packing import longest_sequence, pack
+from align.data.packing import longest_of, pack, windows
 from align.models.policy import check_length
 from align.options import OptimOptions, TrainOptions
 from align.progress import Progress, say
 from align.run_folder import Run
 from align.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from align.training.distributed import my_share, sum_over_processes, without_sync
+from align.training.microbatches import Microbatches
 from align.training.optim import make_optimizer, set_lr
 from align.types import AlignError, TokenBatch, TokenGroup
 
@@ -72,8 +73,7 @@ def train(
     """
     if not groups:
         raise AlignError("data: no training rows are left; see the dropped rows in manifest.json")
-    longest = max(longest_sequence(group) for group in groups)
-    check_length(accelerator.unwrap_model(model), longest, "a training row has")
+    check_length(accelerator.unwrap_model(model), longest_of(groups), "a training row has")
     shortest = min(train.minibatch, len(groups) % train.minibatch or train.minibatch)
     if shortest < accelerator.num_processes:
         raise AlignError(
@@ -88,13 +88,24 @@ def train(
     if before is None:
         before = evaluate()
         run.log(0, {f"eval_{k}": v for k, v in before.items()})
+    microbatches = Microbatches(
+        train.tokens_per_microbatch, num_processes=accelerator.num_processes
+    )
     with Progress(total, run.stage, shown=run.is_main) as bar:
         bar.advance(steps=step)
         for members in minibatches(len(groups), train.minibatch, seed, start=step, stop=total):
-            torch.manual_seed(_mix(seed, step))
             lr = set_lr(optimizer, peak, step, total, optim)
             metrics = _step(
-                model, optimizer, groups, members, measure, units, train, optim, accelerator
+                model,
+                optimizer,
+                groups,
+                members,
+                measure,
+                units,
+                microbatches,
+                optim,
+                accelerator,
+                _mix(seed, step),
             )
             step += 1
             bar.advance(tokens=int(metrics["tokens"]), loss=metrics["loss"])
@@ -146,9 +157,10 @@ def _step(
     members: Sequence[int],
     measure: Measure,
     units: Callable[[TokenGroup], int],
-    train: TrainOptions,
+    microbatches: Microbatches,
     optim: OptimOptions,
     accelerator: Accelerator,
+    step_seed: int,
 ) -> dict[str, float]:
     """One optimizer step over the minibatch ``members``."""
     started = time.monotonic()
@@ -156,21 +168,30 @@ def _step(
     mine = my_share(members, accelerator)
     # every process knows the whole minibatch, so the denominator needs no exchange
     denominator = max(sum(units(groups[i]) for i in members), 1)
-    batches = pack([groups[i] for i in mine], tokens_per_microbatch=train.tokens_per_microbatch)
     sums: dict[str, float] = {}
-    for number, batch in enumerate(batches):
-        with without_sync(accelerator, model, last=number == len(batches) - 1):
+
+    def visit(batch: TokenBatch, last: bool) -> None:
+        with without_sync(accelerator, model, last=last):
             measured = measure(batch.to(accelerator.device), mine)
             # DDP averages over processes; the denominator is already global
             accelerator.backward(measured.loss * (accelerator.num_processes / denominator))
         _add(sums, measured.sums)
-    _add(sums, {"tokens": (float(sum(b.num_tokens for b in batches)), 0.0)})
+
+    def restart() -> None:
+        sums.clear()
+        optimizer.zero_grad(set_to_none=True)
+        torch.manual_seed(step_seed)
+
+    torch.manual_seed(step_seed)
+    tokens = microbatches.accumulate([groups[i] for i in mine], visit, restart)
+    _add(sums, {"tokens": (float(tokens), 0.0)})
     norm = accelerator.clip_grad_norm_(model.parameters(), optim.max_grad_norm)
     _check_finite(norm, members, groups)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     metrics = _means(sum_over_processes(sums, accelerator))
     metrics["grad_norm"] = float(norm)
+    metrics["tokens_per_microbatch"] = float(microbatches.tokens)
     metrics["tokens_per_second"] = metrics["tokens"] / max(time.monotonic() - started, 1e-9)
     return metrics
 
@@ -188,12 +209,13 @@ def evaluate_groups(
     model.eval()
     mine = my_share(list(range(len(groups))), accelerator)
     sums: dict[str, float] = {}
-    if mine:
-        batches = pack([groups[i] for i in mine], tokens_per_microbatch=tokens_per_microbatch)
-        with Progress(len(batches), "evaluate", shown=accelerator.is_main_process) as bar:
-            for batch in batches:
-                _add(sums, measure(batch.to(accelerator.device), mine).sums)
-                bar.advance(tokens=batch.num_tokens)
+    with Progress(len(mine), "evaluate", unit="row", shown=accelerator.is_main_process) as bar:
+        for members in windows(mine):
+            read = [groups[i] for i in members]
+            for batch in pack(read, tokens_per_microbatch=tokens_per_microbatch):
+                _add(sums, measure(batch.to(accelerator.device), members).sums)
+                bar.advance(steps=0, tokens=batch.num_tokens)
+            bar.advance(steps=len(members))
     return _means(sum_over_processes(sums, accelerator))
 
 

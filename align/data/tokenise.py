@@ -1,0 +1,94 @@
+"""Examples -> Arrow batches of token groups, by several processes where there are many rows."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+
+from align.data.chat import Encoded, Example, encode_some, require_usable
+from align.data.template import Tokenizer
+from align.data.token_cache import to_batches
+from align.types import PromptExample
+
+CHUNK = 2048
+"""Rows that a process tokenises at a time."""
+MANY = 20_000
+"""Rows from which on starting processes pays."""
+
+
+@dataclass
+class Tally:
+    """What became of the rows: filled while `batches_of` is gone through."""
+
+    rows: int = 0
+    groups: int = 0
+    tokens: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    first_dropped: str = ""
+
+
+_work: tuple[Tokenizer, Sequence[Example], dict[str, Any]]
+"""What a forked process finds in its copy of this one's memory: nothing is sent to it."""
+
+
+def batches_of(
+    tokenizer: Tokenizer,
+    examples: Sequence[Example],
+    tally: Tally,
+    *,
+    num_processes: int | None = None,
+    **options: Any,
+) -> Iterator[pa.RecordBatch]:
+    """Groups of all examples in order.
+
+    Args:
+        num_processes: None = as many as there are processors, for many rows.
+        options: Of `encode_some`.
+
+    Raises:
+        AlignError: The first bad row under ``on_bad_row=stop``, whichever process meets it; or no
+            usable row at all.
+    """
+    global _work
+    _work = (tokenizer, examples, options)
+    starts = range(0, len(examples), CHUNK)
+    for batches, tokens, found in _over(starts, num_processes or _processes(len(examples))):
+        tally.rows += len(set(found.owners))
+        tally.groups += len(found.owners)
+        tally.tokens += tokens
+        tally.dropped.update(found.dropped)
+        tally.first_dropped = tally.first_dropped or found.first_dropped
+        yield from batches
+    require_usable(len(examples), tally.groups, tally.first_dropped)
+
+
+def _processes(rows: int) -> int:
+    # a forked process sees the rows without a copy; elsewhere they would have to be sent
+    if rows < MANY or sys.platform != "linux":
+        return 1
+    return len(os.sched_getaffinity(0))
+
+
+def _over(starts: Iterable[int], processes: int) -> Iterator[Any]:
+    if processes == 1:
+        yield from map(_chunk, starts)
+        return
+    with multiprocessing.get_context("fork").Pool(processes) as pool:
+        yield from pool.imap(_chunk, starts)
+
+
+def _chunk(start: int) -> tuple[list[pa.RecordBatch], int, Encoded]:
+    tokenizer, examples, options = _work
+    rows = examples[start : start + CHUNK]
+    found = encode_some(tokenizer, rows, **options)
+    prompts = [e if isinstance(e, PromptExample) else None for e in (rows[i] for i in found.owners)]
+    tokens = sum(group.num_tokens for group in found.groups)
+    batches = list(to_batches(found.groups, prompts))
+    return batches, tokens, Encoded([], found.owners, found.dropped, found.first_dropped)

@@ -1,0 +1,169 @@
+"""The rows of a run: read, split, tokenised once into the token cache, opened from there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import pyarrow as pa
+
+from align.config import DataConfig
+from align.data.formats import content_of
+from align.data.preferences import Example, load_examples, split_by_prompt, with_columns
+from align.data.subset import pick
+from align.data.token_cache import (
+    Damaged,
+    ExampleFile,
+    GroupFile,
+    cache_folder,
+    code_hash,
+    open_entry,
+    tokenizer_hash,
+    write_entry,
+)
+from align.data.tokenise import Tally, batches_of
+from align.progress import Progress, say
+from align.stages.common import Session
+from align.types import AlignError, DataSource, PromptExample, SourceReport
+
+Kind = Literal["sft", "preference", "prompt"]
+SIDES = ("train", "test")
+
+
+@dataclass(frozen=True)
+class Split:
+    """Rows of one side of the split, tokenised; ``examples[i]`` made ``groups[i]``.
+
+    ``examples`` are there for prompts only: nothing else is needed once it is tokens.
+    """
+
+    groups: GroupFile
+    examples: Sequence[PromptExample]
+
+
+def load_data(session: Session, data: DataConfig, kind: Kind, *, seed: int) -> tuple[Split, Split]:
+    """Training and held-out rows, with what was read and dropped in the manifest."""
+    if not data.train:
+        raise AlignError("data.train: no data given; name a file, a folder or a hub data set")
+    # the others then find what the first has made
+    with session.accelerator.main_process_first():
+        facts, groups = _tokenised(session, data, kind, seed)
+    reports = {side: [SourceReport(**r) for r in facts["reports"][side]] for side in SIDES}
+    session.run.describe_data(**reports)
+    manifest = {
+        "train_rows": facts["rows"]["train"],
+        "test_rows": facts["rows"]["test"],
+        "train_tokens": facts["tokens"]["train"],
+        "dropped_when_tokenised": facts["dropped"],
+    }
+    session.run.describe(**manifest)
+    world = session.accelerator.num_processes
+    if min(len(groups["train"]), len(groups["test"]) or world) < world:
+        raise AlignError(f"data: {world} processes need at least as many rows on each side")
+    if session.run.is_main:
+        _tell(reports["train"], facts["dropped"]["train"], manifest)
+    train, test = (
+        Split(groups[side], ExampleFile(groups[side]) if kind == "prompt" else ()) for side in SIDES
+    )
+    return train, test
+
+
+def _tokenised(
+    session: Session, data: DataConfig, kind: Kind, seed: int
+) -> tuple[dict[str, Any], dict[str, GroupFile]]:
+    """From the cache, or made and put there."""
+    folder = cache_folder() / _key(session, data, kind, seed)
+    if folder.exists():
+        try:
+            return open_entry(folder, SIDES)
+        except Damaged as error:
+            say(f"  token cache {folder}: damaged ({error}), so it is made again")
+            shutil.rmtree(folder, ignore_errors=True)
+    read, reports = _read(data, kind, seed)
+
+    def make(write: Any) -> dict[str, Any]:
+        tallies = {side: Tally() for side in SIDES}
+        for side, tally in tallies.items():
+            rows = batches_of(
+                session.tokenizer,
+                read[side],
+                tally,
+                max_tokens=data.max_tokens,
+                on_bad_row=data.on_bad_row,
+                loss_on=data.loss_on,
+            )
+            write(side, _shown(rows, len(read[side]), session.run.is_main))
+        return {
+            "reports": reports,
+            "rows": {side: tally.rows for side, tally in tallies.items()},
+            "tokens": {side: tally.tokens for side, tally in tallies.items()},
+            "dropped": {side: dict(tally.dropped) for side, tally in tallies.items()},
+        }
+
+    try:
+        write_entry(folder, make)
+    except OSError as error:
+        raise AlignError(
+            f"token cache {folder.parent}: cannot be written: {error.strerror or error}; set "
+            "ALIGN_CACHE to a folder with room"
+        ) from error
+    return open_entry(folder, SIDES)
+
+
+def _key(session: Session, data: DataConfig, kind: Kind, seed: int) -> str:
+    """Of everything that decides what the tokens are; sources by their content."""
+    content = {
+        side: [(asdict(source), content_of(source)) for source in getattr(data, side)]
+        for side in SIDES
+    }
+    parts = [code_hash(), tokenizer_hash(session.tokenizer), asdict(data), content, kind, seed]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _read(
+    data: DataConfig, kind: Kind, seed: int
+) -> tuple[dict[str, Sequence[Example]], dict[str, list[dict[str, Any]]]]:
+    """The examples of both sides, and what became of every file's rows."""
+    train, reports = _read_side(data.train, data, kind, seed)
+    if data.test:
+        test, test_reports = _read_side(data.test, data, kind, seed)
+    else:
+        train, test = split_by_prompt(train, test_fraction=data.test_fraction, seed=seed)
+        test_reports = []
+    read: dict[str, Sequence[Example]] = {
+        "train": pick(train, data.max_train_rows, seed),
+        "test": pick(test, data.max_test_rows, seed),
+    }
+    return read, {"train": reports, "test": test_reports}
+
+
+def _read_side(
+    sources: Sequence[DataSource], data: DataConfig, kind: Kind, seed: int
+) -> tuple[tuple[Example, ...], list[dict[str, Any]]]:
+    named = with_columns(sources, data.columns)
+    loaded = load_examples(named, kind=kind, on_bad_row=data.on_bad_row, seed=seed)
+    return loaded.examples, [asdict(report) for report in loaded.reports]
+
+
+def _shown(batches: Iterator[pa.RecordBatch], rows: int, shown: bool) -> Iterator[pa.RecordBatch]:
+    with Progress(rows, "tokenise", unit="row", shown=shown) as bar:
+        for batch in batches:
+            yield batch
+            bar.advance(steps=batch.num_rows)
+
+
+def _tell(reports: Sequence[SourceReport], dropped: dict[str, int], facts: dict[str, Any]) -> None:
+    say(
+        f"  data: {facts['train_rows']} rows ({facts['train_tokens']} tokens), "
+        f"{facts['test_rows']} more held out"
+    )
+    reasons = dict(dropped)
+    for report in reports:
+        for reason, count in report.dropped.items():
+            reasons[reason] = reasons.get(reason, 0) + count
+    for reason, count in reasons.items():
+        say(f"  dropped {count} rows: {reason}")

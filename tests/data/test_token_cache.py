@@ -1,0 +1,248 @@
+"""The Arrow files of token groups: what is written is what is read, and nothing else is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from align.data.chat import encode_examples
+from align.data.packing import longest_of, longest_sequence
+from align.data.token_cache import (
+    Damaged,
+    ExampleFile,
+    GroupFile,
+    open_entry,
+    to_batches,
+    tokenizer_hash,
+    write_entry,
+)
+from align.data.tokenise import Tally, batches_of
+from align.types import AlignError, PreferencePair, PromptExample, TokenGroup, TokenSequence
+
+IDS = st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=5)
+
+
+@st.composite
+def groups_of_all_kinds(draw: Any) -> list[TokenGroup]:
+    groups = []
+    for number in range(draw(st.integers(0, 7))):
+        prefix = np.array(draw(IDS) if draw(st.booleans()) else [], dtype=np.int32)
+        fewest = 0 if len(prefix) else 1
+        answers = []
+        for _ in range(draw(st.integers(fewest, 3))):
+            ids = np.array(draw(IDS), dtype=np.int32)
+            counts = draw(st.sampled_from(["all", "some"]))
+            mask = np.ones(len(ids), dtype=bool)
+            mask[: len(ids) // 2] = counts == "all"
+            answers.append(TokenSequence(ids, mask))
+        margin = draw(st.one_of(st.none(), st.floats(-5, 5)))
+        groups.append(TokenGroup(prefix, tuple(answers), id=f"füle:{number}", margin=margin))
+    return groups
+
+
+def file_of(folder: Path, groups: Sequence[TokenGroup], per_batch: int = 3) -> GroupFile:
+    """In several Arrow batches, though there are few groups."""
+    entry = folder / f"entry{len(list(folder.iterdir()))}"
+
+    def make(write: Any) -> dict[str, Any]:
+        parts = [groups[i : i + per_batch] for i in range(0, len(groups), per_batch)]
+        write("train", (b for part in parts for b in to_batches(part, [None] * len(part))))
+        return {}
+
+    write_entry(entry, make)
+    return open_entry(entry, ["train"])[1]["train"]
+
+
+def assert_same(got: TokenGroup, want: TokenGroup) -> None:
+    assert (got.id, got.margin) == (want.id, want.margin)
+    assert got.prefix_ids.dtype == np.int32
+    assert got.prefix_ids.tolist() == want.prefix_ids.tolist()
+    assert len(got.continuations) == len(want.continuations)
+    for mine, theirs in zip(got.continuations, want.continuations, strict=True):
+        assert mine.input_ids.dtype == np.int32
+        assert mine.input_ids.tolist() == theirs.input_ids.tolist()
+        assert mine.loss_mask.dtype == bool
+        assert mine.loss_mask.tolist() == theirs.loss_mask.tolist()
+    assert got.num_counted == want.num_counted
+
+
+@given(groups=groups_of_all_kinds())
+def test_groups_come_back_as_they_were(
+    groups: list[TokenGroup], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    read = file_of(tmp_path_factory.mktemp("groups"), groups)
+    assert len(read) == len(groups)
+    for got, want in zip(read, groups, strict=True):
+        assert_same(got, want)
+    assert read.num_continuations().tolist() == [len(g.continuations) for g in groups]
+    assert longest_of(read) == max(map(longest_sequence, groups), default=0)
+    for got, want in zip(read[1:6:2], groups[1:6:2], strict=True):
+        assert_same(got, want)
+    with pytest.raises(IndexError):
+        read[len(groups)]
+
+
+def pair(number: int, *answers: int) -> TokenGroup:
+    sequences = [np.full(n, number, dtype=np.int32) for n in answers]
+    counted = tuple(TokenSequence(ids, np.ones(len(ids), dtype=bool)) for ids in sequences)
+    return TokenGroup(np.array([1, 2], np.int32), counted, id=str(number))
+
+
+def test_arrays_are_views_of_the_file(tmp_path: Path) -> None:
+    read = file_of(tmp_path, [pair(7, 3, 4)])
+    first, again = read[0].continuations[0].input_ids, read[0].continuations[0].input_ids
+    assert np.shares_memory(first, again)
+    assert not first.flags.writeable
+
+
+def test_the_hash_is_of_the_tokens_however_they_lie_in_the_file(tmp_path: Path) -> None:
+    import hashlib
+
+    def digest(groups: Sequence[TokenGroup], per_batch: int = 3) -> str:
+        made = hashlib.sha256()
+        file_of(tmp_path, groups, per_batch).update(made)
+        return made.hexdigest()
+
+    groups = [pair(number, 2, number) for number in range(1, 9)]
+    assert digest(groups) == digest(groups, per_batch=2)
+    assert digest(groups) != digest(groups[:-1])
+    assert digest([pair(1, 2, 3)]) != digest([pair(1, 3, 2)])  # the same tokens, cut elsewhere
+
+
+def test_prompts_come_back_as_they_were(tmp_path: Path) -> None:
+    turns = ({"role": "user", "content": "hü"}, {"role": "assistant", "content": "ho"})
+    prompts = [
+        PromptExample(id="a:1", prompt="red", references=("x", "y"), source_text="s"),
+        PromptExample(id="a:2", prompt=turns),
+    ]
+    groups = [TokenGroup(np.array([i], np.int32), (), id=p.id) for i, p in enumerate(prompts)]
+
+    def make(write: Any) -> dict[str, Any]:
+        write("train", to_batches(groups, prompts))
+        return {}
+
+    write_entry(tmp_path / "entry", make)
+    read = ExampleFile(open_entry(tmp_path / "entry", ["train"])[1]["train"])
+    assert list(read) == prompts
+
+
+# ---------------------------------------------------------------- an entry is whole or not there
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "facts", "other"])
+def test_a_damaged_entry_is_not_read(damage: str, tmp_path: Path) -> None:
+    file_of(tmp_path, [pair(n, 3, 4) for n in range(5)])
+    file, facts = tmp_path / "entry0" / "train.arrow", tmp_path / "entry0" / "facts.json"
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:-20])
+    elif damage == "gone":
+        file.unlink()
+    elif damage == "facts":
+        facts.write_text("{")
+    else:
+        facts.write_text('{"groups": {"train": 4}}')
+    with pytest.raises(Damaged):
+        open_entry(tmp_path / "entry0", ["train"])
+
+
+def test_nothing_is_left_of_a_run_that_failed(tmp_path: Path) -> None:
+    def make(write: Any) -> dict[str, Any]:
+        write("train", to_batches([pair(1, 2, 3)], [None]))
+        raise AlignError("a bad row")
+
+    with pytest.raises(AlignError):
+        write_entry(tmp_path / "entry", make)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_of_two_runs_that_race_the_first_stays(tmp_path: Path) -> None:
+    for name in ("the first", "the second"):
+
+        def make(write: Any, by: str = name) -> dict[str, Any]:
+            write("train", to_batches([pair(1, 2, 3)], [None]))
+            return {"by": by}
+
+        write_entry(tmp_path / "entry", make)
+    assert open_entry(tmp_path / "entry", ["train"])[0]["by"] == "the first"
+    assert [p.name for p in tmp_path.iterdir()] == ["entry"]
+
+
+# ---------------------------------------------------------------- tokenising
+
+
+def pairs(count: int, bad: Sequence[int] = ()) -> list[PreferencePair]:
+    return [
+        PreferencePair(
+            id=f"f:{i}", prompt="cat: ", chosen="sun " * (1 + i % 5 + 50 * (i in bad)), rejected="x"
+        )
+        for i in range(count)
+    ]
+
+
+OPTIONS: dict[str, Any] = {"max_tokens": 40, "on_bad_row": "skip", "loss_on": "auto"}
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_chunks_and_processes_change_nothing(
+    processes: int, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    monkeypatch.setattr("align.data.tokenise.CHUNK", 10)
+    rows = pairs(45, bad=(3, 20, 21, 22))
+    want, owners, dropped = encode_examples(tokenizer, rows, max_tokens=40, on_bad_row="skip")
+    tally = Tally()
+
+    def make(write: Any) -> dict[str, Any]:
+        write("train", batches_of(tokenizer, rows, tally, num_processes=processes, **OPTIONS))
+        return {}
+
+    write_entry(tmp_path / "entry", make)
+    read = open_entry(tmp_path / "entry", ["train"])[1]["train"]
+    assert len(read) == len(want) == 41
+    for got, group in zip(read, want, strict=True):
+        assert_same(got, group)
+    assert dict(tally.dropped) == dropped == {"longer than data.max_tokens": 4}
+    assert (tally.rows, tally.groups) == (len(set(owners)), 41)
+    assert tally.tokens == sum(g.num_tokens for g in want)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_first_bad_row_stops_and_a_chunk_of_bad_rows_does_not(
+    processes: int, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    monkeypatch.setattr("align.data.tokenise.CHUNK", 2)
+
+    def run(bad: Sequence[int], **options: Any) -> Tally:
+        tally = Tally()
+        rows = batches_of(
+            tokenizer, pairs(8, bad), tally, num_processes=processes, **OPTIONS | options
+        )
+        list(rows)
+        return tally
+
+    with pytest.raises(AlignError, match=r"f:5: prompt has .* or set data.on_bad_row=skip"):
+        run([7, 5], on_bad_row="stop")
+    assert run([2, 3]).groups == 6
+    with pytest.raises(AlignError, match=r"no usable row among 8; the first: f:0: prompt has"):
+        run(range(8))
+
+
+def test_the_tokenizers_hash_is_of_what_it_does(
+    tiny: Path, tiny_chat: Path, architecture: Callable[[str], Path]
+) -> None:
+    plain = AutoTokenizer.from_pretrained(tiny)
+    same = AutoTokenizer.from_pretrained(architecture("llama"))
+    assert tokenizer_hash(plain) == tokenizer_hash(same)  # wherever it lies
+    assert tokenizer_hash(plain) != tokenizer_hash(AutoTokenizer.from_pretrained(tiny_chat))
+    same.chat_template = "{{ messages }}"
+    assert tokenizer_hash(plain) != tokenizer_hash(same)
+    plain.add_tokens(["moonsun"])
+    assert tokenizer_hash(plain) != tokenizer_hash(AutoTokenizer.from_pretrained(tiny))

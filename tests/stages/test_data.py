@@ -1,0 +1,183 @@
+"""Tokenised once: what a second run takes from the cache, and when it does not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from align.config import PPORecipe, RewardRecipe, SFTRecipe
+from align.stages import data
+from align.stages.common import open_session
+from align.stages.data import load_data
+from align.types import AlignError
+
+Row = dict[str, Any]
+KINDS = {"sft": SFTRecipe, "preference": RewardRecipe, "prompt": PPORecipe}
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("ALIGN_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "tokens"
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Sources that were read, one entry for each time."""
+    found: list[str] = []
+    original = data.load_examples
+
+    def spying(sources: Any, **options: Any) -> Any:
+        found.extend(source.path for source in sources)
+        return original(sources, **options)
+
+    monkeypatch.setattr(data, "load_examples", spying)
+    return found
+
+
+@pytest.fixture
+def load(tiny: Path, tmp_path: Path, make_recipe: Any, cache: Path) -> Callable[..., Any]:
+    """``load("preference", rows_file, "key=value", ...)`` -> (train, test, manifest)."""
+
+    def load(kind: str, rows: Path | str, *overrides: str) -> Any:
+        tree = {"model": str(tiny), "output_dir": str(tmp_path / "run"), "overwrite": True}
+        tree |= {"data": {"train": str(rows), "test_fraction": 0.2}}
+        tree |= {"reward": {"metric": "chrf"}} if kind == "prompt" else {}
+        recipe = make_recipe(KINDS[kind], tree, *overrides)
+        session = open_session(recipe, "test")
+        train, test = load_data(session, recipe.data, kind, seed=recipe.seed)  # type: ignore[arg-type]
+        session.run.begin()
+        return train, test, json.loads((session.run.folder / "manifest.json").read_text())
+
+    return load
+
+
+@pytest.fixture
+def pairs(write_rows: Callable[..., Path], preferences: list[Row]) -> Path:
+    broken = {"prompt": "x", "chosen": "", "rejected": "y"}
+    long = {"prompt": "cat: ", "chosen": "sun " * 300, "rejected": "x"}
+    return write_rows("pairs.jsonl", [*preferences, broken, long])
+
+
+SKIP = "data.on_bad_row=skip"
+
+
+def test_a_second_run_reads_nothing_and_is_the_same(
+    load: Callable[..., Any], pairs: Path, reads: list[str], cache: Path
+) -> None:
+    first, first_test, before = load("preference", pairs, SKIP, "data.max_tokens=64")
+    assert reads == [str(pairs)]
+    again, again_test, after = load("preference", pairs, SKIP, "data.max_tokens=64")
+    assert reads == [str(pairs)]
+    assert len(list(cache.iterdir())) == 1
+    assert len(first.groups) + len(first_test.groups) == 30
+    for one, other in ((first, again), (first_test, again_test)):
+        assert [g.id for g in one.groups] == [g.id for g in other.groups]
+        assert [g.margin for g in one.groups] == [g.margin for g in other.groups]
+    facts = ("data", "train_rows", "test_rows", "train_tokens", "dropped_when_tokenised")
+    assert [before[f] for f in facts] == [after[f] for f in facts]
+    dropped = before["data"]["train"][0]["dropped"]
+    assert dropped == {"chosen: empty": 1}
+    assert f"{pairs}:31" in before["data"]["train"][0]["first_dropped"][0]
+    late = before["dropped_when_tokenised"]
+    assert late["train"] | late["test"] == {"longer than data.max_tokens": 1}
+
+
+@pytest.mark.parametrize(
+    "change", ["data.max_tokens=63", "seed=1", "data.test_fraction=0.5", "data.max_train_rows=9"]
+)
+def test_other_options_are_another_entry(
+    change: str, load: Callable[..., Any], pairs: Path, reads: list[str]
+) -> None:
+    load("preference", pairs, SKIP, "data.max_tokens=64")
+    load("preference", pairs, SKIP, "data.max_tokens=64", change)
+    assert len(reads) == 2
+
+
+def test_other_content_model_or_code_is_another_entry(
+    load: Callable[..., Any],
+    pairs: Path,
+    reads: list[str],
+    tiny_chat: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    load("preference", pairs, SKIP)
+    load("preference", pairs, SKIP, f"model={tiny_chat}")
+    assert len(reads) == 2
+    load("sft", pairs.with_name("pairs.jsonl"), SKIP, "data.columns={completion: chosen}")
+    assert len(reads) == 3
+    monkeypatch.setattr(data, "code_hash", lambda: "another")
+    load("preference", pairs, SKIP)
+    assert len(reads) == 4
+    monkeypatch.undo()
+    text = pairs.read_text().replace("good", "fine", 1)
+    pairs.write_text(text)
+    load("preference", pairs, SKIP)
+
+
+def test_a_bad_row_stops_every_time(
+    load: Callable[..., Any], pairs: Path, reads: list[str], cache: Path
+) -> None:
+    for _ in range(2):
+        with pytest.raises(AlignError, match=r"pairs.jsonl:31: chosen: empty"):
+            load("preference", pairs)
+    assert len(reads) == 2
+    assert not list(cache.glob("*"))
+
+
+def test_a_damaged_entry_is_made_again_and_said(
+    load: Callable[..., Any], pairs: Path, reads: list[str], cache: Path, capsys: Any
+) -> None:
+    want = [g.id for g in load("preference", pairs, SKIP)[0].groups]
+    (entry,) = cache.iterdir()
+    file = entry / "train.arrow"
+    file.write_bytes(file.read_bytes()[:100])
+    capsys.readouterr()
+    assert [g.id for g in load("preference", pairs, SKIP)[0].groups] == want
+    assert len(reads) == 2
+    said = [line for line in capsys.readouterr().out.splitlines() if "damaged" in line]
+    assert len(said) == 1
+    load("preference", pairs, SKIP)
+    assert len(reads) == 2
+
+
+def test_prompts_bring_their_references(
+    load: Callable[..., Any], write_rows: Callable[..., Path], demonstrations: list[Row]
+) -> None:
+    rows = [{"prompt": r["prompt"], "references": [r["completion"]]} for r in demonstrations]
+    path = write_rows("prompts.jsonl", rows)
+    for _ in range(2):
+        train, test, _ = load("prompt", path)
+        found = {e.prompt: e.references for split in (train, test) for e in split.examples}
+        assert found == {r["prompt"]: (r["completion"],) for r in demonstrations}
+        assert [e.id for e in train.examples] == [g.id for g in train.groups]
+
+
+def test_a_hub_set_is_keyed_by_its_fingerprint(
+    load: Callable[..., Any],
+    preferences: list[Row],
+    reads: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sets = [datasets.Dataset.from_list(rows) for rows in (preferences, preferences[:20])]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: sets[0])
+    for _ in range(2):
+        load("preference", "org/pairs")
+    assert reads == ["org/pairs"]
+    sets.pop(0)
+    load("preference", "org/pairs")
+    assert reads == ["org/pairs"] * 2
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(
+    load: Callable[..., Any], pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("ALIGN_CACHE", str(tmp_path / "file"))
+    with pytest.raises(AlignError, match=r"token cache .*: cannot be written: .*set ALIGN_CACHE"):
+        load("preference", pairs, SKIP)
