@@ -9,8 +9,9 @@ import pytest
 from transformers import LlamaConfig
 
 from align import cli
-from align.checking import Size, check, count_parameters, looks_like_hub_id
+from align.checking import check
 from align.config import DPOConfig, DPORecipe, PPORecipe, SFTRecipe, TrainOptions
+from align.memory import Size, count_parameters, looks_like_hub_id
 from align.options import LoraOptions
 from align.types import DataSource, RewardTerm
 
