@@ -102,9 +102,30 @@ def test_adapter_on_the_head_counts(tiny: Path, batch: TokenBatch) -> None:
         base = load_policy(str(tiny), device=CPU, precision="fp32")(batch).logprobs
         with adapter_off(adapted.model):
             assert torch.equal(adapted(batch).logprobs, base)
-    adapted(batch).logprobs.sum().backward()
-    gradients = [p.grad for n, p in adapted.named_parameters() if "lm_head.lora_B" in n]
-    assert gradients[0].abs().sum() > 0
+
+    def gradients(logprobs: torch.Tensor) -> dict[str, torch.Tensor]:
+        adapted.zero_grad()
+        (logprobs * torch.arange(1.0, 5.0)).sum().backward()
+        return {n: p.grad.clone() for n, p in adapted.named_parameters() if p.grad is not None}
+
+    got = gradients(adapted(batch).logprobs)
+    logits = adapted.model(
+        input_ids=torch.tensor([IDS]), segments=collate([_alone()]).segments
+    ).logits
+    dense = logits[0].log_softmax(-1)[2:-1].gather(-1, torch.tensor(IDS[3:])[:, None])[:, 0]
+    want = gradients(dense)
+    assert got.keys() == want.keys()
+    assert len([name for name in got if "lm_head.lora" in name]) == 2
+    for name, gradient in got.items():
+        torch.testing.assert_close(gradient, want[name], rtol=1e-5, atol=1e-5)
+
+
+def test_an_adapter_on_a_head_that_is_the_embeddings_is_refused(
+    architecture: Callable[[str], Path],
+) -> None:
+    """Merging it would change the embeddings too."""
+    with pytest.raises(AlignError, match="output embeddings are its input embeddings"):
+        policy(architecture("qwen2"), target_modules=("lm_head", "q_proj"))
 
 
 def _alone() -> TokenGroup:
