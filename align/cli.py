@@ -108,11 +108,9 @@ def _explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, OSError):
         name = f"{error.filename}: " if error.filename else ""
         return f"{name}{error.strerror or text}", 2
+    # by name: torch is not imported for the sake of a message
     if type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in text:
-        return (
-            f"out of memory: {text[:120]}; lower tokens_per_microbatch, or use a smaller model",
-            1,
-        )
+        return f"out of memory: {text[:120]}; lower tokens_per_microbatch or data.max_tokens", 2
     kind = type(error).__name__
     return f"internal error: {kind}: {text[:300]}; rerun with --debug for the traceback", 1
 

@@ -2,6 +2,7 @@
 
 Parameters are counted on torch's meta device. Memory is what is held at the worst moment, the
 backward pass of the largest microbatch or the saving of the model; its parts are printed with it.
+It is worked out from shapes and was not fitted to measurements: `benchmarks/memory.py` makes them.
 What is not on this machine is named and left out, never fetched.
 """
 
@@ -25,7 +26,7 @@ TRAINED_BYTES = 16
 """For each trained parameter: float32 weight, gradient and two Adam moments."""
 LIBRARIES = 0.55e9
 """Bytes of a process that has imported torch, transformers, accelerate and peft and done nothing;
-measured. On a GPU they are not in its memory."""
+an assumption. On a GPU they are not in its memory."""
 
 
 @dataclass(frozen=True)
