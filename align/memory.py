@@ -1,8 +1,8 @@
 """The models that a run holds, and the most memory that it will need, without loading weights.
 
-Parameters are counted on torch's meta device. Memory is what is held at the worst moment, the
-backward pass of the largest microbatch or the saving of the model; its parts are printed with it.
-It is worked out from shapes and was not fitted to measurements: `benchmarks/memory.py` makes them.
+Parameters are counted on torch's meta device. Memory is what is held in the backward pass of the
+largest microbatch, worked out from shapes and printed with its parts; it was not fitted to
+measurements (`benchmarks/memory.py` makes them).
 What is not on this machine is named and left out, never fetched.
 """
 
@@ -126,10 +126,11 @@ def _more_of_ppo(recipe: PPORecipe) -> list[Role]:
 
 
 def _adapter_of(model: str, base: str) -> bool:
-    """Whether an adapter kept beside ``model`` says that it was trained on ``base``."""
+    """Whether an adapter with a score head, kept beside ``model``, names ``base`` as its trunk."""
     path = Path(f"{model}_adapter") / "adapter_config.json"
     try:
-        return bool(json.loads(path.read_text("utf-8"))["base_model_name_or_path"] == base)
+        config = json.loads(path.read_text("utf-8"))
+        return (config["base_model_name_or_path"], config["task_type"]) == (base, "SEQ_CLS")
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -242,7 +243,7 @@ def _lines(
         parts["libraries"] = LIBRARIES
     listed = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
     where = "of a GPU" if gpu else "of the process"
-    yield f"memory      about {sum(parts.values()) / 1e9:.2f} GB {where} at most: {listed}"
+    yield f"memory      about {sum(parts.values()) / 1e9:.2f} GB {where} by shapes: {listed}"
 
 
 def _on_gpu(recipe: Any) -> bool:

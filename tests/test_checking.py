@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,13 @@ from transformers import LlamaConfig
 from align import cli
 from align.checking import check
 from align.config import DPOConfig, DPORecipe, PPORecipe, SFTRecipe, TrainOptions
-from align.memory import Size, count_parameters, looks_like_hub_id
+from align.memory import (
+    Size,
+    count_parameters,
+    largest_microbatch,
+    looks_like_hub_id,
+    training_bytes,
+)
 from align.options import LoraOptions
 from align.types import DataSource, RewardTerm
 
@@ -60,6 +67,46 @@ def test_bytes() -> None:
     # 10 trained x 16 bytes, 90 frozen x 4 or 2
     assert Size("model", 100, 10).gigabytes(4) == pytest.approx(520e-9)
     assert Size("model", 100, 10).gigabytes(2) == pytest.approx(340e-9)
+
+
+def test_memory_of_a_microbatch_by_hand() -> None:
+    config = LlamaConfig(**SHAPE)
+    whole = SFTRecipe(model="m", output_dir="o", precision="fp32")
+    # for each of 10 tokens and 3 layers, 4 bytes each: 6 x 64 wide, queries 3 x 64, keys 2 x 64,
+    # 4 x 128 of the MLP; four copies of 10 x 256 logits, and the dense gradients of head and
+    # embedding
+    found = training_bytes(config, whole, 10, gpu=False)
+    assert found["activations"] == 10 * 4 * 3 * (6 * 64 + 3 * 64 + 2 * 64 + 4 * 128)
+    assert found["logits"] == 4 * 10 * 256 * 4 + 2 * 256 * 64 * 4
+    again = replace(whole, gradient_checkpointing=True)
+    block = 6 * 64 + 3 * 64 + 2 * 64 + 4 * 128
+    assert training_bytes(config, again, 10, gpu=False)["activations"] == 10 * 4 * (3 * 64 + block)
+    adapted = replace(whole, lora=LoraOptions(top_layers=1))
+    assert training_bytes(config, adapted, 10, gpu=False)["activations"] == 10 * 4 * (block - 128)
+
+
+def test_a_small_minibatch_fills_no_microbatch() -> None:
+    recipe = SFTRecipe(model="m", output_dir="o", train=TrainOptions(minibatch=4))
+    assert largest_microbatch(recipe, None) == recipe.train.tokens_per_microbatch
+    assert largest_microbatch(recipe, 25.0) == 100
+    assert largest_microbatch(recipe, 1e6) == recipe.train.tokens_per_microbatch
+
+
+def test_roles_on_the_actors_weights_are_counted_once(model: str) -> None:
+    adapter = Path("runs/rm/model_adapter")
+    adapter.mkdir(parents=True)
+    LlamaConfig(**SHAPE).save_pretrained("runs/rm/model")
+    text = json.dumps({"base_model_name_or_path": model, "task_type": "SEQ_CLS"})
+    (adapter / "adapter_config.json").write_text(text)
+    lora = LoraOptions(r=4, target_modules=("q_proj",))
+    reward = (RewardTerm(model="runs/rm/model"),)
+    recipe = PPORecipe(model=model, output_dir="o", reward=reward, lora=lora, precision="fp32")
+    lines = lines_of("ppo", recipe)
+    assert "on the actor's weights" in lines["critic"]
+    assert "on the actor's weights" in lines["reward"]
+    (adapter / "adapter_config.json").write_text(text.replace("SEQ_CLS", "CAUSAL_LM"))
+    lines = lines_of("ppo", recipe)
+    assert "on the actor's weights" not in lines["reward"]
 
 
 def lines_of(command: str, recipe: object) -> dict[str, str]:

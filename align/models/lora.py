@@ -86,21 +86,25 @@ def unwrapped(model: torch.nn.Module) -> PreTrainedModel:
 
 
 RECORD = "trunk.json"
-"""Beside a saved adapter: the sha256 of the trunk that it belongs on."""
+"""Beside a saved adapter: the sha256 of the trunk that it belongs on, and whether a score head was
+saved with it."""
 
 
 def save_adapter(model: PeftModel, folder: Path, *, trunk_sha256: str) -> None:
     """The adapter (and head) alone, in peft's own format, and what it belongs on."""
     model.save_pretrained(str(folder))
-    text = json.dumps({"sha256": trunk_sha256}) + "\n"
+    has_head = model.peft_config["default"].task_type == TaskType.SEQ_CLS
+    text = json.dumps({"sha256": trunk_sha256, "head": has_head}) + "\n"
     (folder / RECORD).write_text(text, encoding="utf-8")
 
 
 def adapter_beside(model: str) -> tuple[Path, str] | None:
-    """The adapter that ``model`` was merged from and the sha256 of its trunk, if it was kept."""
+    """The adapter, with its head, that a one-label ``model`` was merged from, and the sha256 of its
+    trunk, if it was kept. That of a policy is none: a score head on it would be a random one."""
     folder = Path(f"{model}_adapter")
     try:
-        return folder, str(json.loads((folder / RECORD).read_text(encoding="utf-8"))["sha256"])
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        return (folder, str(record["sha256"])) if record["head"] else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -71,7 +71,7 @@ class Trunk:
         found = None if new else adapter_beside(model)
         made = None
         if not new and found is None:
-            why = "no adapter is kept beside it"
+            why = "no adapter with a score head is kept beside it"
         elif found is not None and found[1] != self._sha256:
             why = "its adapter is on other weights"
         else:

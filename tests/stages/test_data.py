@@ -111,13 +111,16 @@ def test_other_content_model_or_code_is_another_entry(
     assert len(reads) == 2
     load("sft", pairs.with_name("pairs.jsonl"), SKIP, "data.columns={completion: chosen}")
     assert len(reads) == 3
-    monkeypatch.setattr(data, "code_hash", lambda: "another")
+    with monkeypatch.context() as other:
+        other.setattr(data, "code_hash", lambda: "another")
+        load("preference", pairs, SKIP)
+    assert len(reads) == 4
     load("preference", pairs, SKIP)
     assert len(reads) == 4
-    monkeypatch.undo()
-    text = pairs.read_text().replace("good", "fine", 1)
-    pairs.write_text(text)
+    with pairs.open("a") as file:
+        file.write("\n")  # what counts is the content, not whether it means the same
     load("preference", pairs, SKIP)
+    assert len(reads) == 5
 
 
 def test_a_bad_row_stops_every_time(

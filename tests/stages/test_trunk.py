@@ -22,7 +22,7 @@ from align.rewards.model import ModelReward
 from align.stages import ppo, reward_model, trunk
 from align.stages.common import open_session
 from align.stages.ppo_roles import Roles, load_roles
-from align.types import TokenGroup, TokenSequence
+from align.types import AlignError, TokenGroup, TokenSequence
 
 CPU = torch.device("cpu")
 Row = dict[str, Any]
@@ -136,11 +136,26 @@ def test_an_adapter_of_other_weights_stays_apart_and_says_so(
     whole = train_reward(tiny, tmp_path / "whole", pairs, make_recipe)
     roles = roles_of(f"reward={{model: {whole}}}")
     out = capsys.readouterr().out
-    assert f"{whole} has weights of its own, because no adapter is kept beside it" in out
+    assert f"{whole} has weights of its own, because no adapter with a score head is" in out
     # critic and reward model are then two adapters' worth of one model, apart from the actor
     assert frozen(roles.critic) == frozen(roles.reward.model)  # type: ignore[attr-defined]
     assert not frozen(roles.actor) & frozen(roles.critic)
     assert f"critic: on the weights of {whole}, which are held once" in out
+
+
+def test_the_adapter_of_a_policy_is_no_reward_models(
+    tiny_sft: Path, tree: Row, roles_of: Callable[..., Roles], tmp_path: Path, make_recipe: Any
+) -> None:
+    """It lies on the same trunk, but a score head on it would be a random one."""
+    chrf = "reward={metric: chrf}"
+    ppo.run(make_recipe(PPORecipe, tree, f"output_dir={tmp_path / 'first'}", chrf))
+    policy_folder = tmp_path / "first" / "model"
+    assert (tmp_path / "first" / "model_adapter" / "trunk.json").is_file()
+    with pytest.raises(AlignError, match="no `score` head"):
+        roles_of(f"reward={{model: {policy_folder}}}")
+    roles = roles_of(chrf, f"critic.model={policy_folder}")
+    assert roles.critic.fresh_head
+    assert not frozen(roles.actor) & frozen(roles.critic)
 
 
 def test_full_fine_tuning_shares_nothing(reward: Path, roles_of: Callable[..., Roles]) -> None:
