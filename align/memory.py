@@ -72,7 +72,7 @@ def models_and_memory(command: str, recipe: Any, tokens_per_row: float | None) -
             continue
         config = config or found
         size = count_parameters(role.name, found, lora=role.lora, trained=role.trained)
-        note = ", the rest on the actor's weights" if role.on_trunk else ""
+        note = ", the rest shared with another role" if role.on_trunk else ""
         yield (
             f"{role.name:<12} {role.model}: {size.total:,} parameters, "
             f"{size.trained:,} trained{note}"

@@ -102,11 +102,11 @@ def test_roles_on_the_actors_weights_are_counted_once(model: str) -> None:
     reward = (RewardTerm(model="runs/rm/model"),)
     recipe = PPORecipe(model=model, output_dir="o", reward=reward, lora=lora, precision="fp32")
     lines = lines_of("ppo", recipe)
-    assert "on the actor's weights" in lines["critic"]
-    assert "on the actor's weights" in lines["reward"]
+    assert "shared with another role" in lines["critic"]
+    assert "shared with another role" in lines["reward"]
     (adapter / "adapter_config.json").write_text(text.replace("SEQ_CLS", "CAUSAL_LM"))
     lines = lines_of("ppo", recipe)
-    assert "on the actor's weights" not in lines["reward"]
+    assert "shared with another role" not in lines["reward"]
 
 
 def lines_of(command: str, recipe: object) -> dict[str, str]:

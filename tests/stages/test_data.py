@@ -143,7 +143,7 @@ def test_a_damaged_entry_is_made_again_and_said(
     capsys.readouterr()
     assert [g.id for g in load("preference", pairs, SKIP)[0].groups] == want
     assert len(reads) == 2
-    said = [line for line in capsys.readouterr().out.splitlines() if "damaged" in line]
+    said = [line for line in capsys.readouterr().out.splitlines() if "so it is made again" in line]
     assert len(said) == 1
     load("preference", pairs, SKIP)
     assert len(reads) == 2
