@@ -75,7 +75,7 @@ class RewardModelConfig:
     use_margin: bool = False
     # weight of (r_chosen + r_rejected)^2, which keeps scores near 0
     center_coef: float = 0.0
-    # after training, scale the head so that scores on the training pairs have variance 1
+    # after training, scale the head so that scores on (at most 100) training pairs have variance 1
     normalize: bool = True
 
 

@@ -69,6 +69,9 @@ def _check_eval(recipe: EvalRecipe) -> None:
                 "has no effect in eval, which takes every prompt whole; remove it "
                 "(data.max_test_rows takes a part of the prompts)",
             )
+    for key in ("max_tokens", "max_train_rows", "loss_on"):
+        if key in _changed(recipe.preferences):
+            raise KeyProblem(f"preferences.{key}", "has no effect in eval; remove it")
     if recipe.generation.samples_per_prompt != 1:
         raise KeyProblem(
             "generation.samples_per_prompt",
@@ -81,6 +84,8 @@ def _check_generate(recipe: GenerateRecipe) -> None:
         raise KeyProblem("resume", "is auto, but generate has no checkpoints; use overwrite=true")
     if recipe.gradient_checkpointing:
         raise KeyProblem("gradient_checkpointing", "has no effect without training; remove it")
+    if recipe.trackers:
+        raise KeyProblem("trackers", "has no effect in generate, which has no steps; remove it")
     for key in ("test_fraction", "max_test_rows"):
         if key in _changed(recipe.data):
             raise KeyProblem(f"data.{key}", "has no effect in generate, which holds out nothing")

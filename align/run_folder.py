@@ -91,6 +91,12 @@ class Run:
                     f"output_dir: {self.folder} holds {path}, which this run reads and would write "
                     "over; name another output_dir"
                 )
+        foreign = [] if held or overwrite else [n for n in OURS if (self.folder / n).exists()]
+        if foreign:
+            raise AlignError(
+                f"output_dir: {self.folder} holds {foreign[0]}, but no run (manifest.json); name "
+                "another output_dir, or add overwrite=true to replace it"
+            )
         if held and resume == "never" and not overwrite:
             raise AlignError(
                 f"output_dir: {self.folder} already holds a run; add resume=auto to go on with it, "

@@ -180,8 +180,10 @@ def test_a_missing_file_in_a_folder_that_is_there_is_an_error(
         ("dpo", ["dpo.loss_type=sigmiod"], "dpo.loss_type"),
         ("dpo", ["dpo.simpo_gamma=1"], "dpo.simpo_gamma: has an effect with loss_type=simpo only"),
         ("dpo", ["dpo.loss_type=orpo", "dpo.reference=online"], "orpo has no reference"),
+        ("dpo", ["dpo.loss_type=orpo", "dpo.beta=7"], "dpo.beta: orpo has no temperature"),
         ("dpo", ["data.loss_on=all"], "data.loss_on: is for sft only"),
         ("generate", ["gradient_checkpointing=true"], "gradient_checkpointing: has no effect"),
+        ("generate", ["trackers=[tensorboard]"], "trackers: has no effect in generate"),
     ],
 )
 def test_what_the_run_would_refuse_is_refused(

@@ -68,6 +68,11 @@ def load_examples(
             if not kept:
                 raise AlignError(_no_row(path, bad))
             used = _weighted(kept, source.weight, f"{seed} {path}")
+            if not used:
+                raise AlignError(
+                    f"{path}: a weight of {source.weight} leaves none of its {len(kept)} rows; "
+                    "raise it, or leave the source out"
+                )
             num_kept = sum(unit.num_rows for unit in kept)
             num_used = min(num_kept, sum(unit.num_rows for unit in used))
             dropped = Counter(f"{b.field}: {b.reason}" for b in bad)

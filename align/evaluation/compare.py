@@ -107,8 +107,8 @@ def compare_statistics(
     """
     score = corpus_scorer(metric)
     seeds_a, seeds_b = (x if x.ndim == 3 else x[None] for x in (a[1], b[1]))
-    # counts of several seeds add up to the counts of one long corpus
-    stats_a, stats_b = seeds_a.sum(0), seeds_b.sum(0)
+    # means, not sums: rows that change sides must weigh alike, however many seeds a side has
+    stats_a, stats_b = seeds_a.mean(0), seeds_b.mean(0)
     difference = score(stats_a.sum(0)) - score(stats_b.sum(0))
     rows = _bootstrap_rows(len(stats_a), num_resamples, seed)
     # float32 because sacreBLEU resamples in it: rounding could tip a p otherwise

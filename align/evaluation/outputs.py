@@ -19,6 +19,7 @@ from align.data.chat import encode_completion, encode_prompt, end_token_ids
 from align.data.packing import pack
 from align.evaluation.cache import cached_rollout
 from align.models import Policy, load_policy, load_tokenizer
+from align.models.lora import merged
 from align.models.policy import batch_sequences
 from align.options import GenerationOptions, LoraOptions
 from align.rollout.experience import decode_rollout, over_rollout, rollout_groups
@@ -189,7 +190,7 @@ class TrainingCheckpoint:
                 parameters[name].copy_(weights)
         if self.lora is not None:
             adapted: Any = policy.model
-            policy.model = adapted.merge_and_unload()
+            policy.model = merged(adapted).to(policy.device, policy.inner.dtype)
 
 
 def training_checkpoint(model: str) -> TrainingCheckpoint | None:

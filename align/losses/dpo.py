@@ -3,7 +3,8 @@
 Notation of the formulas: c and r are the log-ratios policy / reference of the chosen and the
 rejected response, D = s(c) - s(r) with the f-divergence's map s (s(x) = x for reverse KL),
 b = beta, e = label_smoothing, len = counted tokens. All of them are per pair; the caller averages.
-An option that a loss has no use for is refused, never ignored.
+Smoothing and a divergence are refused by a loss that has no use for them; the other options of
+`dpo_loss` are read by the losses that their lines name.
 """
 
 from __future__ import annotations

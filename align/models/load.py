@@ -77,8 +77,9 @@ def load_causal_lm(
         from peft import PeftModel
 
         whole = load_causal_lm(base, tokenizer, dtype=dtype, trust_remote_code=trust_remote_code)
-        adapted = _guarded(model, PeftModel.from_pretrained, whole, model)
-        return adapted.merge_and_unload()
+        # float32, as `merged` says
+        adapted = _guarded(model, PeftModel.from_pretrained, whole.float(), model)
+        return adapted.merge_and_unload().to(dtype)
     where, options = _locate(model)
     if from_scratch:
         config = _guarded(

@@ -219,6 +219,8 @@ def check_packable(model: _Packed) -> None:
                     ).logits[0, 3:]
                 got = torch.cat([got.float(), model.logits(want).float()], dim=-1)
                 want = torch.cat([want.float(), plain.float()], dim=-1)
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, NotImplementedError, TypeError) as error:
         raise AlignError(
             f"{model.name}: {type(model.inner).__name__} cannot be packed: {error}"

@@ -18,6 +18,7 @@ def _unless(allowed: str, key: str = "loss_type") -> Callable[[DPOConfig], str]:
 
 # a key -> why it has no effect under these options, if it has none
 IDLE_UNLESS: dict[str, Callable[[DPOConfig], str]] = {
+    "beta": lambda o: "orpo has no temperature" if o.loss_type == "orpo" else "",
     "simpo_gamma": _unless("simpo"),
     "orpo_coef": _unless("orpo"),
     "f_alpha": _unless("alpha_divergence", "f_divergence"),

@@ -101,7 +101,7 @@ def _critic(recipe: PPORecipe, session: Session, trunk: Trunk | None) -> ScalarM
         start = recipe.model
         for term in recipe.reward:
             if term.model is not None and same_vocabulary(term.model, recipe, session):
-                # values are in the unit of what is paid, and that is weight * score
+                # in the unit of what is paid, but for the reward's own mean, which it has to learn
                 start, weight = term.model, term.weight
                 break
     critic = None

@@ -206,6 +206,8 @@ def evaluate_groups(
     accelerator: Accelerator,
 ) -> dict[str, float]:
     """Weighted means of ``measure``'s sums over all groups."""
+    if groups:
+        check_length(accelerator.unwrap_model(model), longest_of(groups), "a held-out row has")
     model.eval()
     mine = my_share(list(range(len(groups))), accelerator)
     sums: dict[str, float] = {}

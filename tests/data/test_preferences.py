@@ -105,6 +105,12 @@ def test_weights_are_copies(tmp_path) -> None:
     assert any(other != loaded.examples for other in others)
 
 
+def test_a_weight_that_leaves_nothing_of_a_source_is_refused(tmp_path) -> None:
+    source = numbered(tmp_path / "d.jsonl", 3, weight=0.1)
+    with pytest.raises(AlignError, match=r"d.jsonl: a weight of 0.1 leaves none of its 3 rows"):
+        load_examples([source], kind="prompt")
+
+
 @pytest.mark.parametrize("weight", [0.0, -1.0])
 def test_a_weight_must_be_above_zero(tmp_path, weight: float) -> None:
     source = numbered(tmp_path / "d.jsonl", 3, weight=weight)

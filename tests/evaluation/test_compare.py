@@ -7,8 +7,13 @@ import pytest
 from sacrebleu.metrics import BLEU, CHRF
 from sacrebleu.significance import PairedTest
 
-from align.evaluation.bleu import corpus_bleu, reference_streams
-from align.evaluation.compare import compare_corpus, compare_values, mean_ci95
+from align.evaluation.bleu import corpus_bleu, corpus_statistics, reference_streams
+from align.evaluation.compare import (
+    compare_corpus,
+    compare_statistics,
+    compare_values,
+    mean_ci95,
+)
 
 METRICS = {"bleu": BLEU, "chrf": CHRF}
 
@@ -50,6 +55,23 @@ def test_a_system_does_not_differ_from_itself(test: str, systems: dict, referenc
     assert (same.difference, same.p, same.ci95) == (0.0, 1.0, (0.0, 0.0))
     values = compare_values(("a", [1.0, 2.0]), ("b", [1.0, 2.0]), metric="reward", test=test)
     assert (values.difference, values.p) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("metric", ["bleu", "chrf"])
+@pytest.mark.parametrize("test", ["bootstrap", "randomization"])
+def test_copies_of_one_seed_change_no_p(
+    metric: str, test: str, systems: dict, references: list
+) -> None:
+    good, fair = (
+        corpus_statistics(METRICS[metric](), systems[name], references) for name in ("good", "fair")
+    )
+    options = {"metric": metric, "test": test, "num_resamples": 300}
+    one = compare_statistics(("good", good), ("fair", fair), **options)
+    for copies in (3, 10):
+        seeds = np.stack([good] * copies)
+        several = compare_statistics(("good", seeds), ("fair", fair), **options)
+        assert several.p == pytest.approx(one.p, abs=0.01)
+        assert several.difference == pytest.approx(one.difference)
 
 
 def test_systems_of_unequal_length_are_refused(systems: dict, references: list) -> None:

@@ -97,6 +97,18 @@ def test_rows_with_strange_line_ends_survive_a_resume(
     assert json.loads(text)["response"] == "a\u2028b\x85c"
 
 
+@pytest.mark.parametrize("name", ["samples.jsonl", "model"])
+@pytest.mark.parametrize("resume", ["never", "auto"])
+def test_what_no_run_wrote_is_not_written_over(tmp_path: Path, name: str, resume: str) -> None:
+    mine = tmp_path / name / "mine.txt" if name == "model" else tmp_path / name
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("mine\n")
+    with pytest.raises(AlignError, match=rf"holds {name}, but no run"):
+        open_run(tmp_path, resume=resume)
+    assert mine.read_text() == "mine\n"
+    open_run(tmp_path, overwrite=True)
+
+
 def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
     parent = psutil.Process().parent()
     claim = [platform.node(), parent.pid, parent.create_time()]
