@@ -26,14 +26,14 @@ RUNS  := runs/$(SUITE)
 
 SMOLLM2 := models/smollm2-135m-instruct
 
-.PHONY: help venv base sft pairs rm ppo dpo eval test oracles check bench format clean-runs again
+.PHONY: help venv base sft pairs rm ppo dpo eval test oracles fuzz check bench format clean-runs again
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
 help:
 	@sed -n 's/^#   //p' Makefile
-	@echo "targets: venv base sft pairs rm ppo dpo eval sentiment test oracles check bench format clean-runs"
+	@echo "targets: venv base sft pairs rm ppo dpo eval sentiment test oracles fuzz check bench format clean-runs"
 	@echo "order:   sft, pairs, rm, ppo; dpo after pairs; eval after all (SUITE=$(SUITE))"
 
 # ---------------------------------------------------------------- environment
@@ -170,6 +170,10 @@ test: $(STAMP)
 oracles: $(STAMP)
 	ALIGN_TRUST=1 $(PY) -m pytest tests $(wildcard tests/*/long_*.py) $(ARGS)
 	$(PY) tools/make_trust.py
+
+# as `make test` does, with twenty thousand inputs for each reader instead of a hundred
+fuzz: $(STAMP)
+	ALIGN_FUZZ=$(or $(INPUTS),20000) $(PY) -m pytest tests/fuzz $(ARGS)
 
 check: $(STAMP)
 	$(VENV)/bin/ruff check .

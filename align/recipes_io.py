@@ -24,6 +24,11 @@ R = TypeVar("R")
 
 COMMAND_LINE = "command line"
 
+# a date that is none, a number of thousands of digits and deep nesting raise Python's own
+UNREADABLE = (
+    OmegaConfBaseException, yaml.YAMLError, OSError, ValueError, TypeError, RecursionError
+)  # fmt: skip
+
 
 def load_recipe(
     cls: type[R],
@@ -143,7 +148,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise AlignError(f"{path}:{line}: not YAML: {error.problem}") from error
     except UnicodeDecodeError as error:
         raise AlignError(f"{path}: not UTF-8 text; save it as UTF-8") from error
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
+    except UNREADABLE as error:
         raise AlignError(f"{path}: not a recipe: {_first_line(error)}") from error
     if not isinstance(tree, dict):
         raise AlignError(f"{path}: holds a list; wanted a mapping such as `model: FOLDER`")
@@ -158,7 +163,7 @@ def _apply(tree: dict[str, Any], override: str) -> str:
     try:
         parsed: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
         value = parsed["value"]
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
+    except UNREADABLE as error:
         raise AlignError(f"{COMMAND_LINE}: {key}: {_first_line(error)}; quote it") from error
     if key == "data" and not isinstance(value, dict):
         key = "data.train"
@@ -191,7 +196,7 @@ def _resolved(tree: dict[str, Any], path: Path) -> Any:
     """Fill in ``${other.key}``."""
     try:
         return OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
-    except OmegaConfBaseException as error:
+    except UNREADABLE as error:
         raise AlignError(f"{path}: {_first_line(error)}") from error
 
 

@@ -94,7 +94,7 @@ class Fields:
         value = self.get(field)
         try:
             number = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             self.bad(field, "not a number", f"it is {value!r:.40}")
         if not math.isfinite(number):
             self.bad(field, "not a finite number", f"it is {value!r:.40}")

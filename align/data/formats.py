@@ -15,6 +15,7 @@ import json
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
@@ -85,7 +86,7 @@ def read_file(path: Path) -> Iterator[Row | BadRow]:
                 yield from _read_json(stream, path)
             else:
                 yield from _read_lines(stream, path)
-    except (OSError, EOFError, csv.Error, zlib.error) as error:
+    except (OSError, EOFError, csv.Error, zlib.error, _Unreadable) as error:
         raise AlignError(f"{path}: cannot be read: {_one_line(error)}; fetch it again") from error
 
 
@@ -166,8 +167,8 @@ def _read_lines(stream: IO[bytes], path: Path) -> Iterator[Row | BadRow]:
         except json.JSONDecodeError as error:
             advice = f"{error.msg} at column {error.colno}: mend the line"
             yield BadRow(where, "row", "malformed JSON", advice)
-        except RecursionError:
-            yield BadRow(where, "row", "malformed JSON", "nested too deeply: mend the line")
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, nesting
+            yield BadRow(where, "row", "malformed JSON", f"{_one_line(error)}: mend the line")
 
 
 def _read_json(stream: IO[bytes], path: Path) -> Iterator[Row | BadRow]:
@@ -187,6 +188,8 @@ def _read_json(stream: IO[bytes], path: Path) -> Iterator[Row | BadRow]:
             f"{path}:{error.lineno}: malformed JSON: {error.msg} at column {error.colno}; "
             "mend the line (an array is read as a whole, so on_bad_row cannot skip it)"
         ) from error
+    except (ValueError, RecursionError) as error:
+        raise AlignError(f"{path}: malformed JSON: {_one_line(error)}; mend it") from error
     for number, value in enumerate(values, start=1):
         yield _object(value, f"{path}:row {number}")
 
@@ -196,6 +199,9 @@ def _read_csv(stream: IO[bytes], path: Path) -> Iterator[Row | BadRow]:
     csv.field_size_limit(2**31 - 1)
     reader = csv.reader(text)
     header = next(reader, [])
+    if len(set(header)) < len(header):
+        twice = next(name for name in header if header.count(name) > 1)
+        raise AlignError(f"{path}:1: two columns are called {twice!r}; rename one of them")
     start = reader.line_num + 1
     for cells in reader:
         where, start = f"{path}:{start}", reader.line_num + 1
@@ -211,31 +217,42 @@ def _read_csv(stream: IO[bytes], path: Path) -> Iterator[Row | BadRow]:
 
 
 def _read_parquet(path: Path) -> Iterator[Mapping[str, Any]]:
-    import pyarrow
     from pyarrow import parquet
 
-    try:
+    with _arrow_errors():
         for batch in parquet.ParquetFile(path).iter_batches():
             yield from batch.to_pylist()
-    except pyarrow.ArrowException as error:
-        raise OSError(error) from error
 
 
 def _read_arrow(path: Path) -> Iterator[Mapping[str, Any]]:
     """Both of Arrow's formats: the stream, which ``datasets`` writes, and the file."""
     import pyarrow
 
-    with pyarrow.memory_map(str(path)) as stream:
+    with _arrow_errors(), pyarrow.memory_map(str(path)) as stream:
         try:
             batches: Iterable[Any] = pyarrow.ipc.open_stream(stream)
         except pyarrow.ArrowInvalid:
-            try:
-                reader = pyarrow.ipc.open_file(stream)
-            except pyarrow.ArrowException as error:
-                raise OSError(error) from error
+            reader = pyarrow.ipc.open_file(stream)
             batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
         for batch in batches:
+            # a broken offset would read memory that is not the file's
+            batch.validate(full=True)
             yield from batch.to_pylist()
+
+
+class _Unreadable(Exception):
+    """A file in Arrow's formats whose bytes are no rows."""
+
+
+@contextmanager
+def _arrow_errors() -> Iterator[None]:
+    """Arrow raises its own errors, and Python's where a value has no Python form."""
+    import pyarrow
+
+    try:
+        yield
+    except (pyarrow.ArrowException, ValueError, OverflowError, TypeError) as error:
+        raise _Unreadable(_one_line(error)) from error
 
 
 def _numbered(rows: Iterable[Mapping[str, Any]], path: str) -> Iterator[Row]:
