@@ -18,8 +18,9 @@ from align.memory import (
     looks_like_hub_id,
     microbatch_tokens,
     models_and_memory,
+    roles,
 )
-from align.types import AlignError, DataSource
+from align.types import AlignError, DataSource, PromptExample
 
 Kind = Literal["sft", "preference", "prompt"]
 
@@ -54,25 +55,52 @@ def check(command: str, recipe: Any) -> Iterator[str]:
             from align.rewards.function import load_function
 
             yield f"reward      {load_function(term.function).name}: found"
+    _check_kinds(command, recipe)
     rows = 0
     sample: list[Any] = []
     for name in ("train", "test"):
         for source in getattr(recipe.data, name):
             examples, line = _read_rows(source, recipe.data, KINDS[command])
+            _check_references(recipe, examples)
             if name == "train":
                 rows += len(examples)
-                sample += examples[:: max(1, len(examples) // SAMPLED)]
+                sample += examples[:: math.ceil(len(examples) / SAMPLED) or 1]
             label = "data" if isinstance(recipe, EvalRecipe | GenerateRecipe) else f"data.{name}"
             yield f"{label:<11} {line}"
     yield from _schedule(recipe, rows)
-    yield from models_and_memory(command, recipe, _tokens_per_row(recipe, sample))
+    tokens_per_row, dropped = _tokenised(recipe, sample)
+    yield from (f"data        {line} (of {len(sample):,} rows tokenised)" for line in dropped)
+    yield from models_and_memory(command, recipe, tokens_per_row)
+
+
+def _check_kinds(command: str, recipe: Any) -> None:
+    """A reward model where a language model belongs, and the other way round."""
+    from align.models.load import refuse_other_kind
+
+    keys = {"reward": "reward.model", "model": "model", "actor": "model"}
+    for role in roles(command, recipe):
+        config, _ = find_config(role.model, trust_remote_code=recipe.trust_remote_code)
+        if config is not None and role.name not in ("critic", "reward model"):
+            key = keys.get(role.name, role.name)
+            refuse_other_kind(key, role.model, config, head=role.name == "reward")
+
+
+def _check_references(recipe: Any, examples: Sequence[Any]) -> None:
+    """A metric needs something to compare with."""
+    metrics = [term.metric for term in getattr(recipe, "reward", ()) if term.metric]
+    for example in examples if metrics else ():
+        if isinstance(example, PromptExample) and not example.references:
+            raise AlignError(
+                f"{example.id}: references: missing, which reward.metric={metrics[0]} compares "
+                "with; add the column, or name yours: data.columns.references=NAME"
+            )
 
 
 # ---------------------------------------------------------------- data
 
 
-SAMPLED = 200
-"""Rows of a source that are tokenised to know how long rows are."""
+SAMPLED = 2000
+"""Rows of a source, at most, that are tokenised to know how long rows are and what is dropped."""
 
 
 def _read_rows(source: DataSource, data: DataConfig, kind: Kind) -> tuple[Sequence[Any], str]:
@@ -97,27 +125,30 @@ def _first_source(data: DataConfig) -> str:
     return (*data.train, *data.test)[0].path
 
 
-def _tokens_per_row(recipe: Any, sample: Sequence[Any]) -> float | None:
-    """Mean tokens of a row, prompts and shared prompts once; None where it cannot be known yet."""
+def _tokenised(recipe: Any, sample: Sequence[Any]) -> tuple[float | None, list[str]]:
+    """Mean tokens of a row, shared prompts once, and what is dropped; None where the model is not
+    there yet. Prompts of an evaluation are taken whole."""
     from align.data.chat import encode_some
     from align.models.load import load_tokenizer
 
     model = getattr(recipe, "model", None)
     trust = recipe.trust_remote_code
     if not sample or not model or find_config(model, trust_remote_code=trust)[0] is None:
-        return None
+        return None, []
     try:
         tokenizer = load_tokenizer(model, trust_remote_code=trust)
     except AlignError:
-        return None  # a config without a tokenizer: the run will say so
+        return None, []  # a config without a tokenizer: the run will say so
     found = encode_some(
         tokenizer,
         sample,
-        max_tokens=recipe.data.max_tokens,
-        on_bad_row="skip",
+        max_tokens=2**31 if isinstance(recipe, EvalRecipe) else recipe.data.max_tokens,
+        on_bad_row=recipe.data.on_bad_row,
         loss_on=recipe.data.loss_on,
     )
-    return sum(group.num_tokens for group in found.groups) / max(len(found.groups), 1) or None
+    dropped = [f"drops {count:,}: {reason}" for reason, count in found.dropped.items()]
+    mean = sum(group.num_tokens for group in found.groups) / max(len(found.groups), 1)
+    return mean or None, dropped
 
 
 def _output_note(recipe: Any) -> str:

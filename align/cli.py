@@ -9,20 +9,21 @@ from __future__ import annotations
 import argparse
 import ctypes
 import importlib
-import json
 import os
 import platform
 import re
 import shutil
+import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import NoReturn
 
 from align import __version__
-from align.commands import data, label
+from align.commands import data, doctor, label
 
 # command -> (recipe class in align.config, module:function, what --help says)
 STAGES: dict[str, tuple[str, str, str]] = {
@@ -75,7 +76,8 @@ class OneLineParser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code.
 
-    0, 1 internal error (or what `doctor` and `data check` found), 2 user's error, 130 Ctrl-C.
+    0, 1 internal error (or what `doctor` and `data check` found), 2 user's error, 130 Ctrl-C,
+    143 SIGTERM.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
@@ -83,11 +85,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     _set_up_libraries()
     try:
         return args.run(args) or 0
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         if debug:
             traceback.print_exc()
-        print("align: interrupted", file=sys.stderr)
-        return 130
+        print(f"align: {str(interrupt) or 'interrupted'}", file=sys.stderr)
+        return 128 + getattr(interrupt, "number", signal.SIGINT)
     except BrokenPipeError:  # `align ls | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -164,11 +166,7 @@ def _parser() -> argparse.ArgumentParser:
         "--stage", choices=list(STAGES), help="its command, where the file's name does not say it"
     )
     check.set_defaults(run=run_check)
-    doctor = commands.add_parser(
-        "doctor", help="say what is wrong with a run; exits with 1 if something is"
-    )
-    doctor.add_argument("folder", metavar="RUN", help="a run's folder, such as runs/tiny/ppo")
-    doctor.set_defaults(run=run_doctor)
+    doctor.add_parser(commands)
     data.add_parser(commands)
     label.add_parser(commands)
     return parser
@@ -185,6 +183,8 @@ def _set_up_libraries() -> None:
     """Set what the libraries read when they are imported; what the user has set is kept."""
     for name, value in {**FAST, **QUIET}.items():
         os.environ.setdefault(name, value)
+    # what transformers 6 will rename is a matter for us, not for the user
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
     _keep_freed_memory()
 
 
@@ -211,7 +211,22 @@ def run_stage(args: argparse.Namespace) -> None:
     classes = {command: getattr(config, name) for command, (name, _, _) in STAGES.items()}
     recipe = load_recipe(classes[args.command], args.recipe, args.overrides, others=classes)
     module, function = STAGES[args.command][1].split(":")
-    getattr(importlib.import_module(module), function)(recipe)
+    try:
+        getattr(importlib.import_module(module), function)(recipe)
+    except BaseException as error:
+        _note_failure(recipe.output_dir, error)
+        raise
+
+
+def _note_failure(folder: str, error: BaseException) -> None:
+    """The run's manifest says how it ended; a run that it was to replace is put back."""
+    from align.progress import warn
+    from align.run_files import note_failure
+
+    status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+    line = _explain(error)[0] if isinstance(error, Exception) else ""
+    if note_failure(Path(folder), status, line):
+        warn(f"{folder}: nothing was measured yet, so the run that was there is kept")
 
 
 def run_ls(args: argparse.Namespace) -> None:
@@ -275,26 +290,3 @@ def run_check(args: argparse.Namespace) -> None:
     recipe_class = getattr(config, STAGES[command][0])
     for line in check(command, load_recipe(recipe_class, args.recipe, args.overrides)):
         print(line)
-
-
-def run_doctor(args: argparse.Namespace) -> int:
-    from align.doctor import RULES, closing_lines, diagnose, read_rows
-    from align.types import AlignError
-
-    folder = Path(args.folder)
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        stage = manifest["stage"]
-        rows = read_rows(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise AlignError(f"doctor: {folder} holds no run that can be read: {error}") from error
-    if stage not in RULES:
-        raise AlignError(f"doctor: {folder} is a run of {stage}; it knows {', '.join(RULES)}")
-    findings = diagnose(stage, rows, manifest)
-    for line in closing_lines(stage, rows, findings):
-        print(line)
-    return 1 if findings else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -35,6 +35,9 @@ class DataConfig:
     # rows used at most, after the split, picked by seed; null uses all
     max_train_rows: int | None = None
     max_test_rows: int | None = None
+    # in which order an epoch goes through the rows: shuffled anew each epoch, as the sources list
+    # them (a curriculum), or by their tokens
+    order: Literal["shuffled", "given", "shortest_first"] = "shuffled"
     # tokens that SFT learns from: auto = completions in dialogue, everything in plain text
     loss_on: Literal["auto", "completion", "all"] = "auto"
 
@@ -184,7 +187,14 @@ class PPORecipe(CommonRecipe):
     # iterations between checkpoints and between held-out evaluations; 0 = none
     save_every: int = 0
     eval_every: int = 0
+    # newest checkpoints that are kept
     keep_checkpoints: int = 2
+    # `score` keeps the checkpoint of the best held-out score too, and saves it as `model/` in the
+    # end; null saves the last
+    keep_best: Literal["score"] | None = None
+    # NaN or infinity in logits, scores, values, losses or gradients: stop the run, or leave the
+    # minibatch (or the whole rollout) out and count it
+    on_nonfinite: Literal["stop", "skip"] = "stop"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -156,12 +156,14 @@ def find_config(model: str, *, trust_remote_code: bool = False) -> tuple[Any, st
     from huggingface_hub import try_to_load_from_cache
     from transformers import AutoConfig
 
+    from align.models.load import no_model_in
+
     path = Path(model)
     if path.is_file():
         return None, f"{model} is a file, read when the run starts"
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise AlignError(f"model: {model}: the folder has no config.json, so it holds no model")
+            raise AlignError(no_model_in(path))
     elif not looks_like_hub_id(model):
         return None, f"{model} is not there yet{did_you_mean(path)}"
     elif not isinstance(try_to_load_from_cache(model, "config.json"), str):

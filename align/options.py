@@ -77,4 +77,10 @@ class TrainOptions:
     eval_every: int = 0
     # optimizer steps between checkpoints; 0 = none, the model is saved at the end
     save_every: int = 0
+    # newest checkpoints that are kept
     keep_checkpoints: int = 2
+    # held-out number by which the best checkpoint is kept too, and saved as `model/` in the end;
+    # null saves the last
+    keep_best: Literal["loss", "accuracy"] | None = None
+    # a loss or gradient that is NaN or infinite: stop the run, or leave the step out and count it
+    on_nonfinite: Literal["stop", "skip"] = "stop"

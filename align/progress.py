@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import TypeVar
 
@@ -71,6 +71,28 @@ def table(rows: Sequence[Sequence[str]], *, title: str) -> str:
         return "  " + "  ".join(cells).rstrip()
 
     return "\n".join([title, *(line(row) for row in rows)])
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
+
+
+def change(before: Mapping[str, float], after: Mapping[str, float]) -> list[list[str]]:
+    """Rows of a closing table: every held-out number before and after."""
+    if not after:
+        return [
+            ["held out", ""],
+            ["nothing", "no row fell on that side; see data.test, data.test_fraction"],
+        ]
+    rows = [["held out", "before", "after"]]
+    rows += [[n, _short(before[n]) if n in before else "", _short(after[n])] for n in after]
+    return rows
+
+
+def _short(value: float) -> str:
+    """Four digits; what rounding leaves of 0 is 0."""
+    return "0" if abs(value) < 1e-6 else f"{value:.4g}"
 
 
 def say(text: str) -> None:

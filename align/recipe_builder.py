@@ -5,6 +5,7 @@ range is an error that names the key. Nothing is coerced but a whole number wher
 from __future__ import annotations
 
 import math
+import re
 import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, fields, is_dataclass
@@ -21,6 +22,7 @@ from typing import (
     get_type_hints,
 )
 
+from align.config import DataConfig
 from align.types import RewardTerm
 
 T = TypeVar("T")
@@ -99,6 +101,7 @@ RANGES: dict[str, str] = {
     "EvalRecipe.tie_margin": "[0, inf)",
     "EvalRecipe.tokens_per_microbatch": "[1, inf)",
     "RewardTerm.weight": "(-inf, inf)",
+    "RewardTerm.timeout": "(0, inf)",
 }
 
 # what other tools call it -> what it is called here
@@ -145,6 +148,9 @@ def build(
             child = _join(key, name)
             if is_dataclass(hints[name]) and f.default_factory is not MISSING:
                 inner = f.default_factory()
+                if value[name] is None and isinstance(inner, DataConfig):  # no data
+                    made[name] = DataConfig()
+                    continue
                 made[name] = build(hints[name], value[name], child, root=root, default=inner)
             else:
                 made[name] = _convert(hints[name], value[name], child, root)
@@ -203,15 +209,20 @@ def _convert(hint: Any, value: Any, key: str, root: type) -> Any:
 
 def _convert_tuple(item: Any, value: Any, key: str, root: type) -> tuple[Any, ...]:
     """A list, or one item without its brackets; a data source may be its path alone, a reward its
-    model alone."""
+    model or its ``module:function`` alone."""
     if value is None:
         return ()
     items = value if isinstance(value, list) else [value]
     if is_dataclass(item):
-        short = "model" if item is RewardTerm else "path"
-        items = [{short: i} if isinstance(i, str) else i for i in items]
+        short = _short_reward if item is RewardTerm else (lambda path: "path")
+        items = [{short(i): i} if isinstance(i, str) else i for i in items]
     names = [key if not isinstance(value, list) else f"{key}[{i}]" for i in range(len(items))]
     return tuple(_convert(item, i, name, root) for i, name in zip(items, names, strict=True))
+
+
+def _short_reward(name: str) -> str:
+    """Which key of a reward a text without one is for: ``module:function`` is no model."""
+    return "function" if re.fullmatch(r"[\w.]+:\w+", name) else "model"
 
 
 def _bool(value: Any, key: str) -> bool:

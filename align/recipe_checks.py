@@ -45,6 +45,10 @@ def _check_common(recipe: CommonRecipe) -> None:
         raise KeyProblem("resume", "is auto, but overwrite=true starts anew; say one of them")
     if recipe.data.loss_on != "auto" and not isinstance(recipe, SFTRecipe):
         raise KeyProblem("data.loss_on", "is for sft only: here every response token counts")
+    saving = recipe if isinstance(recipe, PPORecipe) else getattr(recipe, "train", None)
+    if saving is not None and saving.keep_best and not saving.save_every:
+        key = "keep_best" if saving is recipe else "train.keep_best"
+        raise KeyProblem(key, "has nothing to choose from; set save_every above 0 beside it")
     optim = getattr(recipe, "optim", None)
     if optim is not None and optim.schedule == "constant" and optim.final_lr_fraction:
         raise KeyProblem("optim.final_lr_fraction", "has no effect with schedule=constant")
@@ -62,14 +66,14 @@ def _check_eval(recipe: EvalRecipe) -> None:
             raise KeyProblem("metrics", f"has {name!r}; allowed: {allowed}, or module:name")
     if recipe.data.train and recipe.data.test:
         raise KeyProblem("data.train", "would not be read beside data.test; remove one of them")
-    for key in ("max_tokens", "test_fraction", "max_train_rows", "loss_on"):
+    for key in ("max_tokens", "test_fraction", "max_train_rows", "loss_on", "order"):
         if key in _changed(recipe.data):
             raise KeyProblem(
                 f"data.{key}",
                 "has no effect in eval, which takes every prompt whole; remove it "
                 "(data.max_test_rows takes a part of the prompts)",
             )
-    for key in ("max_tokens", "max_train_rows", "loss_on"):
+    for key in ("max_tokens", "max_train_rows", "loss_on", "order"):
         if key in _changed(recipe.preferences):
             raise KeyProblem(f"preferences.{key}", "has no effect in eval; remove it")
     if recipe.generation.samples_per_prompt != 1:
@@ -89,6 +93,8 @@ def _check_generate(recipe: GenerateRecipe) -> None:
     for key in ("test_fraction", "max_test_rows"):
         if key in _changed(recipe.data):
             raise KeyProblem(f"data.{key}", "has no effect in generate, which holds out nothing")
+    if "order" in _changed(recipe.data):
+        raise KeyProblem("data.order", "has no effect in generate, which goes through all prompts")
     if recipe.pairs and not recipe.reward:
         raise KeyProblem("reward", "is empty; pairs are made by a reward, such as a metric")
     if recipe.best_of_n and not recipe.reward:

@@ -49,6 +49,9 @@ def load_recipe(
     """
     path = find_recipe(recipe)
     tree = _normalised(_read_yaml(path))
+    theirs = (others or {}).get(path.stem)
+    if theirs is not None and theirs is not cls:
+        raise AlignError(f"{path}: is a recipe for `align {path.stem}` by its name; run that")
     from_command_line: list[str] = []
     for override in overrides:
         from_command_line.append(_apply(tree, override))

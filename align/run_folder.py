@@ -2,44 +2,38 @@
 
 ``config.yaml``, ``manifest.json`` and ``metrics.jsonl`` are written as the run goes on, so that a
 run that dies has told all it knew. A folder that holds a run is never written over unasked, and
-what is to be replaced is kept until model and data of the new run are loaded.
+what is to be replaced is kept until the new run has its first numbers.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
-import platform
-import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import psutil
-import torch
 import yaml
 
 from align import doctor
+from align.doctor_rules import FEWEST
+from align.files import read_rows, write_whole, writing
+from align.machine import hardware, versions
 from align.model_card import write_cards
-from align.progress import say, table, warn
+from align.progress import duration, say, table, warn
+from align.run_files import (
+    GROWING,
+    OURS,
+    REPLACED,
+    RUNNING,
+    claim,
+    remove,
+    set_aside,
+)
 from align.types import AlignError, SourceReport
-
-OURS = (
-    "config.yaml", "manifest.json", "metrics.jsonl", "samples.jsonl", "pairs.jsonl", "best.jsonl",
-    "eval.json",
-    "model", "critic", "model_adapter", "critic_adapter", "checkpoints", "outputs", "tracking",
-    "margins.png",
-)  # fmt: skip
-"""What a run writes, and so all that ``overwrite=true`` removes."""
-
-RUNNING = ".running"
-"""Which process writes in a folder, while it does."""
-
-LIBRARIES = ("torch", "transformers", "accelerate", "peft", "datasets", "tokenizers", "sacrebleu")
 
 
 class Run:
@@ -65,17 +59,18 @@ class Run:
             "seed": seed,
             "command": " ".join(sys.argv),
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "versions": _versions(),
-            "hardware": _hardware(),
+            "versions": versions(),
+            "hardware": hardware(),
             "recipe": lasting(config_yaml),
         }
         # of the run that is resumed
         self._previous: dict[str, Any] | None = None
         self._begun = False
         # rows logged by this process, after how many of them the doctor looks, what it has told
-        self._logged, self._next_look = 0, doctor.FEWEST
+        self._logged, self._next_look = 0, FEWEST
         self._told: set[str] = set()
         self._config_yaml = config_yaml
+        self._rows: Callable[[], Iterable[tuple[str, int]]] | None = None
         self._inputs = _inputs(yaml.safe_load(config_yaml))
         if is_main:
             self._open(resume, overwrite)
@@ -106,26 +101,9 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise AlignError(f"output_dir: {self.folder}: {error.strerror}") from error
-        self._claim()
+        claim(self.folder)
         if held and not overwrite:
             self._previous = self._read_manifest()
-
-    def _claim(self) -> None:
-        """Two runs in one folder would mix their rows: the second one is refused."""
-        path = self.folder / RUNNING
-        try:
-            host, process, started = json.loads(path.read_text(encoding="utf-8"))
-            elsewhere = host == platform.node() and process != os.getpid()
-            alive = elsewhere and psutil.Process(process).create_time() == started
-        except (OSError, ValueError, TypeError, psutil.Error):
-            alive = False  # nobody, or a run that was killed
-        if alive:
-            raise AlignError(
-                f"output_dir: {self.folder}: process {process} is running in it; wait for it, or "
-                "name another output_dir"
-            )
-        mine = [platform.node(), os.getpid(), psutil.Process().create_time()]
-        path.write_text(json.dumps(mine) + "\n", encoding="utf-8")
 
     def _read_manifest(self) -> dict[str, Any]:
         path = self.folder / "manifest.json"
@@ -148,10 +126,9 @@ class Run:
                 f"resume: the run in {self.folder} is done and left no checkpoint; replace it with "
                 "overwrite=true, or name another output_dir"
             )
-        if self.is_main:
-            held = (self.folder / "manifest.json").is_file()
-            for name in OURS if held else ():
-                _remove(self.folder / name)
+        places = (self.folder / "manifest.json", self.folder / REPLACED)
+        if self.is_main and any(place.exists() for place in places):
+            set_aside(self.folder)
         self._go()
 
     def resume(self) -> None:
@@ -173,13 +150,20 @@ class Run:
     def _go(self) -> None:
         self._begun = True
         if self.is_main:
-            (self.folder / "config.yaml").write_text(self._config_yaml, encoding="utf-8")
+            write_whole(self.folder / "config.yaml", self._config_yaml)
+            if self._rows is not None:
+                lines = (f"{name}\t{tokens}\n" for name, tokens in self._rows())
+                write_whole(self.folder / "train_rows.tsv", "".join(lines))
             self._write_manifest()
 
     def describe(self, **facts: Any) -> None:
         """Add facts to the manifest: data reports, hashes, parameter counts."""
         self._manifest.update(facts)
         self._write_manifest()
+
+    def trace_rows(self, rows: Callable[[], Iterable[tuple[str, int]]]) -> None:
+        """(file:line, tokens) of every training row, for ``train_rows.tsv``: row N is line N."""
+        self._rows = rows
 
     def describe_data(self, **reports: Sequence[SourceReport]) -> None:
         self.describe(data={k: [asdict(r) for r in v] for k, v in reports.items()})
@@ -191,9 +175,9 @@ class Run:
         for tracker in self.trackers:
             tracker(dict(metrics), step)
         if self.is_main:
+            remove(self.folder / REPLACED)
             line = {"step": step, "seconds": round(time.time() - self.started, 3), **metrics}
-            with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            self.append("metrics.jsonl", [line])
             self._logged += 1
             if self._logged >= self._next_look:
                 self._next_look = self._logged + 1 + self._logged // 10
@@ -201,28 +185,39 @@ class Run:
 
     def _look(self) -> None:
         """Ask the doctor, and tell the user of each kind of trouble once."""
-        rows = doctor.read_rows(self.folder)
+        rows = read_rows(self.folder / "metrics.jsonl")
         for finding in doctor.diagnose(self.stage, rows, self._manifest):
             if finding.kind not in self._told:
                 self._told.add(finding.kind)
                 warn(f"{self.stage}, step {rows[-1]['step']}: {finding}")
 
-    def forget_after(self, step: int) -> None:
+    def sizes(self) -> dict[str, int]:
+        """How long the growing files are now, in bytes: what a checkpoint keeps for `rewind`."""
+        paths = {name: self.folder / name for name in GROWING}
+        return {name: path.stat().st_size for name, path in paths.items() if path.is_file()}
+
+    def rewind(self, sizes: Mapping[str, int]) -> None:
         """Drop the rows of steps that a resumed run will do again, and what a crash cut short."""
-        for path in (self.folder / "metrics.jsonl", self.folder / "samples.jsonl"):
-            if self.is_main and path.exists():
-                # not splitlines: a sampled text may hold U+2028, which is a line end to it
-                *lines, _cut_short = path.read_text(encoding="utf-8").split("\n")
-                kept = [f"{line}\n" for line in lines if _step(line) <= step]
-                partial = path.with_suffix(".tmp")
-                partial.write_text("".join(kept), encoding="utf-8")
-                os.replace(partial, path)
+        for name, size in self.sizes().items() if self.is_main else ():
+            with writing(self.folder / name):
+                os.truncate(self.folder / name, min(size, sizes.get(name, 0)))
 
     def append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Rows of a JSONL file in the folder."""
         if self.is_main:
-            with (self.folder / name).open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            with writing(self.folder / name), (self.folder / name).open("a", encoding="utf-8") as f:
+                f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+    def count(self, name: str) -> int:
+        """Rows of a JSONL file in the folder; 0 where there is none."""
+        path = self.folder / name
+        return path.read_text(encoding="utf-8").count("\n") if path.is_file() else 0
+
+    def leave(self) -> None:
+        """Close the folder of a run that was told to stop and may go on later."""
+        self.describe(status="interrupted")
+        if self.is_main:
+            (self.folder / RUNNING).unlink(missing_ok=True)
 
     def finish(self, rows: Sequence[Sequence[str]], **facts: Any) -> None:
         """Mark the run as done and print its closing table."""
@@ -230,6 +225,7 @@ class Run:
         self.describe(status="done", seconds=round(seconds, 1), **facts)
         if self.is_main:
             write_cards(self.folder, _plain(self._manifest))
+            remove(self.folder / REPLACED)
             (self.folder / RUNNING).unlink(missing_ok=True)
             say(table(rows, title=f"\n{self.stage}: done in {duration(seconds)}"))
             if self.stage in doctor.RULES:
@@ -237,7 +233,7 @@ class Run:
             say(f"  -> {self.folder}")
 
     def _tell_findings(self) -> None:
-        logged = doctor.read_rows(self.folder)
+        logged = read_rows(self.folder / "metrics.jsonl")
         findings = doctor.diagnose(self.stage, logged, self._manifest)
         self.describe(doctor=[asdict(finding) for finding in findings])
         for line in doctor.closing_lines(self.stage, logged, findings):
@@ -245,15 +241,13 @@ class Run:
 
     def _write_manifest(self) -> None:
         if self.is_main and self._begun:
-            path = self.folder / "manifest.json"
-            partial = path.with_suffix(".tmp")
-            partial.write_text(json.dumps(self._manifest, indent=2) + "\n", encoding="utf-8")
-            os.replace(partial, path)
+            text = json.dumps(self._manifest, indent=2) + "\n"
+            write_whole(self.folder / "manifest.json", text)
 
 
 VOLATILE = (
     "resume", "overwrite", "trackers", "save_every", "eval_every", "keep_checkpoints", "log_every",
-    "output_dir",
+    "output_dir", "on_nonfinite", "timeout",
 )  # fmt: skip
 """Keys that may change when a run is resumed: they change nothing of what is learnt."""
 
@@ -303,58 +297,3 @@ def _first_difference(key: str, before: Any, now: Any) -> str:
     if key == "data":
         return "a data file has changed since the run began (sha256, or what was read from it)"
     return "the model that training starts from has other weights than when the run began"
-
-
-def duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
-
-
-def change(before: Mapping[str, float], after: Mapping[str, float]) -> list[list[str]]:
-    """Rows of a closing table: every held-out number before and after."""
-    if not after:
-        return [
-            ["held out", ""],
-            ["nothing", "no row fell on that side; see data.test, data.test_fraction"],
-        ]
-    rows = [["held out", "before", "after"]]
-    rows += [[name, f"{before[name]:.4g}", f"{after[name]:.4g}"] for name in after]
-    return rows
-
-
-def _step(line: str) -> int:
-    """The step that a row of metrics or samples belongs to; a row without one belongs to none."""
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise AlignError(
-            f"resume: a row of the run's own files is broken: {line[:60]!r}"
-        ) from error
-    return int(row.get("step", row.get("iteration", 0)))
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in ("align", *LIBRARIES):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def _hardware() -> dict[str, Any]:
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {
-        "platform": platform.platform(),
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "gpus": gpus,
-    }

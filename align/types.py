@@ -27,6 +27,22 @@ class AlignError(ValueError):
     """Something the user can mend. The command line prints its one line and exits with 2."""
 
 
+class NonFiniteError(AlignError):
+    """A NaN or infinity: ``what`` was found in these ``rows`` of what was asked for."""
+
+    def __init__(self, line: str, *, what: str, value: float, rows: Sequence[int]) -> None:
+        super().__init__(line)
+        self.what, self.value, self.rows = what, value, tuple(rows)
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run that left because signal ``number`` told it to; its line says how to go on."""
+
+    def __init__(self, number: int, line: str) -> None:
+        super().__init__(line)
+        self.number = number
+
+
 # ---------------------------------------------------------------- data as it is read
 
 
@@ -266,12 +282,14 @@ class RewardTerm:
             ``chrf1``, ``chrf++``, ``bleu``. ``chrf1`` is chrF with beta 1: sacreBLEU's default, 2,
             counts recall twice, which a longer answer raises.
         weight: Factor before the sum.
+        timeout: Seconds that one call of a function may take; null waits for ever.
     """
 
     model: str | None = None
     function: str | None = None
     metric: Literal["chrf", "chrf1", "chrf++", "bleu"] | None = None
     weight: float = 1.0
+    timeout: float | None = 3600.0
 
 
 class RewardSource(Protocol):

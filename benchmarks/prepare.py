@@ -12,13 +12,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from align.data.chat import encode_examples
+from align.data.order import epoch_order, minibatches
 from align.data.preferences import load_examples
 from align.models import load_tokenizer
 from align.models.load import load_causal_lm, load_classifier
-from align.training.loop import minibatches
 from align.types import DataSource
 from benchmarks.data import preference_rows, write_jsonl
 
@@ -58,7 +59,8 @@ def write_rows(folder: Path, name: str, batch: int, steps: int) -> list[tuple[in
     ]
     path = folder / f"{name}.jsonl"
     write_jsonl(path, rows)
-    order = list(minibatches(len(rows), batch, SEED, start=0, stop=steps))
+    shuffled = epoch_order("shuffled", np.zeros(len(rows)), SEED)
+    order = list(minibatches(len(rows), batch, shuffled, start=0, stop=steps))
     write_jsonl(folder / f"{name}.peer.jsonl", [rows[i] for step in order for i in step])
     loaded = load_examples([DataSource(path=str(path))], kind=kind)
     groups, _, _ = encode_examples(tokenizer, loaded.examples, max_tokens=10**6)

@@ -184,6 +184,9 @@ def test_a_missing_file_in_a_folder_that_is_there_is_an_error(
         ("dpo", ["data.loss_on=all"], "data.loss_on: is for sft only"),
         ("generate", ["gradient_checkpointing=true"], "gradient_checkpointing: has no effect"),
         ("generate", ["trackers=[tensorboard]"], "trackers: has no effect in generate"),
+        ("dpo", ["model=models/judge"], "models/judge is a reward model"),
+        ("ppo", ["reward=models/judged"], "models/judged is a language model"),
+        ("generate", ["reward={metric: chrf}"], "prompts.jsonl:1: references: missing"),
     ],
 )
 def test_what_the_run_would_refuse_is_refused(
@@ -196,7 +199,9 @@ def test_what_the_run_would_refuse_is_refused(
     Path("prompts.jsonl").write_text('{"prompt": "a"}\n')
     Path("pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
     data = "pairs.jsonl" if recipe == "dpo" else "prompts.jsonl"
-    reward = "" if recipe == "dpo" else "reward: {metric: chrf}\n"
+    reward = "" if recipe == "dpo" else "reward: math:sqrt\n"
+    for name, kind in (("judge", "SequenceClassification"), ("judged", "CausalLM")):
+        LlamaConfig(**SHAPE, architectures=[f"LlamaFor{kind}"]).save_pretrained(f"models/{name}")
     text = f"model: {model}\noutput_dir: o\ndata: {data}\n{reward}"
     Path(f"{recipe}.yaml").write_text(text)
     assert cli.main(["check", f"{recipe}.yaml"]) == 0

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from align import doctor
 from align.cli import main
-from align.doctor import FEWEST, LIMITS, closing_lines, diagnose
+from align.doctor import closing_lines, diagnose
+from align.doctor_rules import FEWEST, LIMITS
+from align.files import read_rows
 from tests.trust import Trust
 
 ROOT = Path(__file__).parents[1]
@@ -72,6 +73,8 @@ BAD: dict[str, tuple[str, dict[str, Callable[[float], float]]]] = {
     "repetition_hacking": ("ppo", {"repetition": line(0.02, 0.5)}),
     "entropy_collapse": ("ppo", {"entropy": line(1.5, 0.05)}),
     "eos_falling": ("ppo", {"eos_rate": line(0.97, 0.4)}),
+    "never_ends": ("ppo", {"eos_rate": line(0.05, 0.05)}),
+    "scores_equal": ("ppo", {"score_std": line(0, 0), "score_mean": line(0, 0)}),
     "clip_fraction": ("ppo", {"clip_fraction": line(0.1, 0.6)}),
     "approx_kl": ("ppo", {"approx_kl": line(0.02, 0.3)}),
     "critic_useless": ("ppo", {"explained_variance": line(0, -1)}),
@@ -139,14 +142,41 @@ def test_length_alone_is_no_hacking() -> None:
     assert diagnose("ppo", rows("ppo", **changed), MANIFEST) == []
 
 
-def test_a_trend_needs_some_rows() -> None:
-    bad = rows("ppo", kl=line(50, 50))
+def test_a_trend_needs_some_rows_and_the_run_says_so() -> None:
+    bad = rows("ppo", entropy=lambda share: 1.5 if share < 0.04 else 0.01)
     assert diagnose("ppo", bad[: FEWEST - 1], MANIFEST) == []
+    assert closing_lines("ppo", bad[: FEWEST - 1], [])[-1].startswith("doctor: 7 logged steps: too")
     assert diagnose("ppo", bad[:FEWEST], MANIFEST) != []
+    assert "too few" not in closing_lines("ppo", bad[:FEWEST], [])[-1]
+
+
+def test_a_level_needs_three_rows() -> None:
+    bad = rows("ppo", kl=line(50, 50))
+    assert diagnose("ppo", bad[:2], MANIFEST) == []
+    assert [f.kind for f in diagnose("ppo", bad[:3], MANIFEST)] == ["kl_over_budget"]
+
+
+@pytest.mark.parametrize("stage", ["sft", "rm", "dpo"])
+def test_a_short_run_is_judged_by_its_held_out_loss(stage: str) -> None:
+    short = [{"step": 0, "eval_loss": 2.1}, {"step": 2, "loss": 9.0}, {"step": 2, "eval_loss": 4e3}]
+    (found,) = diagnose(stage, short, {"train_rows": 500})
+    assert found.kind == "held_out_worse"
+    assert "2.1 -> 4e+03" in str(found)
+    better = [*short[:2], {"step": 2, "eval_loss": 2.0}]
+    assert diagnose(stage, better, {"train_rows": 500}) == []
+
+
+@pytest.mark.parametrize("status", ["failed", "interrupted", "died"])
+def test_a_run_that_did_not_end_is_a_finding(status: str) -> None:
+    manifest = {**MANIFEST, "status": status, "error": "reward: no such function"}
+    (found,) = diagnose("sft", [], manifest)
+    assert found.kind == "unfinished"
+    assert f"({status} after step 0): reward: no such function" in str(found)
 
 
 def test_every_kind_is_shown_to_fire_and_is_explained() -> None:
-    assert {*BAD, "reward_model_weak", "too_little_data"} == set(LIMITS)
+    shown = {*BAD, "reward_model_weak", "too_little_data", "held_out_worse", "unfinished"}
+    assert shown == set(LIMITS)
     page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
     section = page.partition("## The run doctor")[2].partition("\n## ")[0]
     told = dict(re.findall(r"^\| `(\w+)` \|[^|]*\|[^|]*?(-?[\d.]+)[^|]*\|", section, re.M))
@@ -215,4 +245,4 @@ def test_what_is_no_run_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_a_row_that_a_crash_cut_short_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st', encoding="utf-8")
-    assert doctor.read_rows(tmp_path) == [{"step": 1}]
+    assert read_rows(tmp_path / "metrics.jsonl") == [{"step": 1}]

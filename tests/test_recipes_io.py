@@ -11,7 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from align import config, recipes_io
-from align.config import EvalRecipe, GenerateRecipe, LoraOptions, PPORecipe, SFTRecipe
+from align.config import (
+    DPORecipe,
+    EvalRecipe,
+    GenerateRecipe,
+    LoraOptions,
+    PPORecipe,
+    SFTRecipe,
+)
 from align.recipe_builder import RANGES
 from align.recipes_io import find_recipe, first_comment, load_recipe, to_yaml
 from align.types import AlignError, DataSource, RewardTerm
@@ -186,6 +193,27 @@ def test_data_shorthands_mean_the_same(write) -> None:
     wanted = (DataSource(path="a"),)
     for data in ("a", "[a]", "{train: a}", "{train: [a]}", "{train: {path: a}}"):
         assert load_recipe(SFTRecipe, write(BASE + f"data: {data}"), []).data.train == wanted
+
+
+def test_no_preferences_are_the_default(write) -> None:
+    text = BASE + "data: x.jsonl\n"
+    assert load_recipe(EvalRecipe, write(text), ["preferences=null"]) == load_recipe(
+        EvalRecipe, write(text)
+    )
+
+
+def test_a_recipe_named_for_another_command_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "sft.yaml"
+    path.write_text("model: m\noutput_dir: o\ndata: x.jsonl\n", encoding="utf-8")
+    others = {"sft": SFTRecipe, "dpo": DPORecipe}
+    assert load_recipe(SFTRecipe, str(path), others=others).model == "m"
+    with pytest.raises(AlignError, match="is a recipe for `align sft` by its name; run that"):
+        load_recipe(DPORecipe, str(path), others=others)
+
+
+def test_a_reward_of_module_and_function_needs_no_key(write) -> None:
+    found = load_recipe(PPORecipe, write("model: m\noutput_dir: o\nreward: my_rewards:brevity\n"))
+    assert found.reward == (RewardTerm(function="my_rewards:brevity"),)
 
 
 def test_reward_shorthands(write) -> None:

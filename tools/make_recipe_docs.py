@@ -89,12 +89,11 @@ MEANINGS: dict[str, str] = {
     "PPOConfig.gamma": "discount per token",
     "PPOConfig.whiten_advantages": "shift and scale them to mean 0, variance 1 over the rollout",
     "PPORecipe.eval_every": "iterations between held-out evaluations; 0 = start and end only",
-    "PPORecipe.keep_checkpoints": "newest checkpoints that are kept",
     "PPORecipe.reference_model": "folder or hub id; null = the model that training starts from",
     "PPORecipe.save_every": "iterations between checkpoints; 0 = none",
     "PPORecipe.tokens_per_microbatch": "tokens of one forward and backward: sets the memory only",
+    "RewardTerm.timeout": "seconds that a call of a function may take; null waits for ever",
     "RewardTerm.weight": "factor before the sum",
-    "TrainOptions.keep_checkpoints": "newest checkpoints that are kept",
 }
 
 

@@ -1,4 +1,4 @@
-"""``align data check|convert|rank``: look at data before training, rewrite it, rank it."""
+"""``align data check|convert|rank|trace``: look at data, rewrite it, rank it, find it again."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from align.commands import rank
+from align.commands import rank, trace
 from align.commands.files import write_rows
 from align.types import AlignError, DataSource
 
@@ -17,6 +17,7 @@ EPILOG = """\
   align data check pairs.jsonl --model runs/tiny/sft/model --test held_out.jsonl
   align data convert hh.jsonl.gz --to messages -o pairs.jsonl
   align data rank judgements.jsonl --pairs pairs.jsonl
+  align data trace runs/tiny/sft --step 17
 
 check ends with 1 if there is an error (with --strict: or a warning), for CI.
 """
@@ -25,7 +26,7 @@ check ends with 1 if there is an error (with --strict: or a warning), for CI.
 def add_parser(commands: Any) -> None:
     data = commands.add_parser(
         "data",
-        help="check, convert or rank data",
+        help="check, convert, rank or trace data",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -52,6 +53,7 @@ def add_parser(commands: Any) -> None:
     convert.add_argument("--skip-bad-rows", action="store_true", help="count them, go on")
     convert.set_defaults(run=run_convert)
     rank.add_parser(actions)
+    trace.add_parser(actions)
 
 
 def _add_files(parser: argparse.ArgumentParser) -> None:
@@ -109,7 +111,11 @@ def run_convert(args: argparse.Namespace) -> None:
     given = sources(args.files, args.columns)
     kind = args.kind or kind_of_sources(given)
     on_bad_row: Literal["skip", "stop"] = "skip" if args.skip_bad_rows else "stop"
-    loaded = load_examples(given, kind=kind, on_bad_row=on_bad_row)
+    try:
+        loaded = load_examples(given, kind=kind, on_bad_row=on_bad_row)
+    except AlignError as error:
+        flag = str(error).replace("set data.on_bad_row=skip", "add --skip-bad-rows")
+        raise AlignError(flag) from error
     write_rows(output, [convert(example, args.to) for example in loaded.examples])
     print(f"{output}: {len(loaded.examples)} rows ({kind}), as {args.to}")
     for report in loaded.reports:

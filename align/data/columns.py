@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
-from align.data.fields import Fields, Kind, renamed
+from align.data.fields import Fields, Kind, fields_of
 from align.data.formats import Row
 from align.data.pairs import alpaca, chosen_rejected, matched, pair_format, read_pair
 from align.data.rankings import (
@@ -39,7 +39,7 @@ def read_row(
     Raises:
         BadRow: A field is missing, empty or of the wrong type, or the pair is no preference.
     """
-    fields = Fields(renamed(row, columns), row.where, kind)
+    fields = fields_of(row, columns, kind)
     if kind == "sft":
         return (_sft(fields),)
     if kind == "prompt":
@@ -54,7 +54,7 @@ def read_row(
 
 def format_name(row: Row, kind: Kind, *, columns: Mapping[str, str]) -> str:
     """What the row's format is called, by the same rules that it is read by."""
-    fields = Fields(renamed(row, columns), row.where, kind)
+    fields = fields_of(row, columns, kind)
     if kind == "preference":
         return listwise_format(fields) or pair_format(fields).name
     if kind == "sft" and "completion" in fields:
@@ -73,7 +73,7 @@ def format_name(row: Row, kind: Kind, *, columns: Mapping[str, str]) -> str:
 def kind_of(row: Row, *, columns: Mapping[str, str]) -> Kind:
     """What a row was most likely meant for, where nobody says."""
     names = {*row.values, *columns}
-    fields = Fields(renamed(row, columns), row.where, "preference")
+    fields = fields_of(row, columns, "preference")
     if {"chosen", "summaries", "human_ref_A", "answer_0"} & names or listwise_format(fields):
         return "preference"
     learnt = {"completion", "messages", "conversations", "text"} & names

@@ -32,6 +32,8 @@ class Fields:
     values: Mapping[str, Any]
     where: str
     kind: Kind
+    # names that the row has, with nothing in them
+    null: frozenset[str] = frozenset()
 
     def __contains__(self, field: str) -> bool:
         return field in self.values
@@ -40,8 +42,13 @@ class Fields:
         raise BadRow(self.where, field, reason, advice)
 
     def missing(self, field: str) -> BadRow:
+        if field in self.null:
+            return BadRow(self.where, field, "null", "give it a value or remove the row")
         there = ", ".join(map(str, self.values)) or "none"
-        advice = f"needed: {_NEEDED[self.kind]}; there: {there}; set data.columns"
+        advice = (
+            f"needed: {_NEEDED[self.kind]}; there: {there}; if one of them is it, say so: "
+            f"data.columns.{field}=NAME (`align data`: --columns {field}=NAME)"
+        )
         return BadRow(self.where, field, "missing", advice)
 
     def get(self, field: str) -> Any:
@@ -101,16 +108,18 @@ class Fields:
         return number
 
 
-def renamed(row: Row, columns: Mapping[str, str]) -> dict[str, Any]:
+def fields_of(row: Row, columns: Mapping[str, str], kind: Kind) -> Fields:
+    """The row's values under our names; ``columns`` is ours -> the file's."""
     values = dict(row.values)
     for ours, theirs in columns.items():
         found, value = _dig(row.values, theirs)
         if not found:
             there = ", ".join(map(str, row.values)) or "none"
-            advice = f"there: {there}; correct data.columns.{ours}"
+            advice = f"there: {there}; correct data.columns.{ours} (`align data`: --columns)"
             raise BadRow(row.where, ours, f"column {theirs!r} is missing", advice)
         values[ours] = value
-    return {name: value for name, value in values.items() if value is not None}
+    given = {name: value for name, value in values.items() if value is not None}
+    return Fields(given, row.where, kind, frozenset(values.keys() - given.keys()))
 
 
 def _dig(values: Any, path: str) -> tuple[bool, Any]:

@@ -22,7 +22,10 @@ from typing import IO, Any, cast
 
 from align.types import AlignError, DataSource
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet", ".arrow")
+SUFFIXES = (
+    ".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet",
+    ".arrow",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -80,8 +83,8 @@ def read_file(path: Path) -> Iterator[Row | BadRow]:
             yield from _numbered(rows, str(path))
             return
         with _open(path) as stream:
-            if kind == ".csv":
-                yield from _read_csv(stream, path)
+            if kind in (".csv", ".tsv"):
+                yield from _read_csv(stream, path, "," if kind == ".csv" else "\t")
             elif kind == ".json":
                 yield from _read_json(stream, path)
             else:
@@ -165,7 +168,7 @@ def _read_lines(stream: IO[bytes], path: Path) -> Iterator[Row | BadRow]:
         except UnicodeDecodeError as error:
             yield _not_utf8(where, f"byte 0x{raw[error.start]:02x} at column {error.start + 1}")
         except json.JSONDecodeError as error:
-            advice = f"{error.msg} at column {error.colno}: mend the line"
+            advice = f"{_at(error)}: mend the line"
             yield BadRow(where, "row", "malformed JSON", advice)
         except (ValueError, RecursionError) as error:  # a number of thousands of digits, nesting
             yield BadRow(where, "row", "malformed JSON", f"{_one_line(error)}: mend the line")
@@ -185,7 +188,7 @@ def _read_json(stream: IO[bytes], path: Path) -> Iterator[Row | BadRow]:
         raise AlignError(f"{path}:{line}: not UTF-8 (byte {byte}); save it as UTF-8") from error
     except json.JSONDecodeError as error:
         raise AlignError(
-            f"{path}:{error.lineno}: malformed JSON: {error.msg} at column {error.colno}; "
+            f"{path}:{error.lineno}: malformed JSON: {_at(error)}; "
             "mend the line (an array is read as a whole, so on_bad_row cannot skip it)"
         ) from error
     except (ValueError, RecursionError) as error:
@@ -194,11 +197,18 @@ def _read_json(stream: IO[bytes], path: Path) -> Iterator[Row | BadRow]:
         yield _object(value, f"{path}:row {number}")
 
 
-def _read_csv(stream: IO[bytes], path: Path) -> Iterator[Row | BadRow]:
+def _read_csv(stream: IO[bytes], path: Path, separator: str) -> Iterator[Row | BadRow]:
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
     csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(text)
+    reader = csv.reader(text, delimiter=separator)
     header = next(reader, [])
+    other = next((s for s in ";\t," if len(header) == 1 and s in header[0]), None)
+    if other:
+        named = {"\t": "tabs", ";": "semicolons", ",": "commas"}
+        raise AlignError(
+            f"{path}:1: its cells are separated by {named[other]}, not by {named[separator]}; save "
+            "it with commas (.csv) or tabs (.tsv)"
+        )
     if len(set(header)) < len(header):
         twice = next(name for name in header if header.count(name) > 1)
         raise AlignError(f"{path}:1: two columns are called {twice!r}; rename one of them")
@@ -269,6 +279,10 @@ def _object(value: Any, where: str) -> Row | BadRow:
 
 def _not_utf8(where: str, detail: str) -> BadRow:
     return BadRow(where, "row", "not UTF-8", f"{detail}: save the file as UTF-8")
+
+
+def _at(error: json.JSONDecodeError) -> str:
+    return f"{error.msg.removesuffix(' at')} at column {error.colno}"
 
 
 def _one_line(error: BaseException) -> str:

@@ -197,6 +197,16 @@ class GroupFile(Sequence[TokenGroup]):
         parts = [np.diff(b.column("lengths").offsets.to_numpy()) - 1 for b in self._batches]
         return np.concatenate([np.zeros(0, np.int64), *parts])
 
+    def num_tokens(self) -> np.ndarray:
+        """Of each group, a shared prompt once, int64."""
+        parts = [np.diff(b.column("tokens").offsets.to_numpy()) for b in self._batches]
+        return np.concatenate([np.zeros(0, np.int64), *parts])
+
+    def rows(self) -> Iterator[tuple[str, int]]:
+        """(id, tokens) of each group; the id says in which file and line it stands."""
+        ids = (name for b in self._batches for name in b.column("id").to_pylist())
+        return zip(ids, self.num_tokens().tolist(), strict=True)
+
     def update(self, digest: Any) -> None:
         """Add all token ids, and where each sequence ends, to a hash."""
         for name in ("lengths", "tokens"):

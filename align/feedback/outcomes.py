@@ -73,6 +73,10 @@ def _judgement(row: Row) -> Judgement:
         if models and len(models) != len(items):
             fields.bad("models", f"{len(models)} names for {len(items)} items")
         return Judgement(row.where, prompt, items, annotator=annotator, models=models)
+    for name in ("winner", "a", "b"):
+        if name not in fields:
+            there = ", ".join(map(str, values)) or "none"
+            fields.bad(name, "missing", f"a judgement has a, b, winner, or ranking; there: {there}")
     winner = fields.get("winner")
     if winner not in OUTCOMES:
         fields.bad("winner", "not one of a, b, tie", f"it is {winner!r:.40}")

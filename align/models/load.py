@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,6 @@ from transformers import (
 
 from align.models.attention import BACKEND
 from align.types import AlignError
-
-log = logging.getLogger(__name__)
 
 
 def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -78,7 +76,9 @@ def load_causal_lm(
 
         whole = load_causal_lm(base, tokenizer, dtype=dtype, trust_remote_code=trust_remote_code)
         # float32, as `merged` says
-        adapted = _guarded(model, PeftModel.from_pretrained, whole.float(), model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft's, about transformers 6
+            adapted = _guarded(model, PeftModel.from_pretrained, whole.float(), model)
         return adapted.merge_and_unload().to(dtype)
     where, options = _locate(model)
     if from_scratch:
@@ -89,15 +89,18 @@ def load_causal_lm(
             config, attn_implementation=BACKEND, dtype=torch.float32
         )
     else:
-        loaded = _guarded(
+        loaded, info = _guarded(
             model,
             AutoModelForCausalLM.from_pretrained,
             where,
             attn_implementation=BACKEND,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
+            output_loading_info=True,
             **options,
         )
+        refuse_other_kind("model", model, loaded.config, head=False)
+        _complete(model, info)
     return _settle(loaded, tokenizer)
 
 
@@ -135,6 +138,7 @@ def load_classifier(
     if not hasattr(loaded, "score"):
         raise AlignError(f"{model}: {type(loaded).__name__} has no `score` head; use a decoder")
     fresh = any(key.startswith("score") for key in info["missing_keys"])
+    _complete(model, info, but="score")
     if fresh:
         _draw_head(loaded.score)
     loaded.score.float()  # scores are float32, whatever the trunk is held in
@@ -234,6 +238,11 @@ def _grow(model: PreTrainedModel, num_tokens: int) -> None:
                 rows[old:] = rows[:old].mean(0)
 
 
+def is_on_the_hub(model: str) -> bool:
+    """Whether it would be asked of the hub, or its cache; a misspelt folder raises."""
+    return _locate(model)[0] == model and not Path(model).exists()
+
+
 def _locate(model: str) -> tuple[str, dict[str, Any]]:
     """What ``from_pretrained`` takes for a folder, a GGUF file or a hub id."""
     path = Path(model)
@@ -243,7 +252,7 @@ def _locate(model: str) -> tuple[str, dict[str, Any]]:
         return str(path.parent), {"gguf_file": path.name}
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise AlignError(f"model: {model}: the folder has no config.json, so it holds no model")
+            raise AlignError(no_model_in(path))
         if list(path.glob("pytorch_model*.bin")) and not list(path.glob("*.safetensors")):
             raise AlignError(
                 f"model: {model}: only pickled weights (pytorch_model.bin), which are never loaded; "
@@ -256,6 +265,43 @@ def _locate(model: str) -> tuple[str, dict[str, Any]]:
     if looks_local and "/" in model or path.exists():
         raise AlignError(f"model: {model}: no such folder{_nearest(path)}")
     return model, {"use_safetensors": True}
+
+
+def no_model_in(folder: Path) -> str:
+    """What is wrong with a folder that holds no model, and where one lies if it is a run's."""
+    line = f"model: {folder}: the folder has no config.json, so it holds no model"
+    inside = [n for n in ("model", "critic") if (folder / n / "config.json").is_file()]
+    return f"{line}; it is a run's folder: name {folder / inside[0]}" if inside else line
+
+
+def refuse_other_kind(key: str, model: str, config: Any, *, head: bool) -> None:
+    """A reward model is no language model and a language model no reward model: their heads differ.
+
+    Args:
+        head: Whether a score head is wanted.
+    """
+    made = (getattr(config, "architectures", None) or [""])[0]
+    if head and made.endswith(("ForCausalLM", "LMHeadModel")):
+        raise AlignError(
+            f"{key}: {model} is a language model ({made}) without a trained score head; name a "
+            "reward model, such as `align rm` makes"
+        )
+    if not head and made.endswith("ForSequenceClassification"):
+        raise AlignError(
+            f"{key}: {model} is a reward model ({made}), which has no language-model head; name "
+            "the model that it was trained from"
+        )
+
+
+def _complete(model: str, info: dict[str, Any], *, but: str = "") -> None:
+    """Refuse weights of which a part is missing: transformers would draw it at random."""
+    missing = sorted(k for k in info["missing_keys"] if not (but and k.startswith(but)))
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise AlignError(
+            f"model: {model}: its files lack {missing[0]}{more}, which would be random; "
+            "fetch or save the model whole"
+        )
 
 
 def _nearest(path: Path) -> str:

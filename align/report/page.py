@@ -17,6 +17,8 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from align import __version__, doctor
+from align.doctor_rules import Finding
+from align.progress import duration
 from align.report import figures
 from align.report.frontier import frontier_of
 from align.report.runs import RunRecord, find_runs, read_run
@@ -72,7 +74,7 @@ def render(runs: Sequence[RunRecord]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "interval": interval, "duration": duration}
+    environment.filters |= {"number": number, "interval": interval, "duration": lasted}
     evaluations = [run for run in runs if run.evaluation is not None]
     return environment.get_template("page.html.j2").render(
         title=_title(runs),
@@ -92,9 +94,9 @@ def render(runs: Sequence[RunRecord]) -> str:
     )
 
 
-def _findings(run: RunRecord) -> list[doctor.Finding]:
+def _findings(run: RunRecord) -> list[Finding]:
     """What is wrong with the run by its logged numbers."""
-    return doctor.diagnose(run.stage, run.metrics, run.manifest) if run.metrics else []
+    return doctor.diagnose(run.stage, run.metrics, run.manifest)
 
 
 def _title(runs: Sequence[RunRecord]) -> str:
@@ -201,8 +203,5 @@ def interval(pair: Any) -> str:
     return "" if pair is None else f"{number(pair[0])} to {number(pair[1])}"
 
 
-def duration(seconds: Any) -> str:
-    if seconds is None:
-        return ""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.0f} s"
+def lasted(seconds: Any) -> str:
+    return "" if seconds is None else duration(seconds)

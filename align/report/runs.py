@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from align.files import read_rows
+from align.run_files import is_running
 from align.types import AlignError
 
 Row = dict[str, Any]
@@ -72,6 +74,8 @@ def find_runs(places: Sequence[str]) -> list[Path]:
 def read_run(folder: Path, root: Path) -> RunRecord:
     """Everything that one run has written."""
     manifest = _read_json(folder / "manifest.json")
+    if manifest.get("status") == "running" and not is_running(folder):
+        manifest["status"] = "died"
     evaluation = _read_json(folder / "eval.json") if (folder / "eval.json").is_file() else None
     outputs = {p.stem: read_rows(p) for p in sorted((folder / "outputs").glob("*.jsonl"))}
     if evaluation is not None:  # in the recipe's order
@@ -93,18 +97,6 @@ def read_run(folder: Path, root: Path) -> RunRecord:
         outputs=outputs,
         samples=read_rows(folder / "samples.jsonl"),
     )
-
-
-def read_rows(path: Path) -> list[Row]:
-    """Rows of a JSONL file; a last line that is still being written is left out."""
-    if not path.is_file():
-        return []
-    # not splitlines: a text may hold U+2028, which is a line end to it
-    *lines, _unfinished = path.read_text(encoding="utf-8").split("\n")
-    try:
-        return [json.loads(line) for line in lines if line.strip()]
-    except ValueError as error:
-        raise AlignError(f"report: {path}: not JSON: {error}") from error
 
 
 def _rank(stage: str) -> tuple[int, str]:

@@ -44,5 +44,5 @@ def _build_term(term: RewardTerm, load_model: Callable[[str], RewardSource]) -> 
     if term.model is not None:
         return load_model(term.model)
     if term.function is not None:
-        return load_function(term.function)
+        return load_function(term.function, term.timeout)
     return MetricReward(str(term.metric))

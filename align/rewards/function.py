@@ -1,6 +1,7 @@
 """A Python function as a reward source.
 
-The function is named in a recipe or on the command line, never in data: naming it runs it.
+The function is named in a recipe or on the command line, never in data: naming it runs it. It runs
+in a thread of its own, so that one that hangs ends the run with a line instead of holding it.
 """
 
 from __future__ import annotations
@@ -8,12 +9,15 @@ from __future__ import annotations
 import importlib
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
+from queue import Empty, Queue
+from threading import Thread
+from typing import Any
 
-from align.types import AlignError, RewardFunction, Text
+from align.types import AlignError, NonFiniteError, RewardFunction, Text
 
 
 @dataclass
@@ -22,6 +26,8 @@ class FunctionReward:
 
     name: str
     function: RewardFunction
+    # seconds that a call may take; None waits for ever
+    timeout: float | None = None
 
     def __call__(
         self,
@@ -30,7 +36,12 @@ class FunctionReward:
         references: Sequence[Sequence[str]],
     ) -> list[float]:
         try:
-            scores = self.function(prompts, responses, references)
+            scores = within(self.timeout, lambda: self.function(prompts, responses, references))
+        except _TimeIsUp as error:
+            raise AlignError(
+                f"reward function {self.name}: no answer within {self.timeout:g} s for "
+                f"{len(responses)} responses; mend it, or raise reward.timeout (seconds)"
+            ) from error
         except Exception as error:
             raise AlignError(
                 f"reward function {self.name}: raised {_one_line(error)}; "
@@ -39,7 +50,34 @@ class FunctionReward:
         return checked_scores(self.name, scores, len(responses))
 
 
-def load_function(name: str) -> FunctionReward:
+def within(seconds: float | None, call: Callable[[], Any]) -> Any:
+    """What ``call`` returns or raises; ``_TimeIsUp`` if it takes longer.
+
+    A thread that hangs cannot be stopped: it is left behind, and ends with the process.
+    """
+    done: Queue[tuple[Any, BaseException | None]] = Queue()
+
+    def run() -> None:
+        try:
+            done.put((call(), None))
+        except BaseException as error:
+            done.put((None, error))
+
+    Thread(target=run, daemon=True).start()
+    try:
+        result, error = done.get(timeout=seconds)
+    except Empty:
+        raise _TimeIsUp from None
+    if error is not None:
+        raise error
+    return result
+
+
+class _TimeIsUp(Exception):
+    """Not TimeoutError, which the function may raise itself."""
+
+
+def load_function(name: str, timeout: float | None = None) -> FunctionReward:
     """Import ``module:function``; the working directory counts as a place for modules.
 
     Raises:
@@ -49,6 +87,11 @@ def load_function(name: str) -> FunctionReward:
     if not module_name or not function_name:
         raise AlignError(
             f"reward.function={name!r}: must be module:function, e.g. my_rewards:brevity"
+        )
+    if module_name.endswith(".py"):
+        named = module_name.removesuffix(".py").replace("/", ".")
+        raise AlignError(
+            f"reward.function={name!r}: a module is named without .py: {named}:{function_name}"
         )
     working_directory = str(Path.cwd())
     if working_directory not in sys.path:
@@ -73,7 +116,7 @@ def load_function(name: str) -> FunctionReward:
             f"reward.function={name!r}: {module_name} has no function {function_name!r}; "
             f"it has {found or 'none'}"
         )
-    return FunctionReward(name, function)
+    return FunctionReward(name, function, timeout)
 
 
 def checked_scores(name: str, scores: object, count: int) -> list[float]:
@@ -91,10 +134,12 @@ def checked_scores(name: str, scores: object, count: int) -> list[float]:
             "must return one for each, in their order"
         )
     for row, score in enumerate(scores):
-        if not isinstance(score, Real) or not math.isfinite(score):
-            raise AlignError(
-                f"reward {name}: the score of response {row} is {score!r}, must be a finite float"
-            )
+        told = f"reward {name}: the score of response {row} is {score!r}, must be a finite float"
+        if not isinstance(score, Real):
+            raise AlignError(told)
+        if not math.isfinite(score):
+            bad = [i for i, s in enumerate(scores) if isinstance(s, Real) and not math.isfinite(s)]
+            raise NonFiniteError(told, what="score", value=float(score), rows=bad)
     return [float(score) for score in scores]
 
 

@@ -20,6 +20,7 @@ from align.data.chat import encode_completion, encode_prompt
 from align.data.packing import longest_sequence, pack
 from align.models import load_scalar_model, load_tokenizer
 from align.models.policy import ScalarModel, batch_sequences, check_length
+from align.rewards.function import checked_scores
 from align.types import AlignError, Text, TokenGroup, TokenSequence
 
 
@@ -57,7 +58,7 @@ class ModelReward:
             found = self.model(batch.to(self.model.device), at="last")
             scores[batch_sequences(batch)] = found.double().cpu().numpy()
         self.model.train(training)
-        return scores.tolist()
+        return checked_scores(self.name, scores, len(responses))
 
     def _groups(self, prompts: Sequence[Text], responses: Sequence[str]) -> list[TokenGroup]:
         """Neighbouring responses to one prompt share it."""

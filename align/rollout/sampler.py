@@ -8,6 +8,7 @@ drawn from, at the sampling temperature: these are PPO's old log-probabilities.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import isfinite
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from align.models.policy import Policy, check_length
 from align.models.precision import autocast
 from align.options import GenerationOptions
 from align.rollout.cache import SlotCache, recording_cache
-from align.types import Rollout, TokenGroup
+from align.types import NonFiniteError, Rollout, TokenGroup
 
 REFILL_SHARE = 0.25
 """Slots that must be free before new prompts are prefilled: small prefills waste a trunk pass."""
@@ -182,6 +183,7 @@ class _Sampler:
         assert self.cache is not None
         logits = self.policy.logits(hidden)
         requests = [request for request in (self.live[slot] for slot in slots) if request]
+        _require_finite(logits, [request.row for request in requests])
         uniforms = torch.tensor(
             [request.uniforms[len(request.tokens)] for request in requests], dtype=torch.float64
         )
@@ -206,6 +208,20 @@ class _Sampler:
         self.cache.keep(index)
         self.live = [self.live[i] for i in keep]
         self.last = self.last[index.to(self.last.device)]
+
+
+def _require_finite(logits: Tensor, rows: Sequence[int]) -> None:
+    """A token drawn from NaN would be an arbitrary one. Minus infinity forbids a token: allowed."""
+    largest = logits.amax(-1).tolist()
+    bad = [(row, value) for row, value in zip(rows, largest, strict=True) if not isfinite(value)]
+    if bad:
+        raise NonFiniteError(
+            f"sampling: the logits became {bad[0][1]} on response {bad[0][0]}; "
+            "the model's weights are broken or its numbers overflow: try precision=fp32",
+            what="logits",
+            value=bad[0][1],
+            rows=[row for row, _ in bad],
+        )
 
 
 def draw_tokens(

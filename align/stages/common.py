@@ -7,11 +7,14 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import set_seed
 from transformers import PreTrainedTokenizerBase
 
 from align.config import CommonRecipe
 from align.data.chat import end_token_ids
+from align.data.formats import find_files
 from align.models import Policy, load_tokenizer
+from align.models.load import is_on_the_hub
 from align.progress import say
 from align.recipes_io import to_yaml
 from align.run_folder import Run
@@ -36,6 +39,11 @@ def open_session(recipe: CommonRecipe, stage: str) -> Session:
             f"accelerate: {accelerator.distributed_type.value} is not supported yet; launch with "
             "data parallelism (DDP), as recipes/accelerate/ does"
         )
+    # a misspelt file is told at once, before a model is looked for on the hub
+    for source in (*recipe.data.train, *recipe.data.test):
+        find_files(source)
+    if accelerator.is_main_process and is_on_the_hub(recipe.model):
+        say(f"{stage}: {recipe.model}: no such folder here; asking the hub, or its cache")
     tokenizer = load_tokenizer(recipe.model, trust_remote_code=recipe.trust_remote_code)
     run = Run(
         stage,
@@ -46,7 +54,8 @@ def open_session(recipe: CommonRecipe, stage: str) -> Session:
         overwrite=recipe.overwrite,
         is_main=accelerator.is_main_process,
     )
-    torch.manual_seed(recipe.seed)
+    run.describe(processes=accelerator.num_processes)
+    set_seed(recipe.seed)
     if recipe.trackers:
         run.trackers.append(_tracker(accelerator, stage, to_yaml(recipe)))
     if accelerator.is_main_process:

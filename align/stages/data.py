@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from align.config import DataConfig
 from align.data.formats import content_of
+from align.data.order import EpochOrder, epoch_order
 from align.data.preferences import Example, load_examples, split_by_prompt, with_columns
 from align.data.subset import pick
 from align.data.token_cache import (
@@ -38,11 +39,13 @@ SIDES = ("train", "test")
 class Split:
     """Rows of one side of the split, tokenised; ``examples[i]`` made ``groups[i]``.
 
-    ``examples`` are there for prompts only: nothing else is needed once it is tokens.
+    ``examples`` are there for prompts only: nothing else is needed once it is tokens. ``order`` is
+    that in which an epoch goes through them.
     """
 
     groups: GroupFile
     examples: Sequence[PromptExample]
+    order: EpochOrder
 
 
 def load_data(session: Session, data: DataConfig, kind: Kind, *, seed: int) -> tuple[Split, Split]:
@@ -66,8 +69,14 @@ def load_data(session: Session, data: DataConfig, kind: Kind, *, seed: int) -> t
         raise AlignError(f"data: {world} processes need at least as many rows on each side")
     if session.run.is_main:
         _tell(reports["train"], facts["dropped"]["train"], manifest)
+    session.run.trace_rows(groups["train"].rows)
     train, test = (
-        Split(groups[side], ExampleFile(groups[side]) if kind == "prompt" else ()) for side in SIDES
+        Split(
+            groups[side],
+            ExampleFile(groups[side]) if kind == "prompt" else (),
+            epoch_order(data.order, groups[side].num_tokens(), seed),
+        )
+        for side in SIDES
     )
     return train, test
 
@@ -120,7 +129,9 @@ def _key(session: Session, data: DataConfig, kind: Kind, seed: int) -> str:
         side: [(asdict(source), content_of(source)) for source in getattr(data, side)]
         for side in SIDES
     }
-    parts = [code_hash(), tokenizer_hash(session.tokenizer), asdict(data), content, kind, seed]
+    options = asdict(data)
+    del options["order"]  # of steps, not of what is kept
+    parts = [code_hash(), tokenizer_hash(session.tokenizer), options, content, kind, seed]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 

@@ -24,7 +24,7 @@ from align.models import Policy, load_policy
 from align.models.load import weights_hash
 from align.models.lora import adapter_off
 from align.models.policy import batch_sequences
-from align.run_folder import change
+from align.progress import change
 from align.stages.common import (
     Session,
     open_session,
@@ -92,6 +92,7 @@ def run(recipe: DPORecipe) -> None:
         accelerator=session.accelerator,
         train=recipe.train,
         optim=recipe.optim,
+        order=train_data.order,
         seed=recipe.seed,
         resume=recipe.resume == "auto",
     )

@@ -101,7 +101,7 @@ def run(recipe: IterateRecipe) -> None:
         for old in run.folder.glob("round-*"):
             shutil.rmtree(old)
     say(f"iterate: {recipe.model} -> {recipe.output_dir}, at most {recipe.rounds} rounds")
-    run.forget_after(0)  # the rows are written again, from the folders of the rounds
+    run.rewind({})  # the rows are written again, from the folders of the rounds
     start = Round(0, run.folder / "round-0", recipe.model, recipe.model)
     rows = [_row_of(recipe, stages, start)]
     run.log(1, rows[0])

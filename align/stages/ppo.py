@@ -10,26 +10,25 @@ for old, new and reference log-probabilities.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from align.config import PPORecipe
-from align.losses import adapt_kl_coef, explained_variance, masked_mean
-from align.progress import Progress, say
+from align.data.order import prompt_batch
+from align.losses import adapt_kl_coef
+from align.progress import Progress, change
 from align.rollout.experience import (
     decode_rollout,
     make_experience,
     over_rollout,
-    repetition,
     rollout_groups,
 )
 from align.rollout.sampler import sample
-from align.run_folder import change
 from align.stages.common import (
     Session,
     open_session,
@@ -38,11 +37,16 @@ from align.stages.common import (
     trained_parameters,
 )
 from align.stages.data import Split, load_data
+from align.stages.ppo_hand import Hand
+from align.stages.ppo_report import describe, sample_rows
 from align.stages.ppo_roles import Roles, load_roles
 from align.stages.ppo_update import Update
-from align.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from align.training.checkpoint import InHand, load_in_hand
 from align.training.distributed import gather_rollout, my_share
-from align.types import Experience, PromptExample, Rollout
+from align.training.finite import FiniteGuard
+from align.training.loop import seed_step
+from align.training.saver import Saver
+from align.types import Experience, NonFiniteError, PromptExample, Rollout
 
 
 def run(recipe: PPORecipe) -> None:
@@ -73,53 +77,114 @@ class _PPO:
         self.recipe, self.session, self.roles = recipe, session, roles
         self.prompts, self.held_out = prompts, held_out
         self.update = Update(recipe, session, roles)
+        self.saver = Saver(
+            session.run,
+            session.accelerator,
+            self.update.trained,
+            keep=recipe.keep_checkpoints,
+            best_by=recipe.keep_best,
+        )
         self.kl_coef = recipe.kl.coef
+        # held-out numbers before the first step
+        self.before: dict[str, float] = {}
         self.end_ids = policy_end_ids(roles.actor, session)
 
     def train(self) -> tuple[dict[str, float], dict[str, float]]:
         """All iterations; returns the held-out numbers before and after."""
-        recipe, run = self.recipe, self.session.run
-        before, start = self._resume()
-        if before is None:
-            before = self.evaluate()
-            run.log(0, {f"eval_{k}": v for k, v in before.items()})
-        with Progress(recipe.ppo.iterations, "ppo", shown=run.is_main) as bar:
+        recipe, run, total = self.recipe, self.session.run, self.recipe.ppo.iterations
+        state = self.saver.resume(recipe.resume == "auto")
+        self.guard = FiniteGuard(run, on_nonfinite=recipe.on_nonfinite)
+        start, in_hand = 0, None
+        with self.saver, Progress(total, "ppo", shown=run.is_main) as bar:
+            if state is None:
+                self.before = self._evaluate_and_log(0)
+            else:
+                start, self.kl_coef, self.before = state["step"], state["kl_coef"], state["before"]
+                self.update.microbatches.tokens = state["tokens_per_microbatch"]
+                in_hand = load_in_hand(state["place"])
+            self.saver.require_best("keep_best", self.before)
             bar.advance(steps=start)
-            for iteration in range(start, recipe.ppo.iterations):
-                metrics = self.iterate(iteration)
-                done = iteration + 1
+            for iteration in range(start, total):
+                self.saver.stay_or_leave(iteration, self._state())
+                metrics = self.iterate(iteration, in_hand)
+                done, in_hand = iteration + 1, None
                 run.log(done, metrics)
                 bar.advance(
-                    tokens=int(metrics["tokens"]), score=metrics["score_mean"], kl=metrics["kl"]
+                    tokens=int(metrics.get("tokens", 0)),
+                    score=metrics.get("score_mean", math.nan),
+                    kl=metrics.get("kl", math.nan),
                 )
-                due = recipe.eval_every and done % recipe.eval_every == 0
-                if due and done < recipe.ppo.iterations:
-                    run.log(done, {f"eval_{k}": v for k, v in self.evaluate().items()})
-                if recipe.save_every and done % recipe.save_every == 0:
-                    self._save(done, before)
-        after = self.evaluate()
-        run.log(recipe.ppo.iterations, {f"eval_{k}": v for k, v in after.items()})
-        return before, after
+                save = bool(recipe.save_every) and done % recipe.save_every == 0
+                look = bool(recipe.eval_every) and done % recipe.eval_every == 0
+                looked = done < total and (look or (save and recipe.keep_best))
+                held_out = self._evaluate_and_log(done) if looked else None
+                if save:
+                    self.saver.save(done, self._state(), held_out)
+            after = self._evaluate_and_log(total)
+            if self.saver.take_best(after):
+                after = self.evaluate(total)
+        return self.before, after
 
-    def iterate(self, iteration: int) -> dict[str, float]:
-        """Sample -> score -> reference and values -> rewards and advantages -> update -> adapt."""
+    def iterate(self, iteration: int, in_hand: InHand | None = None) -> dict[str, float]:
+        """Sample -> score -> reference and values -> rewards and advantages -> update -> adapt.
+
+        ``in_hand`` is what an earlier process made of this iteration before it left.
+        """
         recipe = self.recipe
-        torch.manual_seed((recipe.seed * 1_000_003 + iteration) % 2**31)
+        seed_step(recipe.seed, iteration)
         started = time.monotonic()
-        per_iteration = recipe.ppo.rollout_batch // recipe.generation.samples_per_prompt
-        members = prompt_batch(len(self.prompts.groups), per_iteration, recipe.seed, iteration)
+        k = recipe.generation.samples_per_prompt
+        num_prompts = recipe.ppo.rollout_batch // k
+        members = prompt_batch(len(self.prompts.groups), num_prompts, self.prompts.order, iteration)
         examples = [self.prompts.examples[i] for i in members]
+        prompt_ids = [self.prompts.groups[i].prefix_ids for i in members for _ in range(k)]
+        hand = Hand.unpacked(in_hand, prompt_ids, self.session.accelerator.device)
 
-        rollout = self.sample(self.prompts, members, seed=recipe.seed * 7919 + iteration)
-        sampled = time.monotonic()
-        responses, scores = self.score(examples, rollout)
-        experience = self.experience(rollout, scores)
-        scored = time.monotonic()
-        metrics = self._describe(experience, scores)
-        metrics |= self.update(experience, iteration, self.kl_coef)
+        try:
+            if hand.rollout is None:
+                hand.rollout = self.sample(
+                    self.prompts, members, seed=recipe.seed * 7919 + iteration
+                )
+                self._stay_or_leave(iteration, hand)
+            rollout, sampled = hand.rollout, time.monotonic()
+            responses = self.decode(rollout)
+            if hand.scores is None:
+                hand.scores = self.score(examples, rollout, responses)
+                if recipe.save_every:
+                    self.saver.add_in_hand(iteration, hand.packed())
+                self._stay_or_leave(iteration, hand)
+        except NonFiniteError as error:
+            self.guard.accepts(
+                iteration + 1, {error.what: error.value}, [examples[r // k].id for r in error.rows]
+            )
+            return self.guard.metrics()
+        scores = hand.scores
+        if hand.experience is None:
+            hand.experience = self.experience(rollout, scores)
+        experience, scored = hand.experience, time.monotonic()
+        computed = {
+            "reference log-probability": float(experience.ref_logprobs.sum()),
+            "critic's value": float(experience.values.sum()),
+        }
+        if not self.guard.accepts(iteration + 1, computed, [e.id for e in examples]):
+            return self.guard.metrics()
+        metrics = describe(experience, scores, kl_coef=self.kl_coef, samples_per_prompt=k)
+        metrics |= self.update(
+            experience,
+            iteration,
+            self.kl_coef,
+            hand,
+            accept=lambda numbers, prompts: self.guard.accepts(
+                iteration + 1, numbers, [examples[i].id for i in prompts]
+            ),
+            between=lambda: self._stay_or_leave(iteration, hand),
+        )
+        metrics |= self.guard.metrics()
         updated = time.monotonic()
 
-        self._write_samples(iteration + 1, examples, responses, experience, scores)
+        self.session.run.append(
+            "samples.jsonl", sample_rows(iteration + 1, examples, responses, experience, scores)
+        )
         if recipe.kl.adaptive:
             self.kl_coef = adapt_kl_coef(
                 self.kl_coef,
@@ -150,17 +215,20 @@ class _PPO:
         )
         return gather_rollout(rollout, self.recipe.generation.samples_per_prompt, accelerator)
 
+    def decode(self, rollout: Rollout) -> list[str]:
+        """The responses as text."""
+        return decode_rollout(self.session.tokenizer, rollout, end_ids=self.end_ids)
+
     def score(
-        self, examples: Sequence[PromptExample], rollout: Rollout
-    ) -> tuple[list[str], Tensor]:
-        """The responses as text and their raw scores ``[B]``, one per row of the rollout."""
+        self, examples: Sequence[PromptExample], rollout: Rollout, responses: Sequence[str]
+    ) -> Tensor:
+        """The raw scores ``[B]``, one per row of the rollout."""
         k = self.recipe.generation.samples_per_prompt
-        responses = decode_rollout(self.session.tokenizer, rollout, end_ids=self.end_ids)
         repeated = [example for example in examples for _ in range(k)]
         scores = self.roles.reward(
             [e.prompt for e in repeated], responses, [e.references for e in repeated]
         )
-        return responses, torch.tensor(scores, dtype=torch.float32, device=rollout.logprobs.device)
+        return torch.tensor(scores, dtype=torch.float32, device=rollout.logprobs.device)
 
     def experience(self, rollout: Rollout, scores: Tensor) -> Experience:
         """What an update needs; the EOS trick and the reward's own mean come in here."""
@@ -194,13 +262,27 @@ class _PPO:
             whiten_advantages=recipe.ppo.whiten_advantages,
         )
 
-    def evaluate(self) -> dict[str, float]:
-        """Score, KL and length of samples on held-out prompts, at the training temperature."""
+    def evaluate(self, done: int) -> dict[str, float]:
+        """Score, KL and length of samples on held-out prompts, at the training temperature.
+
+        Nothing where no prompt is held out, or where a number is not finite and is to be skipped.
+        """
         if not self.held_out.groups:
             return {}
+        try:
+            return self._measure_held_out()
+        except NonFiniteError as error:
+            k = self.recipe.generation.samples_per_prompt
+            ids = [self.held_out.examples[r // k].id for r in error.rows]
+            self.guard.accepts(done, {f"held-out {error.what}": error.value}, ids)
+            return {}
+
+    def _measure_held_out(self) -> dict[str, float]:
+        # a reward that draws random numbers draws the same ones, whatever came before
+        seed_step(self.recipe.seed, 104_729)
         members = list(range(len(self.held_out.groups)))
         rollout = self.sample(self.held_out, members, seed=self.recipe.seed + 104_729)
-        _, scores = self.score([self.held_out.examples[i] for i in members], rollout)
+        scores = self.score(self.held_out.examples, rollout, self.decode(rollout))
         groups = rollout_groups(rollout, self.recipe.generation.samples_per_prompt)
         ref_logprobs = over_rollout(
             rollout,
@@ -215,92 +297,19 @@ class _PPO:
             "eos_rate": rollout.finished.float().mean().item(),
         }
 
-    def _describe(self, experience: Experience, scores: Tensor) -> dict[str, float]:
-        """What docs/metrics.md explains, of the rollout before the update."""
-        rollout, k = experience.rollout, self.recipe.generation.samples_per_prompt
-        mask = rollout.response_mask
-        log_ratio = rollout.logprobs - experience.ref_logprobs
-        kl = log_ratio.sum(1)
-        # the same for every response to a prompt at the optimum: the live distance to it
-        soft_value = (experience.scores - self.kl_coef * kl).view(-1, k)
-        gap = {"optimality_gap": soft_value.std(1).mean().item()} if k > 1 else {}
-        return gap | {
-            "score_mean": scores.mean().item(),
-            "score_std": scores.std().item() if len(scores) > 1 else 0.0,
-            "reward_mean": experience.rewards.sum(1).mean().item(),
-            "kl": kl.mean().item(),
-            "kl_per_token": masked_mean(log_ratio, mask).item(),
+    def _evaluate_and_log(self, done: int) -> dict[str, float]:
+        found = self.evaluate(done)
+        self.session.run.log(done, {f"eval_{k}": v for k, v in found.items()})
+        return found
+
+    def _state(self) -> dict[str, Any]:
+        return {
             "kl_coef": self.kl_coef,
-            "entropy": -masked_mean(rollout.logprobs, mask).item(),
-            "length_mean": mask.sum(1).float().mean().item(),
-            "eos_rate": rollout.finished.float().mean().item(),
-            "repetition": repetition(rollout),
-            "explained_variance": explained_variance(
-                experience.values, experience.returns, mask
-            ).item(),
-            "tokens": float(mask.sum()),
+            "before": self.before,
+            "tokens_per_microbatch": self.update.microbatches.tokens,
         }
 
-    def _write_samples(
-        self,
-        iteration: int,
-        examples: Sequence[PromptExample],
-        responses: Sequence[str],
-        experience: Experience,
-        scores: Tensor,
-    ) -> None:
-        k = self.recipe.generation.samples_per_prompt
-        rollout = experience.rollout
-        kl = (rollout.logprobs - experience.ref_logprobs).sum(1).tolist()
-        rows: list[dict[str, Any]] = [
-            {
-                "iteration": iteration,
-                "id": examples[i // k].id,
-                "prompt": examples[i // k].prompt,
-                "response": responses[i],
-                "score": scores[i].item(),
-                "kl": kl[i],
-                "finished": bool(rollout.finished[i]),
-            }
-            for i in range(len(responses))
-        ]
-        self.session.run.append("samples.jsonl", rows)
-
-    def _save(self, iteration: int, before: dict[str, float]) -> None:
-        if self.session.accelerator.is_main_process:
-            save_checkpoint(
-                self.session.run.folder / "checkpoints",
-                iteration,
-                self.update.trained,
-                {"kl_coef": self.kl_coef, "before": before},
-                keep=self.recipe.keep_checkpoints,
-            )
-        self.session.accelerator.wait_for_everyone()
-
-    def _resume(self) -> tuple[dict[str, float] | None, int]:
-        run = self.session.run
-        found = checkpoints(run.folder / "checkpoints") if self.recipe.resume == "auto" else []
-        if not found:
-            run.begin()
-            run.forget_after(-1)
-            return None, 0
-        run.resume()
-        state = load_checkpoint(found[-1], self.update.trained)
-        self.kl_coef = state["kl_coef"]
-        run.forget_after(state["step"])
-        if run.is_main:
-            say(f"ppo: resumed from {found[-1]} ({state['step']} iterations done)")
-        return state["before"], state["step"]
-
-
-def prompt_batch(num_prompts: int, size: int, seed: int, iteration: int) -> list[int]:
-    """The prompts of one iteration: passes over all of them, each in an order of its own."""
-    start = iteration * size
-    orders: dict[int, np.ndarray] = {}
-    members = []
-    for position in range(start, start + size):
-        epoch = position // num_prompts
-        if epoch not in orders:
-            orders[epoch] = np.random.default_rng([seed, epoch]).permutation(num_prompts)
-        members.append(int(orders[epoch][position % num_prompts]))
-    return members
+    def _stay_or_leave(self, iteration: int, hand: Hand) -> None:
+        self.saver.stay_or_leave(
+            iteration, self._state(), part=hand.minibatches, in_hand=hand.packed()
+        )

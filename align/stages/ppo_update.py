@@ -6,8 +6,7 @@ into. Actor and critic have an optimizer each, and their gradients are clipped a
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from align.losses import approx_kl, clip_fraction, kl_estimate, masked_mean, ppo
 from align.losses import value_loss as clipped_value_loss
 from align.rollout.experience import rollout_groups
 from align.stages.common import Session
+from align.stages.ppo_hand import Hand
 from align.stages.ppo_roles import Roles
 from align.training.distributed import my_share, sum_over_processes, without_sync
 from align.training.microbatches import Microbatches
@@ -52,33 +52,53 @@ class Update:
             "critic": (roles.critic, self.critic_optimizer),
         }
 
-    def __call__(self, experience: Experience, iteration: int, kl_coef: float) -> dict[str, float]:
+    def __call__(
+        self,
+        experience: Experience,
+        iteration: int,
+        kl_coef: float,
+        hand: Hand,
+        *,
+        accept: Callable[[Mapping[str, float], Sequence[int]], bool],
+        between: Callable[[], None],
+    ) -> dict[str, float]:
+        """All minibatches that ``hand`` has not done yet; it is kept up to date.
+
+        Args:
+            accept: Told what must be finite and of which prompts; False leaves the step out.
+            between: Called between two minibatches, where the state is whole.
+        """
         ppo = self.recipe.ppo
         k = self.recipe.generation.samples_per_prompt
         groups = rollout_groups(experience.rollout, k)
         per_iteration = ppo.epochs * ppo.num_minibatches
         total = ppo.iterations * per_iteration
-        sums: dict[str, float] = {}
+        sums = hand.sums
         lr = 0.0
-        for epoch in range(ppo.epochs):
+        while hand.minibatches < per_iteration:
+            epoch, number = divmod(hand.minibatches, ppo.num_minibatches)
             rng = np.random.default_rng([self.recipe.seed, iteration, epoch])
-            for number, members in enumerate(
-                np.array_split(rng.permutation(len(groups)), ppo.num_minibatches)
-            ):
-                step = iteration * per_iteration + epoch * ppo.num_minibatches + number
-                lr = set_lr(self.actor_optimizer, self.actor_lr, step, total, self.recipe.optim)
-                set_lr(self.critic_optimizer, self.critic_lr, step, total, self.recipe.optim)
-                found = self._minibatch(
-                    experience, groups, members.tolist(), kl_coef, iteration >= ppo.critic_warmup
-                )
-                if epoch == number == 0:
-                    # of the same weights still: sampling and training agree on the log-probs
-                    sums["first_ratio_error"] = per_iteration * found["ratio_error"]
-                for name, value in found.items():
-                    sums[name] = sums.get(name, 0.0) + value
-        del sums["ratio_error"]
-        means = {name: value / per_iteration for name, value in sums.items()}
-        return means | {"lr": lr, "tokens_per_microbatch": float(self.microbatches.tokens)}
+            order = rng.permutation(len(groups))
+            members = np.array_split(order, ppo.num_minibatches)[number].tolist()
+            step = iteration * per_iteration + hand.minibatches
+            lr = set_lr(self.actor_optimizer, self.actor_lr, step, total, self.recipe.optim)
+            set_lr(self.critic_optimizer, self.critic_lr, step, total, self.recipe.optim)
+            found = self._minibatch(
+                experience, groups, members, kl_coef, iteration >= ppo.critic_warmup, accept
+            )
+            if hand.minibatches == 0 and found:
+                # of the same weights still: sampling and training agree on the log-probs
+                sums["first_ratio_error"] = found["ratio_error"]
+            found.pop("ratio_error", None)
+            for name, value in (found | {"taken": 1.0} if found else {}).items():
+                sums[name] = sums.get(name, 0.0) + value
+            hand.minibatches += 1
+            if hand.minibatches < per_iteration:
+                between()
+        taken = sums.get("taken", 1.0)
+        once = {name: sums[name] for name in ("first_ratio_error",) if name in sums}
+        means = {n: value / taken for n, value in sums.items() if n not in (*once, "taken")}
+        return means | once | {"lr": lr, "tokens_per_microbatch": float(self.microbatches.tokens)}
 
     def _minibatch(
         self,
@@ -87,8 +107,9 @@ class Update:
         members: Sequence[int],
         kl_coef: float,
         train_actor: bool,
+        accept: Callable[[Mapping[str, float], Sequence[int]], bool],
     ) -> dict[str, float]:
-        """One optimizer step of each; means over the minibatch's tokens."""
+        """One optimizer step of each, if all is finite; means over the minibatch's tokens."""
         self.actor.train()
         self.critic.train()
         mine = my_share(members, self.accelerator)
@@ -120,10 +141,20 @@ class Update:
 
         self.microbatches.accumulate([groups[i] for i in mine], visit, restart)
         metrics = sum_over_processes(sums, self.accelerator)
+        must_be_finite = {name: metrics[name] for name in ("policy_loss", "value_loss")}
+        stepping = {"critic_grad_norm": (self.critic, self.critic_optimizer)}
         if train_actor:
-            metrics["grad_norm"] = self._step("actor", self.actor, self.actor_optimizer)
-        metrics["critic_grad_norm"] = self._step("critic", self.critic, self.critic_optimizer)
-        return metrics | {"ratio_error": max(errors)}
+            stepping = {"grad_norm": (self.actor, self.actor_optimizer)} | stepping
+        for name, (model, _) in stepping.items():
+            limit = self.recipe.optim.max_grad_norm
+            metrics[name] = float(self.accelerator.clip_grad_norm_(model.parameters(), limit))
+            must_be_finite[name] = metrics[name]
+        accepted = accept(must_be_finite, members)
+        for _, optimizer in stepping.values():
+            if accepted:
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return metrics | {"ratio_error": max(errors)} if accepted else {}
 
     def _policy_loss(
         self, take: Callable[[str], Tensor], batch: TokenBatch, kl_coef: float, denominator: int
@@ -165,16 +196,6 @@ class Update:
             clip_range=self.recipe.ppo.value_clip_range or None,
             denominator=denominator,
         )
-
-    def _step(self, role: str, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> float:
-        norm = float(
-            self.accelerator.clip_grad_norm_(model.parameters(), self.recipe.optim.max_grad_norm)
-        )
-        if not math.isfinite(norm):
-            raise AlignError(f"ppo: the {role}'s gradient became {norm}; lower optim.lr")
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return norm
 
 
 class _Taken:

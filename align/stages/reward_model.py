@@ -21,8 +21,7 @@ from align.losses import bradley_terry_loss
 from align.models import ScalarModel, load_scalar_model
 from align.models.load import weights_hash
 from align.models.policy import batch_sequences
-from align.progress import say
-from align.run_folder import change
+from align.progress import change, say
 from align.stages.common import Session, open_session, trained_parameters
 from align.stages.data import Split, load_data
 from align.training.loop import Measure, Measured, evaluate_groups, train
@@ -96,6 +95,7 @@ def run(recipe: RewardRecipe) -> None:
         accelerator=session.accelerator,
         train=recipe.train,
         optim=recipe.optim,
+        order=train_data.order,
         seed=recipe.seed,
         resume=recipe.resume == "auto",
     )

@@ -13,7 +13,7 @@ from align.config import SFTRecipe
 from align.losses import nll_loss
 from align.models import load_policy
 from align.models.load import weights_hash
-from align.run_folder import change
+from align.progress import change
 from align.stages.common import open_session, save_policy, trained_parameters
 from align.stages.data import load_data
 from align.training.loop import Measured, evaluate_groups, train
@@ -63,6 +63,7 @@ def run(recipe: SFTRecipe) -> None:
         accelerator=session.accelerator,
         train=recipe.train,
         optim=recipe.optim,
+        order=train_data.order,
         seed=recipe.seed,
         resume=recipe.resume == "auto",
     )

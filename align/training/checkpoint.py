@@ -1,54 +1,91 @@
 """Whole checkpoints in safetensors and JSON: all of one there, or none of it.
 
-A checkpoint is written beside its place and renamed into it, so a run that dies in the middle of a
-save leaves the checkpoint before it untouched. Nothing is pickled. No random state is saved: every
-step seeds its generators from (seed, step), so a resumed run draws what the whole run drew.
+A checkpoint is written beside its place, forced to disk and renamed into it, so a run that dies in
+the middle of a save leaves the checkpoint before it untouched. Nothing is pickled. No random state
+is saved: every step seeds its generators from (seed, step), so a resumed run draws what the whole
+run drew.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from align.files import fsync, move_into_place, writing
 from align.types import AlignError
 
 Trained = Mapping[str, tuple[torch.nn.Module, torch.optim.Optimizer]]
 
+InHand = tuple[Mapping[str, torch.Tensor], Mapping[str, Any]]
+"""Tensors and JSON values of a step that was not finished."""
+
+IN_HAND = "in_hand.safetensors"
+
 
 def save_checkpoint(
-    folder: Path, step: int, trained: Trained, state: Mapping[str, Any], *, keep: int
-) -> None:
+    folder: Path,
+    step: int,
+    trained: Trained,
+    state: Mapping[str, Any],
+    *,
+    keep: int,
+    also_keep: Collection[int] = (),
+    part: int = 0,
+    in_hand: InHand | None = None,
+) -> Path:
     """Write ``folder/step-N`` with weights, moments and ``state``, and drop the oldest.
 
     Args:
         trained: Name of a role (``actor``) -> its model and optimizer.
         state: Whatever else the run needs to go on; JSON values only.
         keep: Newest checkpoints to keep, at least 1.
+        also_keep: Steps to keep whatever their age.
+        part: How far inside the step after ``step``, where weights have moved on already; the
+            place is ``step-N-part-M`` then.
+        in_hand: What that unfinished step has made so far.
     """
-    place, partial = folder / f"step-{step}", folder / f"partial-step-{step}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    name = f"step-{step}" + (f"-part-{part}" if part else "")
+    place, partial, old = folder / name, folder / f"partial-{name}", folder / f"old-{name}"
+    for left in folder.glob("partial-*"):  # by a run that was killed
+        shutil.rmtree(left, ignore_errors=True)
     try:
-        for role, (model, optimizer) in trained.items():
-            _save_tensors(_trained_parameters(model), partial / f"{role}.safetensors")
-            _save_tensors(_moments(model, optimizer), partial / f"{role}.optimizer.safetensors")
-        text = json.dumps({"step": step, **state}, indent=2)
-        (partial / "state.json").write_text(text, encoding="utf-8")
-    except (OSError, SafetensorError) as error:
+        with writing(place, "the checkpoints before it are untouched"):
+            partial.mkdir(parents=True)
+            for role, (model, optimizer) in trained.items():
+                _save_tensors(_trained_parameters(model), partial / f"{role}.safetensors")
+                moments = _moments(model, optimizer)
+                _save_tensors(moments, partial / f"{role}.optimizer.safetensors")
+            if in_hand is not None:
+                _save_in_hand(in_hand, partial)
+            text = json.dumps({"step": step, **state}, indent=2)
+            (partial / "state.json").write_text(text, encoding="utf-8")
+            fsync(partial / "state.json")
+            fsync(partial)
+    except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
-        raise AlignError(f"checkpoint {place}: cannot be written: {error}") from error
-    shutil.rmtree(place, ignore_errors=True)
-    os.replace(partial, place)
-    for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+        raise
+    if place.exists():  # a folder cannot be renamed onto another one
+        shutil.rmtree(old, ignore_errors=True)
+        move_into_place(place, old)
+    move_into_place(partial, place)
+    shutil.rmtree(old, ignore_errors=True)
+    for other in checkpoints(folder)[:-keep]:
+        if _position(other) not in {(kept, 0) for kept in also_keep}:
+            shutil.rmtree(other)
+    return place
+
+
+def add_in_hand(place: Path, in_hand: InHand) -> None:
+    """Put an unfinished step beside the whole checkpoint that it starts from."""
+    with writing(place, "it is whole without what was to be added"):
+        _save_in_hand(in_hand, place)
 
 
 def load_checkpoint(place: Path, trained: Trained) -> dict[str, Any]:
@@ -58,15 +95,48 @@ def load_checkpoint(place: Path, trained: Trained) -> dict[str, Any]:
             weights = load_file(place / f"{role}.safetensors")
             moments = load_file(place / f"{role}.optimizer.safetensors")
             _restore(model, optimizer, weights, moments, place)
-        return json.loads((place / "state.json").read_text(encoding="utf-8"))
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
-        raise AlignError(f"checkpoint {place}: cannot be read: {error}; remove it") from error
+        state = dict(json.loads((place / "state.json").read_text(encoding="utf-8")))
+        if (state.get("step"),) != _position(place)[:1]:
+            raise ValueError(f"state.json is of step {state.get('step')}")
+        return state
+    except (OSError, SafetensorError, ValueError, TypeError) as error:
+        if isinstance(error, AlignError):
+            raise
+        raise _unreadable(place, error) from error
+
+
+def load_in_hand(place: Path) -> InHand | None:
+    """What `save_checkpoint` or `add_in_hand` kept of an unfinished step, if they did."""
+    path = place / IN_HAND
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return tensors, json.loads(file.metadata()["state"])
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise _unreadable(path, error) from error
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
-    found = [p for p in folder.glob("step-*") if (p / "state.json").is_file()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
+    """Whole checkpoints, oldest first.
+
+    One that was set aside to be replaced counts as long as nothing has taken its place.
+    """
+    aside = [p for p in folder.glob("old-step-*") if not (folder / p.name[4:]).exists()]
+    found = [p for p in [*folder.glob("step-*"), *aside] if (p / "state.json").is_file()]
+    return sorted(filter(_position, found), key=_position)
+
+
+def _position(place: Path) -> tuple[int, int] | tuple[()]:
+    """``step-N`` or ``step-N-part-M`` -> (N, M), M = 0 where there is none."""
+    name = place.name.removeprefix("old-").removeprefix("step-")
+    step, _, part = name.partition("-part-")
+    return (int(step), int(part or 0)) if (step + part).isdecimal() else ()
+
+
+def _unreadable(place: Path, error: Exception) -> AlignError:
+    return AlignError(f"checkpoint {place}: cannot be read: {error}; remove it to use an older one")
 
 
 def _trained_parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -82,10 +152,18 @@ def _moments(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
     }
 
 
-def _save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    save_file({name: t.contiguous() for name, t in tensors.items()}, path)
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+def _save_tensors(
+    tensors: Mapping[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> None:
+    save_file({name: t.contiguous() for name, t in tensors.items()}, path, metadata)
+    fsync(path)
+
+
+def _save_in_hand(in_hand: InHand, folder: Path) -> None:
+    tensors, state = in_hand
+    partial = folder / f"{IN_HAND}.partial"
+    _save_tensors(tensors, partial, {"state": json.dumps(state)})
+    move_into_place(partial, folder / IN_HAND)
 
 
 def _restore(
@@ -96,12 +174,21 @@ def _restore(
     place: Path,
 ) -> None:
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if parameters.keys() != weights.keys():
+    shapes = {name: p.shape for name, p in parameters.items()}
+    if shapes != {name: w.shape for name, w in weights.items()}:
         raise AlignError(f"checkpoint {place}: holds other parameters than this recipe trains")
+    states: dict[str, dict[str, torch.Tensor]] = {}
+    for key, moment in moments.items():
+        owner, _, name = key.rpartition("/")
+        states.setdefault(owner, {})[name] = moment
+    for name, state in states.items():
+        shapes_of_state = {value.shape for value in state.values() if value.ndim}
+        if name not in shapes or not shapes_of_state <= {shapes[name]}:
+            raise AlignError(f"checkpoint {place}: holds other moments than this recipe trains")
     for name, parameter in parameters.items():
         parameter.data.copy_(weights[name])
-        of_this = {k.rpartition("/"): v for k, v in moments.items()}
-        state = {key: v for (owner, _, key), v in of_this.items() if owner == name}
-        if state:
+        if name in states:
             # the step count too: a fused AdamW keeps it beside its parameter
-            optimizer.state[parameter] = {k: v.to(parameter.device) for k, v in state.items()}
+            optimizer.state[parameter] = {
+                key: value.to(parameter.device) for key, value in states[name].items()
+            }

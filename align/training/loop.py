@@ -9,25 +9,27 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import set_seed
 from torch import Tensor
 
+from align.data.order import EpochOrder, minibatches
 from align.data.packing import longest_of, pack, windows
 from align.models.policy import check_length
 from align.options import OptimOptions, TrainOptions
-from align.progress import Progress, say
+from align.progress import Progress
 from align.run_folder import Run
-from align.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from align.training.distributed import my_share, sum_over_processes, without_sync
+from align.training.finite import FiniteGuard
 from align.training.microbatches import Microbatches
 from align.training.optim import make_optimizer, set_lr
+from align.training.saver import Saver
 from align.types import AlignError, TokenBatch, TokenGroup
 
 
@@ -61,6 +63,7 @@ def train(
     accelerator: Accelerator,
     train: TrainOptions,
     optim: OptimOptions,
+    order: EpochOrder,
     seed: int,
     resume: bool,
 ) -> tuple[dict[str, float], dict[str, float]]:
@@ -70,6 +73,7 @@ def train(
         model: Prepared by ``accelerator``; ``measure`` runs it.
         units: What a group adds to the loss's denominator: counted tokens (SFT) or 1 (pairs).
         evaluate: Held-out numbers; called before the first step and after the last.
+        order: In which order an epoch goes through the groups.
     """
     if not groups:
         raise AlignError("data: no training rows are left; see the dropped rows in manifest.json")
@@ -82,18 +86,36 @@ def train(
         )
     optimizer = make_optimizer(model, optim)
     peak = optimizer.param_groups[0]["lr"]
-    trained = {"model": (accelerator.unwrap_model(model), optimizer)}
     total, per_epoch = num_steps(len(groups), train), steps_per_epoch(len(groups), train)
-    before, step = _resumed(run, trained, total, resume)
-    if before is None:
-        before = evaluate()
-        run.log(0, {f"eval_{k}": v for k, v in before.items()})
-    microbatches = Microbatches(
-        train.tokens_per_microbatch, num_processes=accelerator.num_processes
+    saver = Saver(
+        run,
+        accelerator,
+        {"model": (accelerator.unwrap_model(model), optimizer)},
+        keep=train.keep_checkpoints,
+        best_by=train.keep_best,
     )
-    with Progress(total, run.stage, shown=run.is_main) as bar:
+    state = saver.resume(resume) or {"step": 0}
+    guard = FiniteGuard(run, on_nonfinite=train.on_nonfinite)
+    microbatches = Microbatches(
+        state.get("tokens_per_microbatch", train.tokens_per_microbatch),
+        num_processes=accelerator.num_processes,
+    )
+    step = state["step"]
+
+    def measured_now() -> dict[str, float]:
+        found = evaluate()
+        run.log(step, {f"eval_{k}": v for k, v in found.items()})
+        return found
+
+    def lasting() -> dict[str, Any]:
+        return {"before": before, "tokens_per_microbatch": microbatches.tokens}
+
+    with saver, Progress(total, run.stage, shown=run.is_main) as bar:
         bar.advance(steps=step)
-        for members in minibatches(len(groups), train.minibatch, seed, start=step, stop=total):
+        before = state["before"] if "before" in state else measured_now()
+        saver.require_best("train.keep_best", before)
+        saver.stay_or_leave(step, lasting())
+        for members in minibatches(len(groups), train.minibatch, order, start=step, stop=total):
             lr = set_lr(optimizer, peak, step, total, optim)
             metrics = _step(
                 model,
@@ -105,21 +127,25 @@ def train(
                 microbatches,
                 optim,
                 accelerator,
-                _mix(seed, step),
+                reseed=partial(seed_step, seed, step),
+                accept=partial(guard.accepts, step + 1),
             )
+            metrics |= guard.metrics()
             step += 1
-            bar.advance(tokens=int(metrics["tokens"]), loss=metrics["loss"])
+            bar.advance(tokens=int(metrics["tokens"]), loss=metrics.get("loss", math.nan))
             if step % train.log_every == 0 or step == total:
                 run.log(step, {**metrics, "lr": lr, "epoch": step / per_epoch})
-            if train.eval_every and step % train.eval_every == 0 and step < total:
-                run.log(step, {f"eval_{k}": v for k, v in evaluate().items()})
-            if train.save_every and step % train.save_every == 0 and accelerator.is_main_process:
-                folder = run.folder / "checkpoints"
-                save_checkpoint(
-                    folder, step, trained, {"before": before}, keep=train.keep_checkpoints
-                )
-    after = evaluate()
-    run.log(step, {f"eval_{k}": v for k, v in after.items()})
+            save = bool(train.save_every) and step % train.save_every == 0
+            look = bool(train.eval_every) and step % train.eval_every == 0
+            looked = step < total and (look or (save and train.keep_best))
+            held_out = measured_now() if looked else None
+            if save:
+                saver.save(step, lasting(), held_out)
+            if step < total:
+                saver.stay_or_leave(step, lasting())
+        after = measured_now()
+        if saver.take_best(after):
+            after = evaluate()
     return before, after
 
 
@@ -135,21 +161,6 @@ def steps_per_epoch(num_groups: int, options: TrainOptions) -> int:
     return math.ceil(num_groups / options.minibatch)
 
 
-def minibatches(
-    num_groups: int, size: int, seed: int, *, start: int, stop: int
-) -> Iterator[list[int]]:
-    """Members of steps ``start`` to ``stop``: a new permutation every epoch, a pure function of
-    (seed, step), so that a resumed run needs no sampler state."""
-    per_epoch = math.ceil(num_groups / size)
-    epoch, order = -1, np.zeros(0, dtype=np.int64)
-    for step in range(start, stop):
-        if step // per_epoch != epoch:
-            epoch = step // per_epoch
-            order = np.random.default_rng([seed, epoch]).permutation(num_groups)
-        at = (step % per_epoch) * size
-        yield order[at : at + size].tolist()
-
-
 def _step(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -160,9 +171,11 @@ def _step(
     microbatches: Microbatches,
     optim: OptimOptions,
     accelerator: Accelerator,
-    step_seed: int,
+    *,
+    reseed: Callable[[], None],
+    accept: Callable[[Mapping[str, float], Sequence[str]], bool],
 ) -> dict[str, float]:
-    """One optimizer step over the minibatch ``members``."""
+    """One optimizer step over the minibatch ``members``, if its numbers are finite."""
     started = time.monotonic()
     model.train()
     mine = my_share(members, accelerator)
@@ -180,17 +193,21 @@ def _step(
     def restart() -> None:
         sums.clear()
         optimizer.zero_grad(set_to_none=True)
-        torch.manual_seed(step_seed)
+        reseed()
 
-    torch.manual_seed(step_seed)
+    reseed()
     tokens = microbatches.accumulate([groups[i] for i in mine], visit, restart)
     _add(sums, {"tokens": (float(tokens), 0.0)})
     norm = accelerator.clip_grad_norm_(model.parameters(), optim.max_grad_norm)
-    _check_finite(norm, members, groups)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    # of all processes: every one of them takes the step, or none
     metrics = _means(sum_over_processes(sums, accelerator))
     metrics["grad_norm"] = float(norm)
+    must_be_finite = {"loss": metrics["loss"], "gradient": metrics["grad_norm"]}
+    if accept(must_be_finite, [groups[i].id for i in members]):
+        optimizer.step()
+    else:
+        metrics = {"tokens": metrics["tokens"]}
+    optimizer.zero_grad(set_to_none=True)
     metrics["tokens_per_microbatch"] = float(microbatches.tokens)
     metrics["tokens_per_second"] = metrics["tokens"] / max(time.monotonic() - started, 1e-9)
     return metrics
@@ -237,31 +254,6 @@ def _means(sums: Mapping[str, float]) -> dict[str, float]:
     }
 
 
-def _check_finite(norm: Any, members: Sequence[int], groups: Sequence[TokenGroup]) -> None:
-    if not math.isfinite(float(norm)):
-        rows = ", ".join(groups[i].id for i in list(members)[:3])
-        raise AlignError(
-            f"training: the gradient became {float(norm)}; lower optim.lr, or look at the rows of "
-            f"this step ({rows}, ...)"
-        )
-
-
-def _resumed(
-    run: Run, trained: Any, total: int, resume: bool
-) -> tuple[dict[str, float] | None, int]:
-    """Go on from the newest whole checkpoint: (held-out numbers of the start, its step)."""
-    found = checkpoints(run.folder / "checkpoints") if resume else []
-    if not found:
-        run.begin()
-        run.forget_after(-1)
-        return None, 0
-    run.resume()
-    state = load_checkpoint(Path(found[-1]), trained)
-    run.forget_after(state["step"])
-    if run.is_main:
-        say(f"{run.stage}: resumed from {found[-1]} ({state['step']} of {total} steps done)")
-    return state["before"], state["step"]
-
-
-def _mix(seed: int, step: int) -> int:
-    return (seed * 1_000_003 + step) % 2**31
+def seed_step(seed: int, step: int) -> None:
+    """Python's, NumPy's and torch's random numbers of a step are a function of (seed, step)."""
+    set_seed((seed * 1_000_003 + step) % 2**31)

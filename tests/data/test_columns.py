@@ -185,7 +185,7 @@ def test_a_column_that_is_not_there_is_named() -> None:
     row = {"question": "q", "chosen": "a", "rejected": "b"}
     assert refusal("preference", row, prompt="qestion") == (
         "f.jsonl:7: prompt: column 'qestion' is missing; there: question, chosen, rejected; "
-        "correct data.columns.prompt"
+        "correct data.columns.prompt (`align data`: --columns)"
     )
 
 
@@ -196,7 +196,7 @@ GOOD = {"prompt": "q", "chosen": "good", "rejected": "bad"}
     ("row", "said"),
     [
         ({"prompt": "q", "chosen": "good"}, "rejected: missing; needed: "),
-        ({**GOOD, "rejected": None}, "rejected: missing; needed: "),
+        ({**GOOD, "rejected": None}, "rejected: null; give it a value"),
         ({**GOOD, "rejected": ""}, "rejected: empty; "),
         ({**GOOD, "chosen": " \n"}, "chosen: empty; "),
         ({**GOOD, "prompt": ""}, "prompt: empty; "),

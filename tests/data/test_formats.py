@@ -144,6 +144,26 @@ def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path) -> None:
     assert [row.values for row in read(tmp_path)] == [{"text": "x"}, {}, {"text": "x"}]
 
 
+def test_tabs_are_for_tsv(tmp_path) -> None:
+    (tmp_path / "a.tsv").write_text("prompt\tcompletion\none, two\tthree\n", encoding="utf-8")
+    (row,) = read_rows(DataSource(path=str(tmp_path / "a.tsv")))
+    assert row.values == {"prompt": "one, two", "completion": "three"}
+
+
+@pytest.mark.parametrize(
+    ("name", "header", "told"),
+    [
+        ("a.csv", "prompt;completion", "separated by semicolons, not by commas"),
+        ("a.csv", "prompt\tcompletion", "separated by tabs, not by commas"),
+        ("a.tsv", "prompt,completion", "separated by commas, not by tabs"),
+    ],
+)
+def test_another_separator_is_named(tmp_path, name: str, header: str, told: str) -> None:
+    (tmp_path / name).write_text(f"{header}\na;b\n", encoding="utf-8")
+    with pytest.raises(AlignError, match=told):
+        list(read_rows(DataSource(path=str(tmp_path / name))))
+
+
 def test_a_csv_row_with_a_cell_too_many_is_bad(tmp_path) -> None:
     path = tmp_path / "d.csv"
     path.write_text("prompt,completion\na,b\na,b, and c\n")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
@@ -20,7 +21,7 @@ from transformers import (
 )
 
 from align.models import load_policy, load_scalar_model, load_tokenizer
-from align.models.load import load_causal_lm, weights_hash
+from align.models.load import load_causal_lm, load_classifier, weights_hash
 from align.types import AlignError
 
 CPU = torch.device("cpu")
@@ -188,6 +189,32 @@ def test_a_misspelt_relative_folder_is_not_asked_of_the_hub(
     folder = copy_of()
     monkeypatch.chdir(folder.parent.parent)
     refuse(f"{folder.parent.name}/tinny", f"no such folder; did you mean {folder.parent.name}/")
+
+
+def test_a_runs_folder_names_the_model_in_it(tmp_path: Path, tiny: Path) -> None:
+    shutil.copytree(tiny, tmp_path / "run" / "model")
+    with pytest.raises(AlignError, match=r"it is a run's folder: name .*run/model$"):
+        load_tokenizer(str(tmp_path / "run"))
+
+
+def test_reward_model_is_no_language_model(tiny: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(tiny))
+    classifier, _ = load_classifier(str(tiny), tokenizer)
+    classifier.save_pretrained(tmp_path / "rm")
+    with pytest.raises(AlignError, match=r"is a reward model \(\w+ForSequenceClassification\)"):
+        load_causal_lm(str(tmp_path / "rm"), tokenizer)
+
+
+def test_weights_of_which_a_part_is_missing(copy_of: Callable[[], Path]) -> None:
+    folder = copy_of()
+    weights = load_file(folder / "model.safetensors")
+    gone = next(name for name in weights if "mlp" in name)
+    del weights[gone]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    tokenizer = load_tokenizer(str(folder))
+    for load in (load_causal_lm, load_classifier):
+        with pytest.raises(AlignError, match=f"its files lack .*{gone}"):
+            load(str(folder), tokenizer)
 
 
 def test_folder_without_a_model(tmp_path: Path) -> None:

@@ -38,6 +38,11 @@ def test_function_in_the_working_directory(folder: Path) -> None:
     assert score_with("return [len(r) / 2 for r in responses]", folder) == [0.5, 1.0]
 
 
+def test_a_module_is_named_without_py() -> None:
+    with pytest.raises(AlignError, match=r"named without .py: my.rewards:brevity"):
+        load_function("my/rewards.py:brevity")
+
+
 def test_function_in_a_package(folder: Path) -> None:
     (folder / "pack").mkdir()
     (folder / "pack" / "mod.py").write_text("def f(p, r, refs):\n    return [1, 2]\n")

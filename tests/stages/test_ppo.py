@@ -22,7 +22,6 @@ from align.evaluation import harness
 from align.models import load_scalar_model, load_tokenizer
 from align.models.policy import ScalarModel
 from align.stages import ppo, ppo_update, reward_model
-from align.training import checkpoint
 from align.types import AlignError, Experience, TokenGroup
 from tests.trust import Trust
 
@@ -482,36 +481,6 @@ def test_critic_starts_from_the_reward_model(run_ppo: RunPPO, reward_folder: Pat
 SAVING = ("save_every=1", "kl.adaptive=true", "kl.target=0.01", "kl.horizon=64", "eval_every=2")
 
 
-def timeless(path: Path, read_jsonl: ReadJsonl) -> list[Row]:
-    return [{k: v for k, v in r.items() if "second" not in k} for r in read_jsonl(path)]
-
-
-KILLED = {
-    "sampling": (ppo, "sample", 4),  # the third rollout, after one for the held-out prompts
-    "scoring": (ppo, "make_experience", 3),
-    "between the steps of an update": (ppo_update.Update, "_minibatch", 6),
-    "before saving": (ppo, "save_checkpoint", 3),
-    "saving": (checkpoint, "_save_tensors", 6),  # half of the second checkpoint is there
-}
-
-
-def test_killed_anywhere_resumed_is_the_whole_run(
-    run_ppo: RunPPO,
-    stop_at: Callable[..., Any],
-    assert_same_weights: Callable[..., None],
-    read_jsonl: ReadJsonl,
-) -> None:
-    whole = run_ppo("whole", *SAVING)
-    for phase, (owner, name, call) in KILLED.items():
-        with stop_at(owner, name, call):
-            run_ppo(phase, *SAVING)
-        resumed = run_ppo(phase, *SAVING, "resume=auto")
-        for part in ("model", "critic"):
-            assert_same_weights(whole / part, resumed / part)
-        for file in ("metrics.jsonl", "samples.jsonl"):
-            assert timeless(whole / file, read_jsonl) == timeless(resumed / file, read_jsonl)
-
-
 def test_resumed_lora_run_is_the_whole_run(
     run_ppo: RunPPO, stop_at: Callable[..., Any], assert_same_weights: Callable[..., None]
 ) -> None:
@@ -531,13 +500,6 @@ def test_same_seed_same_run(
     assert_same_weights(first / "model", again / "model")
     texts = [[r["response"] for r in read_jsonl(f / "samples.jsonl")] for f in (first, other)]
     assert texts[0] != texts[1]
-
-
-def test_prompts_are_gone_through_in_passes() -> None:
-    seen = [i for iteration in range(5) for i in ppo.prompt_batch(10, 4, 0, iteration)]
-    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
-    assert seen[:10] != seen[10:]
-    assert ppo.prompt_batch(3, 8, 0, 0).count(0) >= 2  # more prompts wanted than there are
 
 
 # ---------------------------------------------------------------- what is refused

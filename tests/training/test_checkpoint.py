@@ -92,6 +92,49 @@ def test_half_written_checkpoints_do_not_count(tmp_path: Path) -> None:
     assert names(tmp_path) == ["step-1", "step-2"]
 
 
+def test_killed_between_the_renames_of_a_replacement(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The only checkpoint is set aside, the new one has not taken its place: it still counts."""
+    pair = {"model": made(0)}
+    save_checkpoint(tmp_path, 1, pair, {"n": 1}, keep=1)
+    original = module.move_into_place
+
+    def dying(partial: Path, place: Path) -> None:
+        if place.name == "step-1":
+            raise KeyboardInterrupt
+        original(partial, place)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "move_into_place", dying)
+        with pytest.raises(KeyboardInterrupt):
+            save_checkpoint(tmp_path, 1, pair, {"n": 2}, keep=1)
+    (only,) = checkpoints(tmp_path)
+    assert load_checkpoint(only, pair)["n"] == 1
+    save_checkpoint(tmp_path, 2, pair, {}, keep=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-2"]
+
+
+def test_parts_come_after_their_step_and_the_best_is_kept(tmp_path: Path) -> None:
+    pair = {"model": made(0)}
+    for step, part in ((2, 0), (2, 1), (2, 10), (3, 0), (10, 0)):
+        in_hand = ({"x": torch.arange(3)}, {"minibatches": part}) if part else None
+        save_checkpoint(tmp_path, step, pair, {}, keep=3, also_keep=[2], part=part, in_hand=in_hand)
+    assert names(tmp_path) == ["step-2", "step-2-part-10", "step-3", "step-10"]
+    tensors, state = module.load_in_hand(tmp_path / "step-2-part-10") or ({}, {})
+    assert torch.equal(tensors["x"], torch.arange(3))
+    assert state == {"minibatches": 10}
+    assert module.load_in_hand(tmp_path / "step-3") is None
+
+
+def test_a_state_of_another_step_is_refused(tmp_path: Path) -> None:
+    pair = {"model": made(0)}
+    save_checkpoint(tmp_path, 1, pair, {}, keep=1)
+    (tmp_path / "step-1").rename(tmp_path / "step-7")
+    with pytest.raises(AlignError, match=r"step-7: cannot be read: state.json is of step 1"):
+        load_checkpoint(tmp_path / "step-7", pair)
+
+
 def test_a_save_that_dies_leaves_the_one_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -99,7 +142,7 @@ def test_a_save_that_dies_leaves_the_one_before(
     save_checkpoint(tmp_path, 1, pair, {}, keep=1)
     written = 0
 
-    def dying(tensors: object, path: Path) -> None:
+    def dying(tensors: object, path: Path, metadata: object = None) -> None:
         nonlocal written
         written += 1
         if written == 3:

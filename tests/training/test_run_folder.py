@@ -9,7 +9,9 @@ from typing import Any
 import psutil
 import pytest
 
-from align.run_folder import Run, change, duration
+from align.progress import change, duration
+from align.run_files import is_running, note_failure
+from align.run_folder import Run
 from align.types import AlignError, SourceReport
 
 ReadJsonl = Callable[[Path], list[dict[str, Any]]]
@@ -92,7 +94,9 @@ def test_rows_with_strange_line_ends_survive_a_resume(
 ) -> None:
     run = open_run(tmp_path)
     run.append("samples.jsonl", [{"iteration": 1, "response": "a\u2028b\x85c"}])
-    run.forget_after(1)
+    sizes = run.sizes()
+    run.append("samples.jsonl", [{"iteration": 2, "response": "again"}])
+    run.rewind(sizes)
     text = (tmp_path / "samples.jsonl").read_text(encoding="utf-8")
     assert json.loads(text)["response"] == "a\u2028b\x85c"
 
@@ -140,6 +144,41 @@ def test_overwrite_removes_what_a_run_writes_and_nothing_else(tmp_path: Path) ->
     assert found == ["config.yaml", "manifest.json", "notes.txt"]
 
 
+def test_a_run_that_is_replaced_stays_until_the_new_one_has_numbers(tmp_path: Path) -> None:
+    open_run(tmp_path).log(1, {"loss": 2.0})
+    (tmp_path / "model").mkdir()
+    open_run(tmp_path, overwrite=True, config_yaml="seed: 4\n")
+    assert not (tmp_path / "model").exists()
+    assert note_failure(tmp_path, "failed", "reward: no such function")
+    assert (tmp_path / "model").is_dir()
+    assert (tmp_path / "metrics.jsonl").is_file()
+    assert (tmp_path / "config.yaml").read_text() == "seed: 3\n"
+    # the same, but killed: the next run that replaces it knows which of the two to keep
+    open_run(tmp_path, overwrite=True)
+    open_run(tmp_path, overwrite=True)
+    assert note_failure(tmp_path, "failed", "")
+    assert (tmp_path / "model").is_dir()
+    run = open_run(tmp_path, overwrite=True)
+    run.log(0, {"eval_loss": 2.0})
+    assert not note_failure(tmp_path, "failed", "reward: no such function")
+    assert not (tmp_path / "model").exists()
+    assert not (tmp_path / ".replaced").exists()
+    assert manifest(tmp_path)["status"] == "failed"
+    assert manifest(tmp_path)["error"] == "reward: no such function"
+
+
+def test_a_failure_is_noted_by_the_process_that_runs_only(tmp_path: Path) -> None:
+    open_run(tmp_path).log(1, {"loss": 2.0})
+    parent = psutil.Process().parent()
+    claim = [platform.node(), parent.pid, parent.create_time()]
+    (tmp_path / ".running").write_text(json.dumps(claim))
+    assert is_running(tmp_path) == parent.pid
+    assert not note_failure(tmp_path, "failed", "")
+    assert manifest(tmp_path)["status"] == "running"
+    (tmp_path / ".running").unlink()
+    assert is_running(tmp_path) == 0
+
+
 def test_a_file_in_the_way_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(AlignError, match="output_dir: "):
@@ -148,14 +187,17 @@ def test_a_file_in_the_way_is_one_line(tmp_path: Path) -> None:
 
 def test_resume_forgets_the_steps_it_does_again(tmp_path: Path, read_jsonl: ReadJsonl) -> None:
     run = open_run(tmp_path)
-    for step in (1, 2, 3):
-        run.log(step, {"loss": float(step)})
+    run.log(1, {"loss": 1.0})
+    run.log(2, {"loss": 2.0})
+    sizes = run.sizes()
+    run.log(2, {"eval_loss": 2.0})  # of the same step, behind the checkpoint
+    run.log(3, {"loss": 3.0})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 1, "lo')  # killed in the middle of a line
-    run.forget_after(2)
+    run.rewind(sizes)
     found = read_jsonl(tmp_path / "metrics.jsonl")
     assert [(row["step"], row["loss"]) for row in found] == [(1, 1.0), (2, 2.0)]
-    run.forget_after(-1)
+    run.rewind({})
     assert read_jsonl(tmp_path / "metrics.jsonl") == []
 
 

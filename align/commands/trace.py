@@ -1,0 +1,61 @@
+"""``align data trace RUN``: which rows of which files a run, or one step of it, was trained on."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from align.types import AlignError
+
+
+def add_parser(actions: Any) -> None:
+    trace = actions.add_parser("trace", help="file and line of every row that was trained on")
+    trace.add_argument("folder", metavar="RUN", help="the folder of an sft, rm, dpo or ppo run")
+    trace.add_argument("--step", type=int, help="an optimizer step, of PPO an iteration, from 1")
+    trace.add_argument("--json", action="store_true", help="a JSON list instead of lines")
+    trace.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    folder = Path(args.folder)
+    ids, lengths, manifest = read_rows(folder)
+    members = list(range(len(ids)))
+    if args.step is not None:
+        members = members_of(manifest, lengths, args.step)
+    if args.json:
+        print(json.dumps([ids[i] for i in members], ensure_ascii=False))
+        return
+    for i in members:
+        print(ids[i])
+
+
+def read_rows(folder: Path) -> tuple[list[str], list[int], dict[str, Any]]:
+    """(ids, tokens, manifest): an id is ``file:line``, ``#2`` behind it for a second copy."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        lines = (folder / "train_rows.tsv").read_text(encoding="utf-8").split("\n")[:-1]
+        rows = [line.rsplit("\t", 1) for line in lines]
+        return [row[0] for row in rows], [int(row[1]) for row in rows], manifest
+    except (OSError, ValueError, IndexError) as error:
+        raise AlignError(
+            f"data trace: {folder} holds no run whose rows can be traced: {error}; name the folder "
+            "of an sft, rm, dpo or ppo run"
+        ) from error
+
+
+def members_of(manifest: dict[str, Any], lengths: list[int], step: int) -> list[int]:
+    """The rows of one step, worked out as the run did it."""
+    from align.data.order import epoch_order, minibatches, prompt_batch
+
+    recipe = manifest["recipe"]
+    order = epoch_order(recipe.get("data.order", "shuffled"), lengths, manifest["seed"])
+    if step < 1:
+        raise AlignError(f"data trace: --step {step}: steps are counted from 1")
+    if manifest["stage"] == "ppo":
+        k = recipe["generation.samples_per_prompt"]
+        return prompt_batch(len(lengths), recipe["ppo.rollout_batch"] // k, order, step - 1)
+    size = recipe["train.minibatch"]
+    (members,) = minibatches(len(lengths), size, order, start=step - 1, stop=step)
+    return members

@@ -1,0 +1,304 @@
+"""What the run doctor looks for: one pure function for each kind of trouble.
+
+A rule takes what a run logged and its manifest, and gives one `Finding` or None. Limits are rules
+of thumb, explained in docs/metrics.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, median
+from typing import Any
+
+Row = Mapping[str, Any]
+
+LIMITS: dict[str, float] = {
+    "kl_over_budget": 30.0,  # nats per response; 1.5 x kl.target where kl.adaptive
+    "length_hacking": 1.5,  # tokens per response, as a share of those at the start
+    "repetition_hacking": 0.1,  # rise of the share of repeated trigrams
+    "entropy_collapse": 0.3,  # nats per token, as a share of those at the start
+    "eos_falling": 0.15,  # fall of the share of responses that end
+    "clip_fraction": 0.3,  # share of tokens
+    "approx_kl": 0.05,  # nats per token and update
+    "critic_useless": 0.0,  # explained variance
+    "reward_model_weak": 0.5,  # accuracy; that of "longer wins" where it is more
+    "chosen_falling": -10.0,  # log-ratio of chosen, nats per response
+    "never_ends": 0.1,  # share of responses that end by themselves
+    "scores_equal": 0.0,  # standard deviation of the scores of a rollout
+    "held_out_worse": 1.05,  # held-out loss at the end, as a share of that before training
+    "unfinished": 0.0,  # steps logged
+    "lr_too_high": 10.0,  # gradient norm, as a share of that at the start; loss: LOSS_RISE
+    "too_little_data": 100.0,  # training rows of SFT, reward model, DPO; held-out loss: OVERFIT
+}
+LOSS_RISE = 1.2
+"""Training loss at the end as a share of that at the start."""
+OVERFIT = 1.05
+"""Held-out loss at the end as a share of its lowest, while the training loss falls."""
+SCORE_RISE = 0.5
+"""Rise of the mean score that counts as rising, in standard deviations of the first scores."""
+FEWEST = 8
+"""Rows before a trend is spoken of."""
+LAST = 3
+"""Rows at the end, at least, whose mean is called the end."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong: ``value`` is beyond ``limit``, in the unit of LIMITS."""
+
+    kind: str
+    value: float
+    limit: float
+    says: str
+    cure: str
+
+    def __str__(self) -> str:
+        return f"{self.says} [{self.kind}]; {self.cure}"
+
+
+class Rows:
+    """The numbers of one name, and how they were at the start and are at the end."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self.rows = rows
+
+    def __call__(self, name: str) -> list[float]:
+        return [float(row[name]) for row in self.rows if name in row]
+
+    def ends(
+        self, name: str, mean: Callable[[Sequence[float]], float] = fmean
+    ) -> tuple[float, float] | None:
+        """Means over the first and the last fifth; None while there are too few rows."""
+        values = self(name)
+        if len(values) < FEWEST:
+            return None
+        fifth = max(LAST, len(values) // 5)
+        return mean(values[:fifth]), mean(values[-fifth:])
+
+    def end(self, name: str) -> float | None:
+        """Mean over the last fifth, which says how it is now; None while there are too few rows."""
+        values = self(name)
+        return fmean(values[-max(LAST, len(values) // 5) :]) if len(values) >= LAST else None
+
+
+def _kl_over_budget(rows: Rows, manifest: Row) -> Finding | None:
+    end, recipe = rows.end("kl"), manifest.get("recipe", {})
+    limit = LIMITS["kl_over_budget"]
+    if recipe.get("kl.adaptive"):
+        limit = 1.5 * float(recipe["kl.target"])
+    if end is None or end <= limit:
+        return None
+    says = f"KL to the reference is {end:.3g} nats per response, over its budget of {limit:.3g}"
+    return Finding(
+        "kl_over_budget", end, limit, says, "raise kl.coef, lower optim.lr, or stop earlier"
+    )
+
+
+def _score_rises(rows: Rows) -> bool:
+    score, spread = rows.ends("score_mean"), rows.ends("score_std")
+    return bool(score and spread and score[1] - score[0] > SCORE_RISE * spread[0])
+
+
+def _length_hacking(rows: Rows, manifest: Row) -> Finding | None:
+    ends, limit = rows.ends("length_mean"), LIMITS["length_hacking"]
+    if ends is None or ends[1] <= limit * ends[0] or not _score_rises(rows):
+        return None
+    says = (
+        f"the score rises together with the length: {ends[0]:.3g} -> {ends[1]:.3g} tokens per "
+        f"response, more than {limit:g} times as long"
+    )
+    cure = "compare rewards at equal length, take length out of the reward, or raise kl.coef"
+    return Finding("length_hacking", ends[1] / ends[0], limit, says, cure)
+
+
+def _repetition_hacking(rows: Rows, manifest: Row) -> Finding | None:
+    ends, limit = rows.ends("repetition"), LIMITS["repetition_hacking"]
+    if ends is None or ends[1] - ends[0] <= limit or not _score_rises(rows):
+        return None
+    says = (
+        f"the score rises together with repetition: {ends[0]:.0%} -> {ends[1]:.0%} of trigrams had "
+        f"been there before, a rise of more than {limit:.0%}"
+    )
+    cure = "read samples.jsonl; mend the reward, or raise kl.coef"
+    return Finding("repetition_hacking", ends[1] - ends[0], limit, says, cure)
+
+
+def _entropy_collapse(rows: Rows, manifest: Row) -> Finding | None:
+    ends, limit = rows.ends("entropy"), LIMITS["entropy_collapse"]
+    if ends is None or ends[1] >= limit * ends[0]:
+        return None
+    says = (
+        f"entropy collapsed: {ends[0]:.3g} -> {ends[1]:.3g} nats per token, below {limit:g} of its "
+        "start, so samples no longer differ"
+    )
+    cure = "raise kl.coef, set ppo.entropy_coef, or lower optim.lr"
+    return Finding("entropy_collapse", ends[1] / ends[0], limit, says, cure)
+
+
+def _eos_falling(rows: Rows, manifest: Row) -> Finding | None:
+    ends, limit = rows.ends("eos_rate"), LIMITS["eos_falling"]
+    if ends is None or ends[0] - ends[1] <= limit:
+        return None
+    says = (
+        f"responses stop ending: {ends[0]:.0%} -> {ends[1]:.0%} end by themselves, a fall of more "
+        f"than {limit:.0%}"
+    )
+    cure = "set ppo.missing_eos_score below what a bad answer earns, or raise max_new_tokens"
+    return Finding("eos_falling", ends[0] - ends[1], limit, says, cure)
+
+
+def _clip_fraction(rows: Rows, manifest: Row) -> Finding | None:
+    end, limit = rows.end("clip_fraction"), LIMITS["clip_fraction"]
+    if end is None or end <= limit:
+        return None
+    says = f"{end:.0%} of tokens are clipped and teach nothing, more than {limit:.0%}"
+    return Finding("clip_fraction", end, limit, says, "lower optim.lr or ppo.epochs")
+
+
+def _approx_kl(rows: Rows, manifest: Row) -> Finding | None:
+    end, limit = rows.end("approx_kl"), LIMITS["approx_kl"]
+    if end is None or end <= limit:
+        return None
+    says = f"an update moves the policy by {end:.3g} nats per token, more than {limit:g}"
+    return Finding("approx_kl", end, limit, says, "lower optim.lr, ppo.epochs or ppo.clip_range")
+
+
+def _critic_useless(rows: Rows, manifest: Row) -> Finding | None:
+    ends, limit = rows.ends("explained_variance"), LIMITS["critic_useless"]
+    if ends is None or ends[1] > limit:
+        return None
+    says = (
+        f"the critic explains nothing: explained variance {ends[1]:.2g}, wanted above {limit:g} (a "
+        "constant has 0)"
+    )
+    cure = "give it ppo.critic_warmup or a higher critic.lr, or start it from the reward model"
+    return Finding("critic_useless", ends[1], limit, says, cure)
+
+
+def _never_ends(rows: Rows, manifest: Row) -> Finding | None:
+    end, limit = rows.end("eos_rate"), LIMITS["never_ends"]
+    if end is None or end >= limit:
+        return None
+    says = f"{end:.0%} of responses end by themselves, fewer than {limit:.0%}: the rest are cut off"
+    cure = "raise generation.max_new_tokens, or do SFT on answers that end first"
+    return Finding("never_ends", end, limit, says, cure)
+
+
+def _scores_equal(rows: Rows, manifest: Row) -> Finding | None:
+    end, limit = rows.end("score_std"), LIMITS["scores_equal"]
+    if end is None or end > limit:
+        return None
+    says = "all responses of a rollout score the same, so that there is nothing to learn"
+    return Finding("scores_equal", end, limit, says, "read samples.jsonl and mend the reward")
+
+
+def _held_out_worse(rows: Rows, manifest: Row) -> Finding | None:
+    loss, limit = rows("eval_loss"), LIMITS["held_out_worse"]
+    train = rows.ends("loss")
+    if len(loss) < 2 or loss[-1] <= limit * loss[0] or (train and train[1] < train[0]):
+        return None  # beside a training loss that falls it is `too_little_data`
+    says = (
+        f"training made held-out rows worse: loss {loss[0]:.3g} -> {loss[-1]:.3g}, over {limit:g} "
+        "times what it was before the first step"
+    )
+    cure = "lower optim.lr (try a third), or see that training and held-out rows are of one task"
+    return Finding("held_out_worse", loss[-1] / loss[0], limit, says, cure)
+
+
+def unfinished(rows: Rows, manifest: Row) -> Finding | None:
+    """A run that is neither done nor going on."""
+    status = manifest.get("status")
+    if status not in ("failed", "interrupted", "died"):
+        return None
+    steps = max(rows("step"), default=0.0)
+    why = f": {manifest['error']}" if manifest.get("error") else ""
+    says = f"the run did not reach its end ({status} after step {steps:g}){why}"
+    cure = "go on with resume=auto where it has checkpoints, or start anew with overwrite=true"
+    return Finding("unfinished", steps, LIMITS["unfinished"], says, cure)
+
+
+def _reward_model_weak(rows: Rows, manifest: Row) -> Finding | None:
+    accuracy = rows("eval_accuracy")
+    if len(accuracy) < 2:  # the first is from before training
+        return None
+    longer = float(manifest.get("held_out", {}).get("accuracy_of_longer", 0.0))
+    limit = max(LIMITS["reward_model_weak"], longer)
+    if accuracy[-1] > limit:
+        return None
+    rival = "preferring the longer answer" if longer == limit else "a coin"
+    says = (
+        f"the reward model is right on {accuracy[-1]:.0%} of held-out pairs, no better than "
+        f"{rival} ({limit:.0%})"
+    )
+    cure = "give it more pairs, or pairs that differ more; do not optimise it yet"
+    return Finding("reward_model_weak", accuracy[-1], limit, says, cure)
+
+
+def _chosen_falling(rows: Rows, manifest: Row) -> Finding | None:
+    beta = float(manifest.get("recipe", {}).get("dpo.beta", 0.1))
+    chosen, rejected = rows.ends("rewards_chosen"), rows.ends("rewards_rejected")
+    limit = LIMITS["chosen_falling"]
+    if chosen is None or rejected is None or chosen[1] / beta >= limit or rejected[1] >= 0:
+        return None
+    says = (
+        f"chosen answers lose probability as well as rejected ones: {chosen[1] / beta:.3g} and "
+        f"{rejected[1] / beta:.3g} nats per response against the reference, beyond {limit:g}"
+    )
+    cure = "raise dpo.beta, lower optim.lr, add dpo.sft_coef, or do SFT on the chosen answers first"
+    return Finding("chosen_falling", chosen[1] / beta, limit, says, cure)
+
+
+def _lr_too_high(rows: Rows, manifest: Row) -> Finding | None:
+    cure = "lower optim.lr (try a third), or raise optim.warmup_fraction"
+    ends, limit = rows.ends("grad_norm", median), LIMITS["lr_too_high"]
+    if ends is not None and ends[1] > limit * ends[0] > 0:
+        says = f"the gradient grew from {ends[0]:.3g} to {ends[1]:.3g}, over {limit:g} times"
+        return Finding("lr_too_high", ends[1] / ends[0], limit, says, cure)
+    ends = rows.ends("loss")
+    if ends is not None and ends[1] > LOSS_RISE * ends[0] > 0:
+        says = f"the training loss rose from {ends[0]:.3g} to {ends[1]:.3g}, over {LOSS_RISE} times"
+        return Finding("lr_too_high", ends[1] / ends[0], LOSS_RISE, says, cure)
+    return None
+
+
+def _too_little_data(rows: Rows, manifest: Row) -> Finding | None:
+    limit = LIMITS["too_little_data"]
+    count = manifest.get("train_rows", limit)
+    if count < limit:
+        says = f"only {count} training rows, fewer than {limit:g}: they will be learnt by heart"
+        return Finding("too_little_data", count, limit, says, "add rows")
+    held_out, train = rows("eval_loss"), rows.ends("loss")
+    if len(held_out) < 2 or train is None or train[1] >= train[0]:
+        return None
+    lowest = min(held_out)
+    if held_out[-1] <= OVERFIT * lowest:
+        return None
+    says = (
+        f"held-out loss rose from {lowest:.3g} to {held_out[-1]:.3g} while the training loss fell: "
+        f"the rows are learnt by heart (over {OVERFIT} times)"
+    )
+    cure = "add rows, lower train.epochs, or train an adapter (lora) instead of the whole model"
+    return Finding("too_little_data", held_out[-1] / lowest, OVERFIT, says, cure)
+
+
+Rule = Callable[[Rows, Row], Finding | None]
+
+RULES: dict[str, tuple[Rule, ...]] = {
+    "sft": (_lr_too_high, _held_out_worse, _too_little_data),
+    "rm": (_lr_too_high, _held_out_worse, _too_little_data, _reward_model_weak),
+    "dpo": (_lr_too_high, _held_out_worse, _too_little_data, _chosen_falling),
+    "ppo": (
+        _kl_over_budget,
+        _length_hacking,
+        _repetition_hacking,
+        _entropy_collapse,
+        _eos_falling,
+        _never_ends,
+        _scores_equal,
+        _clip_fraction,
+        _approx_kl,
+        _critic_useless,
+        _lr_too_high,
+    ),
+}

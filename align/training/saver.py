@@ -1,0 +1,202 @@
+"""When a run saves, what it keeps, how it goes on, and how it leaves when it is told to.
+
+SIGTERM and Ctrl-C are noted and answered at the next point where the state is whole: the run saves
+and leaves. A second one leaves at once. A checkpoint is taken again exactly or refused.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+from collections.abc import Mapping
+from types import FrameType, TracebackType
+from typing import Any, cast
+
+from accelerate import Accelerator
+
+from align.progress import say, warn
+from align.run_folder import Run
+from align.training.checkpoint import (
+    InHand,
+    Trained,
+    add_in_hand,
+    checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
+from align.training.distributed import sum_over_processes
+from align.types import AlignError, Interrupted
+
+BETTER_WHEN_LOWER = {"loss": True, "accuracy": False, "score": False}
+"""Held-out numbers that may say which checkpoint is best."""
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Saver:
+    """The checkpoints of one run; as a context it listens to signals.
+
+    Args:
+        trained: Name of a role -> its model and optimizer.
+        keep: Newest checkpoints that are kept.
+        best_by: A key of ``BETTER_WHEN_LOWER``: the checkpoint that is best by it is kept too.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        accelerator: Accelerator,
+        trained: Trained,
+        *,
+        keep: int,
+        best_by: str | None,
+    ) -> None:
+        self.run, self.accelerator, self.trained = run, accelerator, trained
+        self.keep, self.best_by = keep, best_by
+        self.folder = run.folder / "checkpoints"
+        # {"step": of the best checkpoint, "value": its held-out number}
+        self.best: dict[str, float] | None = None
+        self._signal = 0
+        self._handlers: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Saver:
+        for number in SIGNALS:
+            try:
+                self._handlers[number] = signal.signal(number, self._note)
+            except ValueError:  # not the main thread: whoever started it listens
+                pass
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._signal:
+            raise Interrupted(number, "interrupted twice; left at once, without saving")
+        self._signal = number
+        if self.run.is_main:
+            warn(f"{self.run.stage}: told to stop; saving as soon as possible (again: at once)")
+
+    # ------------------------------------------------------------ going on
+
+    def resume(self, wanted: bool) -> dict[str, Any] | None:
+        """Load the newest whole checkpoint and return its state; None where the run is new.
+
+        ``state["place"]`` is the checkpoint's folder.
+        """
+        found = checkpoints(self.folder) if wanted else []
+        if not found:
+            self.run.begin()
+            self.run.rewind({})
+            return None
+        self.run.resume()
+        state = load_checkpoint(found[-1], self.trained)
+        self.best = state["best"]
+        self.run.rewind(state["sizes"])
+        if self.run.is_main:
+            say(f"{self.run.stage}: resumed from {found[-1]} ({state['step']} steps done)")
+        return {**state, "place": found[-1]}
+
+    # ------------------------------------------------------------ saving
+
+    def save(
+        self, step: int, state: Mapping[str, Any], held_out: Mapping[str, float] | None = None
+    ) -> None:
+        """A checkpoint of the state after ``step``; ``held_out`` was measured there."""
+        if self.best_by and held_out and self._beats(held_out[self.best_by]):
+            self.best = {"step": step, "value": held_out[self.best_by]}
+        self._write(step, state)
+        self.accelerator.wait_for_everyone()
+
+    def stay_or_leave(
+        self, step: int, state: Mapping[str, Any], *, part: int = 0, in_hand: InHand | None = None
+    ) -> None:
+        """Save and raise ``Interrupted`` if a signal has come; ``part`` as in `save_checkpoint`."""
+        number = self._agreed()
+        if not number:
+            return
+        newest = checkpoints(self.folder)[-1:]
+        if part == 0 and newest and newest[0].name == f"step-{step}":
+            place = newest[0]
+            if in_hand is not None and self.run.is_main:
+                add_in_hand(place, in_hand)
+        elif step == 0 and part == 0 and in_hand is None:
+            self.run.leave()
+            raise Interrupted(number, "interrupted before the first step; nothing was to save")
+        else:
+            self._write(step, state, part=part, in_hand=in_hand)
+        self.accelerator.wait_for_everyone()
+        self.run.leave()
+        raise Interrupted(
+            number,
+            f"interrupted and saved in {self.folder} ({step} steps done); "
+            "the same command with resume=auto goes on from there",
+        )
+
+    def add_in_hand(self, step: int, in_hand: InHand) -> None:
+        """Keep an unfinished step beside the checkpoint that it starts from, if there is one."""
+        place = self.folder / f"step-{step}"
+        if self.run.is_main and checkpoints(self.folder)[-1:] == [place]:
+            add_in_hand(place, in_hand)
+
+    def _write(
+        self, step: int, state: Mapping[str, Any], *, part: int = 0, in_hand: InHand | None = None
+    ) -> None:
+        if self.run.is_main:
+            also_keep = [] if self.best is None else [int(self.best["step"])]
+            save_checkpoint(
+                self.folder,
+                step,
+                self.trained,
+                {"best": self.best, "sizes": self.run.sizes(), **state},
+                keep=self.keep,
+                also_keep=also_keep,
+                part=part,
+                in_hand=in_hand,
+            )
+
+    def _agreed(self) -> int:
+        """The signal that came to any process; the same answer in all of them."""
+        if self.accelerator.num_processes == 1:
+            return self._signal
+        found = sum_over_processes({"signal": float(self._signal)}, self.accelerator)["signal"]
+        return self._signal or (signal.SIGTERM if found else 0)
+
+    # ------------------------------------------------------------ the best
+
+    def require_best(self, key: str, held_out: Mapping[str, float]) -> None:
+        """Refuse to judge checkpoints by a number that is not measured."""
+        if self.best_by and self.best_by not in held_out:
+            there = ", ".join(name for name in BETTER_WHEN_LOWER if name in held_out)
+            raise AlignError(
+                f"{key}: is {self.best_by}, which is not measured on held-out rows here; "
+                + (f"there is {there}" if there else "hold some out: data.test or test_fraction")
+            )
+
+    def take_best(self, last: Mapping[str, float]) -> bool:
+        """Load the best checkpoint's weights, if a better one than the end was saved."""
+        if not self.best_by or self.best is None or self._beats(last.get(self.best_by, math.nan)):
+            return False
+        step, value = int(self.best["step"]), self.best["value"]
+        load_checkpoint(self.folder / f"step-{step}", self.trained)
+        self.run.describe(best=self.best)
+        if self.run.is_main:
+            say(
+                f"  kept step {step}: held-out {self.best_by} {value:.4g} there, "
+                f"{last[self.best_by]:.4g} at the end"
+            )
+        return True
+
+    def _beats(self, value: float) -> bool:
+        if not math.isfinite(value):
+            return False
+        if self.best is None:
+            return True
+        lower = BETTER_WHEN_LOWER[cast(str, self.best_by)]
+        return value <= self.best["value"] if lower else value >= self.best["value"]

@@ -1,0 +1,398 @@
+"""What goes wrong in a run at night: named, written down, and never in the weights.
+
+Bad input before a run is in test_bad_input.py, runs that are killed in stages/test_killed.py.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from align.cli import main
+from align.models import load_policy
+from align.options import GenerationOptions
+from align.rollout.sampler import sample
+from align.stages import sft
+from align.types import NonFiniteError
+from tests.trust import Trust
+
+Row = dict[str, Any]
+Align = Callable[..., str]
+
+REWARDS = """
+import time, math
+calls = 0
+
+def counted(value, at):
+    def f(prompts, responses, references):
+        global calls
+        calls += 1
+        scores = [float(r.count("o")) for r in responses]
+        if calls == at:
+            scores[3] = value
+        return scores
+    return f
+
+nan_once = counted(math.nan, 2)
+always_nan = lambda p, r, refs: [math.nan] * len(r)
+
+def hangs(prompts, responses, references):
+    time.sleep(60)
+
+def raises(prompts, responses, references):
+    raise ValueError("no such key")
+
+def one_short(prompts, responses, references):
+    return [1.0] * (len(responses) - 1)
+"""
+
+
+@pytest.fixture
+def align(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Align:
+    """Run a command; its last line on stderr where it ends with ``code``, and no traceback."""
+
+    def run(*argv: str, code: int = 2) -> str:
+        found = main(list(argv))
+        error = capsys.readouterr().err.strip()
+        assert found == code, error
+        assert "Traceback" not in error
+        return error.splitlines()[-1] if error else ""
+
+    return run
+
+
+@pytest.fixture
+def sft_recipe(tiny: Path, tmp_path: Path, write_rows: Any, demonstrations: list[Row]) -> str:
+    tree = {
+        "model": str(tiny),
+        "output_dir": str(tmp_path / "run"),
+        "precision": "fp32",
+        "data": {"train": str(write_rows("sft.jsonl", demonstrations)), "test_fraction": 0.2},
+        "train": {"max_steps": 4, "minibatch": 8, "save_every": 1},
+        "optim": {"lr": 0.01},
+    }
+    (tmp_path / "sft.yaml").write_text(json.dumps(tree), encoding="utf-8")
+    return str(tmp_path / "sft.yaml")
+
+
+@pytest.fixture
+def ppo_recipe(
+    tiny_sft: Path, tmp_path: Path, write_rows: Any, demonstrations: list[Row],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[str]:  # fmt: skip
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    (tmp_path / "night_rewards.py").write_text(REWARDS, encoding="utf-8")
+    rows = [{"prompt": r["prompt"], "references": [r["completion"]]} for r in demonstrations]
+    tree = {
+        "model": str(tiny_sft),
+        "output_dir": str(tmp_path / "run"),
+        "precision": "fp32",
+        "data": {"train": str(write_rows("prompts.jsonl", rows)), "test_fraction": 0},
+        "reward": {"function": "night_rewards:raises"},
+        "generation": {"max_new_tokens": 6, "samples_per_prompt": 2},
+        "ppo": {"iterations": 3, "rollout_batch": 8, "epochs": 1},
+        "optim": {"lr": 0.001},
+        "save_every": 1,
+    }
+    (tmp_path / "ppo.yaml").write_text(json.dumps(tree), encoding="utf-8")
+    yield str(tmp_path / "ppo.yaml")
+    sys.modules.pop("night_rewards", None)
+
+
+@pytest.fixture
+def nan_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """The SFT loss of the n-th training microbatch becomes NaN; one microbatch is one step."""
+
+    def arrange(call: int) -> None:
+        original, calls = sft.nll_loss, 0
+
+        def loss(logprobs: torch.Tensor, **options: Any) -> torch.Tensor:
+            nonlocal calls
+            value = original(logprobs, **options)
+            if logprobs.requires_grad:
+                calls += 1
+            return value * math.nan if calls == call and logprobs.requires_grad else value
+
+        monkeypatch.setattr(sft, "nll_loss", loss)
+
+    return arrange
+
+
+def weights(folder: Path) -> list[torch.Tensor]:
+    return list(load_file(folder / "model" / "model.safetensors").values())
+
+
+# ---------------------------------------------------------------- NaN and infinity
+
+
+def test_a_loss_that_is_nan_stops_the_run_with_its_rows_on_disk(
+    align: Align, sft_recipe: str, tmp_path: Path, nan_at: Any, read_jsonl: Any, trust: Trust
+) -> None:
+    nan_at(3)
+    line = align("sft", sft_recipe)
+    assert line.startswith("align: sft: step 3: the loss became nan on ")
+    assert "on_nonfinite=skip" in line
+    (row,) = read_jsonl(tmp_path / "run" / "nonfinite.jsonl")
+    # an epoch's last minibatch is what 8 + 8 left of the rows that are not held out
+    assert (row["step"], row["what"], len(set(row["ids"]))) == (3, "loss", 6)
+    assert all("sft.jsonl:" in place for place in row["ids"])
+    kept = tmp_path / "run" / "checkpoints" / "step-2" / "model.safetensors"
+    assert all(t.isfinite().all() for t in load_file(kept).values())
+    trust.row(
+        "faults", "NaN in a loss, on_nonfinite=stop",
+        found="stopped in one line; its 6 ids in nonfinite.jsonl; step 2 kept", wanted="no loss",
+    )  # fmt: skip
+
+
+def test_a_step_that_is_nan_is_left_out_and_counted(
+    align: Align, sft_recipe: str, tmp_path: Path, nan_at: Any, read_jsonl: Any, trust: Trust
+) -> None:
+    nan_at(3)
+    align("sft", sft_recipe, "train.on_nonfinite=skip", code=0)
+    rows = [r for r in read_jsonl(tmp_path / "run" / "metrics.jsonl") if "lr" in r]
+    assert [r["nonfinite_skipped"] for r in rows] == [0, 0, 1, 1]
+    assert ["loss" in r for r in rows] == [True, True, False, True]
+    assert all(w.isfinite().all() for w in weights(tmp_path / "run"))
+    before, after = (
+        load_file(tmp_path / "run" / "checkpoints" / f"step-{n}" / "model.safetensors")
+        for n in (3, 4)
+    )
+    assert any(not t.equal(after[name]) for name, t in before.items())
+    trust.row(
+        "faults", "NaN in a loss, on_nonfinite=skip",
+        found="that step left out and counted, the next ones taken", wanted="finite weights",
+    )  # fmt: skip
+
+
+def test_weights_that_are_broken_end_the_run_even_when_skipping(
+    align: Align, sft_recipe: str, tiny: Path, tmp_path: Path, trust: Trust
+) -> None:
+    line = align("sft", sft_recipe, "train.on_nonfinite=skip", "optim.lr=1e30",
+                 "train.max_steps=40", "train.save_every=0")  # fmt: skip
+    assert "the 10th in a row to be left out" in line
+    trust.row(
+        "faults", "a learning rate of 1e30, on_nonfinite=skip",
+        found="stopped after 10 steps in a row were left out", wanted="no endless run",
+    )  # fmt: skip
+
+
+def test_a_score_that_is_nan(
+    align: Align, ppo_recipe: str, tmp_path: Path, read_jsonl: Any, trust: Trust
+) -> None:
+    reward = "reward={function: night_rewards:nan_once}"
+    line = align("ppo", ppo_recipe, reward)
+    assert line.startswith("align: ppo: step 2: the score became nan on ")
+    (row,) = read_jsonl(tmp_path / "run" / "nonfinite.jsonl")
+    assert (row["what"], len(row["ids"])) == ("score", 1)
+    assert "prompts.jsonl:" in row["ids"][0]
+    # its second call gives NaN no more: the run goes on where it stopped
+    align("ppo", ppo_recipe, reward, "resume=auto", code=0)
+    rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert [r["step"] for r in rows if "policy_loss" in r] == [1, 2, 3]
+    trust.row(
+        "faults", "NaN in a reward, on_nonfinite=stop",
+        found="stopped in one line, prompt's id on disk; resumed after mending", wanted="named",
+    )  # fmt: skip
+
+
+def test_a_rollout_with_a_score_that_is_nan_is_left_out(
+    align: Align, ppo_recipe: str, tmp_path: Path, read_jsonl: Any, trust: Trust
+) -> None:
+    options = ("reward={function: night_rewards:nan_once}", "on_nonfinite=skip")
+    align("ppo", ppo_recipe, *options, code=0)
+    rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert [(r["step"], r["nonfinite_skipped"]) for r in rows] == [(1, 0), (2, 1), (3, 1)]
+    assert ["policy_loss" in r for r in rows] == [True, False, True]
+    assert {r["iteration"] for r in read_jsonl(tmp_path / "run" / "samples.jsonl")} == {1, 3}
+    trust.row(
+        "faults", "NaN in a reward, on_nonfinite=skip",
+        found="that rollout left out and counted", wanted="counted",
+    )  # fmt: skip
+
+
+def test_weights_that_hold_nan(
+    align: Align, ppo_recipe: str, tiny_sft: Path, tmp_path: Path, trust: Trust
+) -> None:
+
+    broken = Path(shutil.copytree(tiny_sft, tmp_path / "broken"))
+    held = load_file(broken / "model.safetensors")
+    name = next(n for n in held if "down_proj" in n)
+    held[name][0, 0] = math.nan
+    save_file(held, broken / "model.safetensors", {"format": "pt"})
+    line = align("ppo", ppo_recipe, f"model={broken}", "reward={metric: chrf}")
+    assert "its numbers become NaN or infinite" in line
+    trust.row(
+        "faults", "a model whose weights hold NaN", found="refused in one line", wanted="named"
+    )
+
+
+def test_logits_that_become_nan_are_never_drawn_from(tiny_sft: Path, trust: Trust) -> None:
+    policy = load_policy(str(tiny_sft), device=torch.device("cpu"), precision="fp32")
+    with torch.no_grad():
+        next(p for n, p in policy.named_parameters() if "down_proj" in n)[0, 0] = math.nan
+    options = GenerationOptions(max_new_tokens=2)
+    with pytest.raises(NonFiniteError, match="the logits became nan on response 0") as caught:
+        sample(policy, [np.array([5, 6]), np.array([7])], options, end_ids=[1], seed=0)
+    assert (caught.value.what, caught.value.rows) == ("logits", (0, 1))
+    trust.row(
+        "faults", "NaN in logits", found="stopped in one line, no token drawn", wanted="named"
+    )
+
+
+# ---------------------------------------------------------------- rewards
+
+
+@pytest.mark.parametrize(
+    ("name", "said", "what"),
+    [
+        ("raises", "raised ValueError: no such key", "raises"),
+        ("one_short", "returned 7 scores for 8 responses", "returns too few scores"),
+        ("hangs", "no answer within 0.2 s for 8 responses", "hangs"),
+    ],
+)
+def test_a_reward_function_that(
+    align: Align, ppo_recipe: str, name: str, said: str, what: str, trust: Trust
+) -> None:
+    started = time.monotonic()
+    line = align("ppo", ppo_recipe, f"reward={{function: night_rewards:{name}, timeout: 0.2}}")
+    assert said in line
+    assert f"night_rewards:{name}" in line
+    assert time.monotonic() - started < 50
+    trust.row("faults", f"a reward function that {what}", found="one line", wanted="one line")
+
+
+# ---------------------------------------------------------------- disks and files
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """The system refuses to make any file larger: what a full disk does, without filling one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_no_room_for_a_checkpoint(
+    align: Align, sft_recipe: str, tmp_path: Path, assert_same_weights: Any, trust: Trust
+) -> None:
+    align("sft", sft_recipe, "train.max_steps=4", f"output_dir={tmp_path / 'whole'}", code=0)
+    align("sft", sft_recipe, "train.keep_checkpoints=4", code=0)  # what a run leaves, to take from
+    folder = tmp_path / "run" / "checkpoints"
+    for number in (3, 4):
+        shutil.rmtree(folder / f"step-{number}")
+    with files_of_at_most(20_000):
+        line = align("sft", sft_recipe, "resume=auto")
+    assert "step-3: cannot be written: " in line
+    assert "File too large" in line
+    assert "resume=auto" in line
+    assert sorted(p.name for p in folder.iterdir()) == ["step-1", "step-2"]
+    align("sft", sft_recipe, "resume=auto", code=0)
+    assert_same_weights(tmp_path / "whole" / "model", tmp_path / "run" / "model")
+    trust.row(
+        "faults", "no room for a checkpoint",
+        found="one line; the checkpoint before it goes on, equal bit for bit", wanted="no loss",
+    )  # fmt: skip
+
+
+def test_no_room_for_metrics(align: Align, sft_recipe: str, tmp_path: Path, trust: Trust) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    original = sft.train
+
+    def train(*args: Any, **options: Any) -> Any:
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / "metrics.jsonl").symlink_to("/dev/full")
+        return original(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sft, "train", train)
+        line = align("sft", sft_recipe)
+    assert "metrics.jsonl: cannot be written: No space left on device" in line
+    trust.row("faults", "no room for metrics", found="one line", wanted="one line")
+
+
+def test_a_checkpoint_cut_short(
+    align: Align, sft_recipe: str, tmp_path: Path, assert_same_weights: Any, trust: Trust
+) -> None:
+    align("sft", sft_recipe, f"output_dir={tmp_path / 'whole'}", code=0)
+    align("sft", sft_recipe, "train.keep_checkpoints=4", code=0)
+    newest = tmp_path / "run" / "checkpoints" / "step-4"
+    held = newest / "model.safetensors"
+    held.write_bytes(held.read_bytes()[:500])
+    line = align("sft", sft_recipe, "resume=auto")
+    assert f"checkpoint {newest}: cannot be read" in line
+    assert "remove it to use an older one" in line
+
+    shutil.rmtree(newest)
+    align("sft", sft_recipe, "resume=auto", code=0)
+    assert_same_weights(tmp_path / "whole" / "model", tmp_path / "run" / "model")
+    trust.row(
+        "faults", "a checkpoint cut short",
+        found="refused in one line; the one before it goes on", wanted="no loss",
+    )  # fmt: skip
+
+
+def test_data_that_change_under_a_resumed_run(
+    align: Align, sft_recipe: str, tmp_path: Path, trust: Trust
+) -> None:
+    align("sft", sft_recipe, code=0)
+    path = tmp_path / "sft.jsonl"
+    path.write_text(path.read_text().replace("red", "blue"), encoding="utf-8")
+    line = align("sft", sft_recipe, "resume=auto")
+    assert "a data file has changed since the run began (sha256" in line
+    trust.row("faults", "data that change under a resumed run", found="refused", wanted="refused")
+
+
+# ---------------------------------------------------------------- the best checkpoint
+
+
+def test_the_best_checkpoint_is_kept_and_becomes_the_model(
+    align: Align, sft_recipe: str, tmp_path: Path, read_jsonl: Any
+) -> None:
+    options = ("train.max_steps=6", "train.keep_checkpoints=1", "train.keep_best=loss",
+               "optim.schedule=constant", "optim.lr=0.05")  # fmt: skip
+    align("sft", sft_recipe, *options, code=0)
+    run = tmp_path / "run"
+    losses = {
+        r["step"]: r["eval_loss"] for r in read_jsonl(run / "metrics.jsonl") if "eval_loss" in r
+    }
+    assert list(losses) == [0, 1, 2, 3, 4, 5, 6]
+    best = min(range(1, 6), key=losses.__getitem__)
+    assert losses[best] < losses[6], "the test needs a run that gets worse"
+    kept = sorted(p.name for p in (run / "checkpoints").iterdir())
+    assert kept == sorted({f"step-{best}", "step-6"})
+    manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["best"] == {"step": best, "value": losses[best]}
+    assert manifest["held_out"]["loss"] == pytest.approx(losses[best], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["train.save_every=0", "train.keep_best=loss"], "set save_every above 0"),
+        (["train.keep_best=accuracy"], "not measured on held-out rows here; there is loss"),
+        (["train.keep_best=loss", "data.test_fraction=0"], "hold some out"),
+    ],
+)
+def test_a_best_that_cannot_be_known(
+    align: Align, sft_recipe: str, options: list[str], said: str
+) -> None:
+    assert said in align("sft", sft_recipe, *options)
