@@ -19,7 +19,7 @@ from align.config import (
     PPORecipe,
     SFTRecipe,
 )
-from align.recipe_builder import RANGES
+from align.recipe_ranges import RANGES
 from align.recipes_io import find_recipe, first_comment, load_recipe, to_yaml
 from align.types import AlignError, DataSource, RewardTerm
 

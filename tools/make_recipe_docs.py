@@ -22,7 +22,7 @@ sys.path.insert(0, str(PAGE.parents[1]))
 from align import config  # noqa: E402
 from align.cli import STAGES  # noqa: E402
 from align.config import CommonRecipe  # noqa: E402
-from align.recipe_builder import RANGES  # noqa: E402
+from align.recipe_ranges import RANGES  # noqa: E402
 from align.types import DataSource, RewardTerm  # noqa: E402
 
 HEAD = """\

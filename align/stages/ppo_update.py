@@ -20,7 +20,12 @@ from align.rollout.experience import rollout_groups
 from align.stages.common import Session
 from align.stages.ppo_hand import Hand
 from align.stages.ppo_roles import Roles
-from align.training.distributed import my_share, sum_over_processes, without_sync
+from align.training.distributed import (
+    max_over_processes,
+    my_share,
+    sum_over_processes,
+    without_sync,
+)
 from align.training.microbatches import Microbatches
 from align.training.optim import make_optimizer, set_lr
 from align.types import AlignError, Experience, TokenBatch, TokenGroup
@@ -154,7 +159,8 @@ class Update:
             if accepted:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        return metrics | {"ratio_error": max(errors)} if accepted else {}
+        worst = max_over_processes(max(errors), self.accelerator)
+        return metrics | {"ratio_error": worst} if accepted else {}
 
     def _policy_loss(
         self, take: Callable[[str], Tensor], batch: TokenBatch, kl_coef: float, denominator: int

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from align.config import RewardRecipe
+from align.config import RewardModelConfig, RewardRecipe
 from align.data.packing import pack, windows
 from align.data.subset import pick
 from align.losses import bradley_terry_loss
@@ -53,34 +53,13 @@ def run(recipe: RewardRecipe) -> None:
             "data.columns.margin, or leave use_margin out"
         )
 
-    def measure_of(groups: Sequence[TokenGroup]) -> Measure:
-        def measure(batch: TokenBatch, members: Sequence[int]) -> Measured:
-            chosen, rejected, pairs = pair_scores(model(batch, at="last"), batch)
-            margin = _margins([groups[members[i]] for i in pairs]) if options.use_margin else None
-            losses = bradley_terry_loss(
-                chosen,
-                rejected,
-                margin=None if margin is None else margin.to(chosen.device),
-                center_coef=options.center_coef,
-            )
-            count, gap = float(len(pairs)), chosen - rejected
-            sums = {
-                "loss": (losses.sum().item(), count),
-                "accuracy": ((gap > 0).sum().item(), count),
-                "margin": (gap.sum().item(), count),
-                "score_mean": ((chosen + rejected).sum().item(), 2 * count),
-            }
-            return Measured(losses.sum(), sums)
-
-        return measure
-
     def evaluate() -> dict[str, float]:
         if not test_groups:
             return {}
         return evaluate_groups(
             model,
             test_groups,
-            measure_of(test_groups),
+            _measure(model, test_groups, options),
             tokens_per_microbatch=recipe.train.tokens_per_microbatch,
             accelerator=session.accelerator,
         )
@@ -88,7 +67,7 @@ def run(recipe: RewardRecipe) -> None:
     before, after = train(
         model,
         train_groups,
-        measure_of(train_groups),
+        _measure(model, train_groups, options),
         units=lambda group: 1,
         evaluate=evaluate,
         run=session.run,
@@ -104,6 +83,32 @@ def run(recipe: RewardRecipe) -> None:
     after |= _longer_wins(test_groups)
     before |= _longer_wins(test_groups)
     session.run.finish(change(before, after), held_out=after)
+
+
+def _measure(
+    model: torch.nn.Module, groups: Sequence[TokenGroup], options: RewardModelConfig
+) -> Measure:
+    """The loss of a microbatch of these groups' pairs, and what is logged of it."""
+
+    def measure(batch: TokenBatch, members: Sequence[int]) -> Measured:
+        chosen, rejected, pairs = pair_scores(model(batch, at="last"), batch)
+        margin = _margins([groups[members[i]] for i in pairs]) if options.use_margin else None
+        losses = bradley_terry_loss(
+            chosen,
+            rejected,
+            margin=None if margin is None else margin.to(chosen.device),
+            center_coef=options.center_coef,
+        )
+        count, gap = float(len(pairs)), chosen - rejected
+        sums = {
+            "loss": (losses.sum().item(), count),
+            "accuracy": ((gap > 0).sum().item(), count),
+            "margin": (gap.sum().item(), count),
+            "score_mean": ((chosen + rejected).sum().item(), 2 * count),
+        }
+        return Measured(losses.sum(), sums)
+
+    return measure
 
 
 def pair_scores(scores: Tensor, batch: TokenBatch) -> tuple[Tensor, Tensor, list[int]]:

@@ -51,6 +51,14 @@ def sum_over_processes(numbers: Mapping[str, float], accelerator: Accelerator) -
     return dict(zip(numbers, total.tolist(), strict=True))
 
 
+def max_over_processes(number: float, accelerator: Accelerator) -> float:
+    """The largest that any process has."""
+    if accelerator.num_processes == 1:
+        return number
+    value = torch.tensor([number], dtype=torch.float64, device=accelerator.device)
+    return float(accelerator.gather(value).max())
+
+
 def gather_in_order(items: Sequence[T], accelerator: Accelerator) -> list[T]:
     """Undo `my_share`: every process's items, in the order before they were shared out."""
     if accelerator.num_processes == 1:

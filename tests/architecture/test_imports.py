@@ -23,7 +23,7 @@ LEAVES = {
     "doctor_rules",
     "model_card",
 }
-CONFIG = {"config", "recipe_builder", "recipe_checks", "recipes_io"}
+CONFIG = {"config", "recipe_ranges", "recipe_builder", "recipe_checks", "recipes_io"}
 # room -> the rooms of this package that it may import, besides itself and types
 ALLOWED: dict[str, set[str]] = {
     "types": set(),
@@ -47,7 +47,8 @@ ALLOWED: dict[str, set[str]] = {
     | {"feedback"}
     | CONFIG,
     "config": set(),
-    "recipe_builder": {"config"},
+    "recipe_ranges": set(),
+    "recipe_builder": {"config", "recipe_ranges"},
     "recipe_checks": {"config", "recipe_builder"},
     "recipes_io": {"config", "recipe_builder", "recipe_checks"},
     "memory": {"models", "losses"} | CONFIG,
