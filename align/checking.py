@@ -20,6 +20,7 @@ from align.memory import (
     models_and_memory,
     roles,
 )
+from align.training.distributed import check_trackers
 from align.types import AlignError, DataSource, PromptExample
 
 Kind = Literal["sft", "preference", "prompt"]
@@ -37,6 +38,7 @@ KINDS: dict[str, Kind] = {
 
 def check(command: str, recipe: Any) -> Iterator[str]:
     """The lines that ``align check`` prints. Keys and values were validated on reading."""
+    check_trackers(getattr(recipe, "trackers", ()))
     yield f"command     align {command}"
     yield f"output_dir  {recipe.output_dir}{_output_note(recipe)}"
     if isinstance(recipe, IterateRecipe):
@@ -161,7 +163,8 @@ def _output_note(recipe: Any) -> str:
         return " (holds a run, which is overwritten)"
     if getattr(recipe, "resume", "never") == "auto":
         return " (holds a run, which is resumed)"
-    return " (holds a run already: refused without overwrite=true or resume=auto)"
+    resume = " or resume=auto" if not isinstance(recipe, EvalRecipe | GenerateRecipe) else ""
+    return f" (holds a run already: refused without overwrite=true{resume})"
 
 
 # ---------------------------------------------------------------- steps

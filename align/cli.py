@@ -207,26 +207,12 @@ def _keep_freed_memory() -> None:
 def run_stage(args: argparse.Namespace) -> None:
     from align import config
     from align.recipes_io import load_recipe
+    from align.run_files import supervise
 
     classes = {command: getattr(config, name) for command, (name, _, _) in STAGES.items()}
     recipe = load_recipe(classes[args.command], args.recipe, args.overrides, others=classes)
     module, function = STAGES[args.command][1].split(":")
-    try:
-        getattr(importlib.import_module(module), function)(recipe)
-    except BaseException as error:
-        _note_failure(recipe.output_dir, error)
-        raise
-
-
-def _note_failure(folder: str, error: BaseException) -> None:
-    """The run's manifest says how it ended; a run that it was to replace is put back."""
-    from align.progress import warn
-    from align.run_files import note_failure
-
-    status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-    line = _explain(error)[0] if isinstance(error, Exception) else ""
-    if note_failure(Path(folder), status, line):
-        warn(f"{folder}: nothing was measured yet, so the run that was there is kept")
+    supervise(getattr(importlib.import_module(module), function), recipe)
 
 
 def run_ls(args: argparse.Namespace) -> None:

@@ -286,7 +286,7 @@ class IterateRecipe:
 
     # folder or hub id of the model before the first round
     model: str
-    # `round-1`, `round-2`, ... lie in it, a folder for each stage in them
+    # `rounds/1`, `rounds/2`, ... lie in it, a folder for each stage in them
     output_dir: str
     # rounds at most; `stop` may end earlier
     rounds: int = 3

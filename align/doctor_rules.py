@@ -196,8 +196,10 @@ def _scores_equal(rows: Rows, manifest: Row) -> Finding | None:
 def _held_out_worse(rows: Rows, manifest: Row) -> Finding | None:
     loss, limit = rows("eval_loss"), LIMITS["held_out_worse"]
     train = rows.ends("loss")
-    if len(loss) < 2 or loss[-1] <= limit * loss[0] or (train and train[1] < train[0]):
-        return None  # beside a training loss that falls it is `too_little_data`
+    if len(loss) < 2 or loss[-1] <= limit * loss[0] or manifest.get("best"):
+        return None  # `best`: the run kept weights from before it became worse
+    if train and train[1] < min(train[0], loss[0]):
+        return None  # that is `too_little_data`
     says = (
         f"training made held-out rows worse: loss {loss[0]:.3g} -> {loss[-1]:.3g}, over {limit:g} "
         "times what it was before the first step"
@@ -269,8 +271,10 @@ def _too_little_data(rows: Rows, manifest: Row) -> Finding | None:
         says = f"only {count} training rows, fewer than {limit:g}: they will be learnt by heart"
         return Finding("too_little_data", count, limit, says, "add rows")
     held_out, train = rows("eval_loss"), rows.ends("loss")
-    if len(held_out) < 2 or train is None or train[1] >= train[0]:
+    if len(held_out) < 2 or train is None or manifest.get("best"):
         return None
+    if train[1] >= min(train[0], held_out[0]):
+        return None  # it has learnt nothing, by heart or otherwise
     lowest = min(held_out)
     if held_out[-1] <= OVERFIT * lowest:
         return None

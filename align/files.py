@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,23 +14,31 @@ from safetensors import SafetensorError
 from align.types import AlignError
 
 
+def reason(error: BaseException) -> str:
+    """What went wrong, without the system's number for it."""
+    name = getattr(error, "filename", None)
+    said = str(getattr(error, "strerror", None) or error)
+    return f"{name}: {said}" if name and name not in said else said
+
+
 @contextmanager
 def writing(path: Path, kept: str = "what was saved before is untouched") -> Iterator[None]:
     """A disk that is full, or gone, is one line about ``path``."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
+        said = getattr(error, "strerror", None) or error
         raise AlignError(
-            f"{path}: cannot be written: {reason}; {kept}: make room, then go on with resume=auto"
+            f"{path}: cannot be written: {said}; {kept}: make room, then go on with resume=auto"
         ) from error
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Replace a text file: a crash leaves the old text or the new one."""
+def write_whole(path: Path, text: str | Iterable[str]) -> None:
+    """Replace a text file, in pieces if need be: a crash leaves the old text or the new one."""
     partial = path.with_suffix(".tmp")
     with writing(path):
-        partial.write_text(text, encoding="utf-8")
+        with partial.open("w", encoding="utf-8") as file:
+            file.writelines([text] if isinstance(text, str) else text)
         fsync(partial)
         move_into_place(partial, path)
 

@@ -156,8 +156,9 @@ def find_config(model: str, *, trust_remote_code: bool = False) -> tuple[Any, st
     from huggingface_hub import try_to_load_from_cache
     from transformers import AutoConfig
 
-    from align.models.load import no_model_in
+    from align.models.load import adapter_base, no_model_in
 
+    model = adapter_base(model) or model
     path = Path(model)
     if path.is_file():
         return None, f"{model} is a file, read when the run starts"

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import TypeVar
 
 from tqdm import tqdm
-
-T = TypeVar("T")
 
 
 class Progress:
@@ -47,18 +44,6 @@ class Progress:
         trace: TracebackType | None,
     ) -> None:
         self._bar.close()
-
-
-def track(items: Sequence[T], what: str, *, shown: bool = True) -> Iterable[T]:
-    """The items themselves, with a bar while they are gone through."""
-    return tqdm(
-        items,
-        desc=what,
-        disable=not (shown and sys.stderr.isatty()),
-        leave=False,
-        dynamic_ncols=True,
-        delay=1.0,
-    )
 
 
 def table(rows: Sequence[Sequence[str]], *, title: str) -> str:

@@ -60,6 +60,12 @@ def _check_eval(recipe: EvalRecipe) -> None:
     judged = recipe.reward and (recipe.preferences.train or recipe.preferences.test)
     if not (recipe.model or recipe.models or judged):
         raise KeyProblem("models", "set `models` (name: folder), `model`, or reward + preferences")
+    metric = next((term.metric for term in recipe.reward if term.metric), None)
+    if metric and judged:
+        raise KeyProblem(
+            "preferences",
+            f"have no references, which reward.metric={metric} compares with; set preferences=null",
+        )
     for name in recipe.metrics:
         if name not in METRIC_NAMES and ":" not in name:
             allowed = ", ".join(METRIC_NAMES)

@@ -6,18 +6,27 @@ import json
 import os
 import platform
 import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 from align.files import write_whole
+from align.progress import warn
 from align.types import AlignError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 OURS = (
     "config.yaml", "manifest.json", "metrics.jsonl", "samples.jsonl", "pairs.jsonl", "best.jsonl",
     "eval.json",
     "model", "critic", "model_adapter", "critic_adapter", "checkpoints", "outputs", "tracking",
-    "margins.png", "nonfinite.jsonl", "train_rows.tsv",
+    "margins.png", "nonfinite.jsonl", "train_rows.tsv", "rounds",
 )  # fmt: skip
 """What a run writes, and so all that ``overwrite=true`` removes."""
 
@@ -31,62 +40,130 @@ RUNNING = ".running"
 """Which process writes in a folder, while it does."""
 
 REPLACED = ".replaced"
-"""The run that ``overwrite=true`` replaces, until the new one has its first numbers."""
+"""The run that ``overwrite=true`` replaces, until the new one has numbers or a checkpoint."""
+
+WHOLE = ".whole"
+"""In ``REPLACED`` once all is there."""
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Nobody else of this machine claims the folder meanwhile; not on Windows."""
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def claim(folder: Path) -> None:
     """Two runs in one folder would mix their rows: the second one is refused."""
-    process = is_running(folder)
-    if process and process != os.getpid():
-        raise AlignError(
-            f"output_dir: {folder}: process {process} is running in it; wait for it, or "
-            "name another output_dir"
-        )
-    mine = [platform.node(), os.getpid(), psutil.Process().create_time()]
-    (folder / RUNNING).write_text(json.dumps(mine) + "\n", encoding="utf-8")
+    with _locked(folder):
+        holder = running_in(folder)
+        if holder and holder != _me():
+            host, process = holder
+            gone = f", or remove {folder / RUNNING} if it no longer is"
+            raise AlignError(
+                f"output_dir: {folder}: process {process} is running in it"
+                + (f" on {host}" if host != platform.node() else "")
+                + "; wait for it, name another output_dir"
+                + (gone if host != platform.node() else "")
+            )
+        mine = [*_me(), psutil.Process().create_time()]
+        (folder / RUNNING).write_text(json.dumps(mine) + "\n", encoding="utf-8")
 
 
-def is_running(folder: Path) -> int:
-    """The process of this machine that writes in the folder now; 0 where there is none."""
+def running_in(folder: Path) -> tuple[str, int] | None:
+    """(host, process) that writes in the folder; of another host it cannot be known whether it
+    still does, so it counts."""
     try:
         host, process, started = json.loads((folder / RUNNING).read_text(encoding="utf-8"))
-        alive = host == platform.node() and psutil.Process(process).create_time() == started
+        if host != platform.node() or psutil.Process(process).create_time() == started:
+            return str(host), int(process)
     except (OSError, ValueError, TypeError, psutil.Error):
-        return 0  # nobody, or a run that was killed
-    return int(process) if alive else 0
+        pass  # nobody, or a run that was killed
+    return None
 
 
-def note_failure(folder: Path, status: str, error: str) -> bool:
-    """Close what this process has left open in ``folder``; True: the run before it is back."""
-    if is_running(folder) != os.getpid():
-        return False
+def _me() -> tuple[str, int]:
+    return platform.node(), os.getpid()
+
+
+def status_of(folder: Path, manifest: Mapping[str, Any]) -> str:
+    """``done``, ``failed``, ``interrupted``, ``running``, or ``died``: nobody is running it."""
+    status = str(manifest.get("status", ""))
+    return "died" if status == "running" and running_in(folder) is None else status
+
+
+def supervise(stage: Callable[[Any], None], recipe: Any) -> None:
+    """Run a stage; if it fails, the manifest says how, and a run that it was to replace is back."""
+    try:
+        stage(recipe)
+    except BaseException as error:
+        stopped = isinstance(error, KeyboardInterrupt)
+        close(Path(recipe.output_dir), "interrupted" if stopped else "failed", error)
+        raise
+
+
+def close(folder: Path, status: str, error: BaseException) -> None:
+    """Close what this process has left open in ``folder``."""
+    if running_in(folder) != _me():
+        return
     (folder / RUNNING).unlink()
     if (folder / REPLACED).is_dir():
         _bring_back(folder)
-        return True
+        warn(f"{folder}: nothing was measured or saved yet, so the run that was there is kept")
+        return
     path = folder / "manifest.json"
     held = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if held.get("status") == "running":
-        write_whole(path, json.dumps({**held, "status": status, "error": error}, indent=2) + "\n")
-    return False
+        line = " ".join(str(error).split()) or type(error).__name__
+        write_whole(path, json.dumps({**held, "status": status, "error": line}, indent=2) + "\n")
+
+
+def stillborn(folder: Path) -> bool:
+    """Whether a run ended there before it had made anything: nothing is lost with it."""
+    made = [name for name in OURS if (folder / name).exists()]
+    if not set(made) <= {"config.yaml", "manifest.json", "train_rows.tsv", "nonfinite.jsonl"}:
+        return False
+    path = folder / "manifest.json"
+    if not path.is_file():
+        return False
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return status_of(folder, manifest) in ("failed", "interrupted", "died")
 
 
 def set_aside(folder: Path) -> None:
-    """Make room for a new run; the manifest moves last, so that a crash in the middle is known."""
+    """Make room for a new run: what lies there waits in ``.replaced``."""
     place = folder / REPLACED
     if place.is_dir():  # the run that replaced it was killed before its first numbers
         _bring_back(folder)
+    there = [name for name in OURS if (folder / name).exists()]
+    if not there:
+        return
+    if stillborn(folder):
+        for name in there:
+            remove(folder / name)
+        return
     place.mkdir()
-    for name in sorted(OURS, key="manifest.json".__eq__):
-        if (folder / name).exists():
-            os.replace(folder / name, place / name)
+    for name in there:
+        os.replace(folder / name, place / name)
+    (place / WHOLE).touch()
 
 
 def _bring_back(folder: Path) -> None:
     place = folder / REPLACED
-    whole = (place / "manifest.json").is_file()
-    for name in OURS if whole else ():
-        remove(folder / name)
+    if (place / WHOLE).exists():  # else a crash came between two moves: the rest is still there
+        for name in OURS:
+            remove(folder / name)
+        (place / WHOLE).unlink()
     for path in place.iterdir():
         os.replace(path, folder / path.name)
     place.rmdir()

@@ -32,6 +32,7 @@ from align.run_files import (
     claim,
     remove,
     set_aside,
+    stillborn,
 )
 from align.types import AlignError, SourceReport
 
@@ -48,9 +49,11 @@ class Run:
         seed: int,
         resume: str = "never",
         overwrite: bool = False,
+        resumable: bool = True,
         is_main: bool = True,
     ) -> None:
         self.stage, self.folder, self.is_main = stage, Path(output_dir), is_main
+        self._resumable = resumable
         self.started = time.time()
         self.trackers: list[Callable[[dict[str, float], int], None]] = []
         self._manifest: dict[str, Any] = {
@@ -92,9 +95,10 @@ class Run:
                 f"output_dir: {self.folder} holds {foreign[0]}, but no run (manifest.json); name "
                 "another output_dir, or add overwrite=true to replace it"
             )
-        if held and resume == "never" and not overwrite:
+        if held and resume == "never" and not overwrite and not stillborn(self.folder):
+            go_on = "resume=auto to go on with it, " if self._resumable else ""
             raise AlignError(
-                f"output_dir: {self.folder} already holds a run; add resume=auto to go on with it, "
+                f"output_dir: {self.folder} already holds a run; add {go_on}"
                 "overwrite=true to replace it, or another output_dir"
             )
         try:
@@ -102,7 +106,7 @@ class Run:
         except OSError as error:
             raise AlignError(f"output_dir: {self.folder}: {error.strerror}") from error
         claim(self.folder)
-        if held and not overwrite:
+        if held and resume == "auto":
             self._previous = self._read_manifest()
 
     def _read_manifest(self) -> dict[str, Any]:
@@ -119,15 +123,12 @@ class Run:
         """Start anew, now that model and data are loaded: what an earlier run left goes.
 
         Raises:
-            AlignError: The folder's run is done and left no checkpoint to go on from.
+            AlignError: The folder's run is done and left no checkpoint to go on from, or is another
+                one than is to go on.
         """
-        if self._previous is not None and self._previous.get("status") == "done":
-            raise AlignError(
-                f"resume: the run in {self.folder} is done and left no checkpoint; replace it with "
-                "overwrite=true, or name another output_dir"
-            )
-        places = (self.folder / "manifest.json", self.folder / REPLACED)
-        if self.is_main and any(place.exists() for place in places):
+        self.require_unfinished()
+        self._require_same()
+        if self.is_main:
             set_aside(self.folder)
         self._go()
 
@@ -137,7 +138,26 @@ class Run:
         Raises:
             AlignError: The recipe, the data or the starting weights are others than they were.
         """
+        self._require_same()
+        self.keep()
+        self._go()
+
+    def require_unfinished(self) -> None:
+        """Refuse to go on with a run that is done."""
+        if self._previous is not None and self._previous.get("status") == "done":
+            raise AlignError(
+                f"resume: the run in {self.folder} is done, so there is nothing to go on with; "
+                "replace it with overwrite=true, or name another output_dir"
+            )
+
+    def _require_same(self) -> None:
         previous = self._previous or {}
+        stage = previous.get("stage", self.stage)
+        if stage != self.stage:
+            raise AlignError(
+                f"resume: {self.folder} holds a run of {stage}, not of {self.stage}; replace it "
+                "with overwrite=true, or name another output_dir"
+            )
         for key in ("recipe", "data", "start_weights"):
             before, now = previous.get(key), _plain(self._manifest.get(key))
             if before is not None and before != now:
@@ -145,7 +165,6 @@ class Run:
                     f"resume: {self.folder}: {_first_difference(key, before, now)}; restore it, or "
                     "start anew with overwrite=true"
                 )
-        self._go()
 
     def _go(self) -> None:
         self._begun = True
@@ -153,7 +172,7 @@ class Run:
             write_whole(self.folder / "config.yaml", self._config_yaml)
             if self._rows is not None:
                 lines = (f"{name}\t{tokens}\n" for name, tokens in self._rows())
-                write_whole(self.folder / "train_rows.tsv", "".join(lines))
+                write_whole(self.folder / "train_rows.tsv", lines)
             self._write_manifest()
 
     def describe(self, **facts: Any) -> None:
@@ -175,7 +194,7 @@ class Run:
         for tracker in self.trackers:
             tracker(dict(metrics), step)
         if self.is_main:
-            remove(self.folder / REPLACED)
+            self.keep()
             line = {"step": step, "seconds": round(time.time() - self.started, 3), **metrics}
             self.append("metrics.jsonl", [line])
             self._logged += 1
@@ -213,11 +232,10 @@ class Run:
         path = self.folder / name
         return path.read_text(encoding="utf-8").count("\n") if path.is_file() else 0
 
-    def leave(self) -> None:
-        """Close the folder of a run that was told to stop and may go on later."""
-        self.describe(status="interrupted")
+    def keep(self) -> None:
+        """This run has numbers or a checkpoint of its own: what it replaced may go."""
         if self.is_main:
-            (self.folder / RUNNING).unlink(missing_ok=True)
+            remove(self.folder / REPLACED)
 
     def finish(self, rows: Sequence[Sequence[str]], **facts: Any) -> None:
         """Mark the run as done and print its closing table."""
@@ -225,7 +243,7 @@ class Run:
         self.describe(status="done", seconds=round(seconds, 1), **facts)
         if self.is_main:
             write_cards(self.folder, _plain(self._manifest))
-            remove(self.folder / REPLACED)
+            self.keep()
             (self.folder / RUNNING).unlink(missing_ok=True)
             say(table(rows, title=f"\n{self.stage}: done in {duration(seconds)}"))
             if self.stage in doctor.RULES:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import gc
 import importlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -107,8 +108,9 @@ def _run_point(
         _check_same(manifest, planned, folder)
         say(f"  done already: {folder}")
         return
-    resumable = any((folder / "checkpoints").glob("step-*"))
-    how = "resume=auto" if resumable else "overwrite=true"
+    from align.training.checkpoint import checkpoints
+
+    how = "resume=auto" if checkpoints(folder / "checkpoints") else "overwrite=true"
     _function(stages, stage)(_load(stage, stages, recipe, [*overrides, how]))
 
 
@@ -152,6 +154,8 @@ def _load(
     return load_recipe(classes[command], recipe, overrides, others=classes)
 
 
-def _function(stages: Mapping[str, tuple[str, str, str]], command: str) -> Any:
+def _function(stages: Mapping[str, tuple[str, str, str]], command: str) -> Callable[[Any], None]:
+    from align.run_files import supervise
+
     module, name = stages[command][1].split(":")
-    return getattr(importlib.import_module(module), name)
+    return partial(supervise, getattr(importlib.import_module(module), name))

@@ -34,6 +34,18 @@ class NonFiniteError(AlignError):
         super().__init__(line)
         self.what, self.value, self.rows = what, value, tuple(rows)
 
+    def of_rows(self, rows: Sequence[int]) -> NonFiniteError:
+        """The same of other rows, as the whole numbers them."""
+        return NonFiniteError(str(self), what=self.what, value=self.value, rows=rows)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Processes send it to one another."""
+        return _non_finite, (str(self), self.what, self.value, self.rows)
+
+
+def _non_finite(line: str, what: str, value: float, rows: Sequence[int]) -> NonFiniteError:
+    return NonFiniteError(line, what=what, value=value, rows=rows)
+
 
 class Interrupted(KeyboardInterrupt):
     """A run that left because signal ``number`` told it to; its line says how to go on."""

@@ -32,7 +32,7 @@ SURE = 0.05
 
 def main() -> None:
     args = _arguments()
-    folder = Path(args.folder) / args.suite
+    folder = Path(args.folder) / args.suite / ("_".join(sorted(args.overrides)) or "shipped")
     models = {BASE: f"runs/{args.suite}/sft/model"}
     for seed in args.seeds:
         run = folder / f"ppo-{seed}"

@@ -184,6 +184,7 @@ def test_a_missing_file_in_a_folder_that_is_there_is_an_error(
         ("dpo", ["data.loss_on=all"], "data.loss_on: is for sft only"),
         ("generate", ["gradient_checkpointing=true"], "gradient_checkpointing: has no effect"),
         ("generate", ["trackers=[tensorboard]"], "trackers: has no effect in generate"),
+        ("dpo", ["trackers=[foo]"], "trackers: 'foo': allowed are"),
         ("dpo", ["model=models/judge"], "models/judge is a reward model"),
         ("ppo", ["reward=models/judged"], "models/judged is a language model"),
         ("generate", ["reward={metric: chrf}"], "prompts.jsonl:1: references: missing"),

@@ -162,6 +162,12 @@ def test_a_short_run_is_judged_by_its_held_out_loss(stage: str) -> None:
     (found,) = diagnose(stage, short, {"train_rows": 500})
     assert found.kind == "held_out_worse"
     assert "2.1 -> 4e+03" in str(found)
+    # the training loss fell too, from where it had been thrown to
+    thrown = [{"step": i, "loss": 300.0 - 10 * i} for i in range(20)]
+    (found,) = diagnose(stage, [short[0], *thrown, short[2]], {"train_rows": 500})
+    assert found.kind == "held_out_worse"
+    kept = {"train_rows": 500, "best": {"step": 1, "value": 2.0}}
+    assert diagnose(stage, short, kept) == []
     better = [*short[:2], {"step": 2, "eval_loss": 2.0}]
     assert diagnose(stage, better, {"train_rows": 500}) == []
 

@@ -25,7 +25,8 @@ from align.cli import main
 from align.models import load_policy
 from align.options import GenerationOptions
 from align.rollout.sampler import sample
-from align.stages import sft
+from align.run_folder import Run
+from align.stages import ppo_update, sft
 from align.types import NonFiniteError
 from tests.trust import Trust
 
@@ -47,6 +48,7 @@ def counted(value, at):
     return f
 
 nan_once = counted(math.nan, 2)
+nan_last = counted(math.nan, 7)
 always_nan = lambda p, r, refs: [math.nan] * len(r)
 
 def hangs(prompts, responses, references):
@@ -54,6 +56,9 @@ def hangs(prompts, responses, references):
 
 def raises(prompts, responses, references):
     raise ValueError("no such key")
+
+def leaves(prompts, responses, references):
+    raise SystemExit(0)
 
 def one_short(prompts, responses, references):
     return [1.0] * (len(responses) - 1)
@@ -131,6 +136,13 @@ def nan_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
         monkeypatch.setattr(sft, "nll_loss", loss)
 
     return arrange
+
+
+def undone(folder: Path) -> None:
+    """What a whole run left becomes what one that was killed leaves."""
+    manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "status": "running"}))
+    shutil.rmtree(folder / "model")
 
 
 def weights(folder: Path) -> list[torch.Tensor]:
@@ -225,6 +237,56 @@ def test_a_rollout_with_a_score_that_is_nan_is_left_out(
     )  # fmt: skip
 
 
+def test_updates_that_are_all_nan_end_a_ppo_run_too(
+    align: Align, ppo_recipe: str, monkeypatch: pytest.MonkeyPatch, trust: Trust
+) -> None:
+    """Each rollout is finite; that it could be scored does not end the row of steps left out."""
+    original = ppo_update.ppo_policy_loss
+    monkeypatch.setattr(ppo_update, "ppo_policy_loss", lambda *a, **k: original(*a, **k) * math.nan)
+    options = ("reward={metric: chrf}", "on_nonfinite=skip", "ppo.iterations=12")
+    line = align("ppo", ppo_recipe, *options, "save_every=0")
+    assert "ppo: step 10: " in line
+    assert "the 10th in a row to be left out" in line
+    trust.row(
+        "faults", "PPO's loss always NaN, on_nonfinite=skip",
+        found="stopped after 10 updates in a row were left out", wanted="no endless run",
+    )  # fmt: skip
+
+
+def test_a_last_held_out_score_that_is_nan_keeps_the_best(
+    align: Align, ppo_recipe: str, tmp_path: Path, write_rows: Any, trust: Trust
+) -> None:
+    """Calls: held out, then each rollout with what is held out behind it; the last one is NaN."""
+    rows = [{"prompt": "one", "references": ["a"]}, {"prompt": "two", "references": ["b"]}]
+    held_out = write_rows("held_out.jsonl", rows)
+    options = ("reward={function: night_rewards:nan_last}", "on_nonfinite=skip", "keep_best=score")
+    align("ppo", ppo_recipe, *options, f"data.test={held_out}", code=0)
+    found = json.loads((tmp_path / "run" / "manifest.json").read_text("utf-8"))
+    assert found["status"] == "done"
+    assert found["best"]["step"] in (1, 2)
+    assert (tmp_path / "run" / "model" / "config.json").is_file()
+    trust.row(
+        "faults", "NaN in the last held-out score, keep_best",
+        found="counted; the best checkpoint became the model", wanted="a model",
+    )  # fmt: skip
+
+
+def test_a_replaced_run_is_not_brought_back_over_checkpoints(
+    align: Align, sft_recipe: str, tmp_path: Path, nan_at: Any, trust: Trust
+) -> None:
+    options = ("data.test_fraction=0", "train.log_every=50")
+    align("sft", sft_recipe, *options, code=0)
+    nan_at(3)
+    align("sft", sft_recipe, *options, "overwrite=true", "train.keep_checkpoints=9")
+    names = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == ["step-1", "step-2"]
+    assert (tmp_path / "run" / "nonfinite.jsonl").is_file()
+    trust.row(
+        "faults", "a run that replaces another fails after its first checkpoint",
+        found="its own checkpoints are kept", wanted="no loss",
+    )  # fmt: skip
+
+
 def test_weights_that_hold_nan(
     align: Align, ppo_recipe: str, tiny_sft: Path, tmp_path: Path, trust: Trust
 ) -> None:
@@ -262,6 +324,7 @@ def test_logits_that_become_nan_are_never_drawn_from(tiny_sft: Path, trust: Trus
     [
         ("raises", "raised ValueError: no such key", "raises"),
         ("one_short", "returned 7 scores for 8 responses", "returns too few scores"),
+        ("leaves", "raised SystemExit: 0", "leaves the program"),
         ("hangs", "no answer within 0.2 s for 8 responses", "hangs"),
     ],
 )
@@ -295,6 +358,7 @@ def test_no_room_for_a_checkpoint(
 ) -> None:
     align("sft", sft_recipe, "train.max_steps=4", f"output_dir={tmp_path / 'whole'}", code=0)
     align("sft", sft_recipe, "train.keep_checkpoints=4", code=0)  # what a run leaves, to take from
+    undone(tmp_path / "run")
     folder = tmp_path / "run" / "checkpoints"
     for number in (3, 4):
         shutil.rmtree(folder / f"step-{number}")
@@ -315,15 +379,14 @@ def test_no_room_for_a_checkpoint(
 def test_no_room_for_metrics(align: Align, sft_recipe: str, tmp_path: Path, trust: Trust) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full")
-    original = sft.train
+    original = Run.begin
 
-    def train(*args: Any, **options: Any) -> Any:
-        (tmp_path / "run").mkdir(exist_ok=True)
-        (tmp_path / "run" / "metrics.jsonl").symlink_to("/dev/full")
-        return original(*args, **options)
+    def begin(run: Run) -> None:
+        original(run)
+        (run.folder / "metrics.jsonl").symlink_to("/dev/full")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sft, "train", train)
+        patch.setattr(Run, "begin", begin)
         line = align("sft", sft_recipe)
     assert "metrics.jsonl: cannot be written: No space left on device" in line
     trust.row("faults", "no room for metrics", found="one line", wanted="one line")
@@ -334,6 +397,7 @@ def test_a_checkpoint_cut_short(
 ) -> None:
     align("sft", sft_recipe, f"output_dir={tmp_path / 'whole'}", code=0)
     align("sft", sft_recipe, "train.keep_checkpoints=4", code=0)
+    undone(tmp_path / "run")
     newest = tmp_path / "run" / "checkpoints" / "step-4"
     held = newest / "model.safetensors"
     held.write_bytes(held.read_bytes()[:500])
@@ -354,6 +418,8 @@ def test_data_that_change_under_a_resumed_run(
     align: Align, sft_recipe: str, tmp_path: Path, trust: Trust
 ) -> None:
     align("sft", sft_recipe, code=0)
+    assert "is done, so there is nothing to go on with" in align("sft", sft_recipe, "resume=auto")
+    undone(tmp_path / "run")
     path = tmp_path / "sft.jsonl"
     path.write_text(path.read_text().replace("red", "blue"), encoding="utf-8")
     line = align("sft", sft_recipe, "resume=auto")

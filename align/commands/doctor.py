@@ -19,8 +19,8 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     from align.doctor import closing_lines, diagnose
     from align.doctor_rules import RULES
-    from align.files import read_rows
-    from align.run_files import is_running
+    from align.files import read_rows, reason
+    from align.run_files import status_of
     from align.types import AlignError
 
     folder = Path(args.folder)
@@ -29,11 +29,12 @@ def run(args: argparse.Namespace) -> int:
         stage = manifest["stage"]
         rows = read_rows(folder / "metrics.jsonl")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise AlignError(f"doctor: {folder} holds no run that can be read: {error}") from error
+        raise AlignError(
+            f"doctor: {folder} holds no run that can be read: {reason(error)}"
+        ) from error
     if stage not in RULES:
         raise AlignError(f"doctor: {folder} is a run of {stage}; it knows {', '.join(RULES)}")
-    if manifest.get("status") == "running" and not is_running(folder):
-        manifest["status"] = "died"
+    manifest["status"] = status_of(folder, manifest)
     findings = diagnose(stage, rows, manifest)
     for line in closing_lines(stage, rows, findings):
         print(line)

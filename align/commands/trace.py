@@ -7,11 +7,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+from align.files import read_rows as rows_of
+from align.files import reason
+from align.progress import warn
+from align.run_files import NONFINITE
 from align.types import AlignError
 
 
 def add_parser(actions: Any) -> None:
-    trace = actions.add_parser("trace", help="file and line of every row that was trained on")
+    trace = actions.add_parser("trace", help="file and line of the rows that a run trains on")
     trace.add_argument("folder", metavar="RUN", help="the folder of an sft, rm, dpo or ppo run")
     trace.add_argument("--step", type=int, help="an optimizer step, of PPO an iteration, from 1")
     trace.add_argument("--json", action="store_true", help="a JSON list instead of lines")
@@ -23,6 +27,7 @@ def run(args: argparse.Namespace) -> None:
     ids, lengths, manifest = read_rows(folder)
     members = list(range(len(ids)))
     if args.step is not None:
+        _require_done(folder, args.step)
         members = members_of(manifest, lengths, args.step)
     if args.json:
         print(json.dumps([ids[i] for i in members], ensure_ascii=False))
@@ -40,9 +45,18 @@ def read_rows(folder: Path) -> tuple[list[str], list[int], dict[str, Any]]:
         return [row[0] for row in rows], [int(row[1]) for row in rows], manifest
     except (OSError, ValueError, IndexError) as error:
         raise AlignError(
-            f"data trace: {folder} holds no run whose rows can be traced: {error}; name the folder "
-            "of an sft, rm, dpo or ppo run"
+            f"data trace: {folder} holds no run whose rows can be traced: {reason(error)}; name "
+            "the folder of an sft, rm, dpo or ppo run"
         ) from error
+
+
+def _require_done(folder: Path, step: int) -> None:
+    """Refuse a step that was not taken, and say of one that was left out that it was."""
+    done = int(max((row.get("step", 0) for row in rows_of(folder / "metrics.jsonl")), default=0))
+    if not 1 <= step <= done:
+        raise AlignError(f"data trace: --step {step}: the run has logged steps 1 to {done}")
+    if step in {row.get("step") for row in rows_of(folder / NONFINITE)}:
+        warn(f"data trace: step {step} was left out, or a part of it was: see {folder / NONFINITE}")
 
 
 def members_of(manifest: dict[str, Any], lengths: list[int], step: int) -> list[int]:
@@ -50,9 +64,9 @@ def members_of(manifest: dict[str, Any], lengths: list[int], step: int) -> list[
     from align.data.order import epoch_order, minibatches, prompt_batch
 
     recipe = manifest["recipe"]
+    if manifest["stage"] not in ("sft", "rm", "dpo", "ppo"):
+        raise AlignError(f"data trace: --step: a run of {manifest['stage']} has no steps")
     order = epoch_order(recipe.get("data.order", "shuffled"), lengths, manifest["seed"])
-    if step < 1:
-        raise AlignError(f"data trace: --step {step}: steps are counted from 1")
     if manifest["stage"] == "ppo":
         k = recipe["generation.samples_per_prompt"]
         return prompt_batch(len(lengths), recipe["ppo.rollout_batch"] // k, order, step - 1)

@@ -5,6 +5,7 @@ Nothing is repaired: a value that is missing, empty or of the wrong kind is a ``
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any, Literal, NoReturn, TypeAlias
 
 from align.data.formats import BadRow, Row
 from align.data.turns import NotTurns, read_turns
-from align.types import Message, Text
+from align.types import AlignError, Message, Text
 
 Kind: TypeAlias = Literal["sft", "preference", "prompt"]
 Turns: TypeAlias = tuple[Message, ...]
@@ -22,6 +23,15 @@ _NEEDED = {
     "preference": "prompt + chosen + rejected, or chosen + rejected as whole conversations",
     "prompt": "prompt, or messages",
 }
+NAMES = (
+    "prompt", "completion", "messages", "conversations", "text", "chosen", "rejected", "margin",
+    "references", "responses", "response", "score", "source", "subset", "instruction", "input",
+    "output", "history", "system", "labels", "human_ref_A", "human_ref_B", "summaries", "choice",
+    "info", "question", "answer_0", "answer_1", "score_0", "score_1", "targets", "target_scores",
+    "tools", "images", "videos", "audios",
+)  # fmt: skip
+"""All names that a format has: what ``columns`` may say."""
+
 _NOT_TEXT = ("tools", "images", "videos", "audios")  # columns whose loss would change the task
 
 
@@ -108,6 +118,15 @@ class Fields:
         return number
 
 
+def check_names(columns: Mapping[str, str]) -> None:
+    """Refuse a name of ours that no format has: it would change nothing."""
+    for name in columns:
+        if name not in NAMES:
+            close = difflib.get_close_matches(name, NAMES, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(NAMES)}"
+            raise AlignError(f"data.columns.{name}: no such field; {hint}")
+
+
 def fields_of(row: Row, columns: Mapping[str, str], kind: Kind) -> Fields:
     """The row's values under our names; ``columns`` is ours -> the file's."""
     values = dict(row.values)
@@ -129,6 +148,8 @@ def _dig(values: Any, path: str) -> tuple[bool, Any]:
     for key in path.split("."):
         if isinstance(values, Mapping) and key in values:
             values = values[key]
+        elif isinstance(values, str):
+            return False, None
         elif isinstance(values, Sequence) and key.isdecimal() and int(key) < len(values):
             values = values[int(key)]
         else:

@@ -161,6 +161,8 @@ def _read_lines(stream: IO[bytes], path: Path) -> Iterator[Row | BadRow]:
     """One JSON object a line; blank lines are no rows."""
     for number, raw in enumerate(stream, start=1):
         where = f"{path}:{number}"
+        if number == 1 and raw.strip() == b"[":
+            raise AlignError(f"{path}: is one JSON list, not an object a line; call it .json")
         try:
             line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
             if line.strip():
@@ -200,7 +202,8 @@ def _read_json(stream: IO[bytes], path: Path) -> Iterator[Row | BadRow]:
 def _read_csv(stream: IO[bytes], path: Path, separator: str) -> Iterator[Row | BadRow]:
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
     csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(text, delimiter=separator)
+    # strict: else a cell that begins with a stray quote would swallow the lines up to the next one
+    reader = csv.reader(text, delimiter=separator, strict=True)
     header = next(reader, [])
     other = next((s for s in ";\t," if len(header) == 1 and s in header[0]), None)
     if other:
@@ -213,7 +216,7 @@ def _read_csv(stream: IO[bytes], path: Path, separator: str) -> Iterator[Row | B
         twice = next(name for name in header if header.count(name) > 1)
         raise AlignError(f"{path}:1: two columns are called {twice!r}; rename one of them")
     start = reader.line_num + 1
-    for cells in reader:
+    for cells in _cells(reader, path):
         where, start = f"{path}:{start}", reader.line_num + 1
         if not cells:
             continue
@@ -224,6 +227,16 @@ def _read_csv(stream: IO[bytes], path: Path, separator: str) -> Iterator[Row | B
             yield _not_utf8(where, "a byte that no character has")
         else:
             yield Row(dict(zip(header, cells, strict=True)), where)
+
+
+def _cells(reader: Any, path: Path) -> Iterator[list[str]]:
+    try:
+        yield from reader
+    except csv.Error as error:
+        raise AlignError(
+            f"{path}:{reader.line_num}: {error}: a cell that begins with a quote ends with one; "
+            "write quotes inside it twice, and quote a cell that begins with one"
+        ) from error
 
 
 def _read_parquet(path: Path) -> Iterator[Mapping[str, Any]]:

@@ -95,10 +95,14 @@ def kind_of_sources(sources: Sequence[DataSource]) -> Kind:
 
 
 def _first(source: DataSource) -> Row:
+    bad: BadRow | None = None
     for row in read_rows(source):
         if isinstance(row, Row):
             return row
-    raise AlignError(f"{source.path}: no row of it can be read; give a file with rows")
+        bad = bad or row
+    if bad is not None:
+        raise AlignError(f"no row of {source.path} can be read; the first: {bad}")
+    raise AlignError(f"{source.path}: no row in it; give a file with rows")
 
 
 # ---------------------------------------------------------------- findings

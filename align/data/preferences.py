@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias, TypeVar
 
 from align.data.columns import Example, read_row
-from align.data.fields import Kind
+from align.data.fields import Kind, check_names
 from align.data.formats import BadRow, Row, file_sha256, find_files, read_file, read_hub
 from align.data.rankings import Rated, pairs_of
 from align.types import AlignError, DataSource, SFTExample, SourceReport, Text
@@ -61,6 +61,7 @@ def load_examples(
     examples: list[Example] = []
     reports: list[SourceReport] = []
     for source in sources:
+        check_names(source.columns)
         if source.weight <= 0:
             raise AlignError(f"{source.path}: weight is {source.weight}, must be above 0")
         for path, sha256, rows in _open(source):

@@ -29,7 +29,7 @@ from align.evaluation.systems import Judge, comparisons, judge_of, pooled, win_r
 from align.evaluation.table import closing_table, reward_table, significance
 from align.progress import Progress, say
 from align.recipes_io import to_yaml
-from align.rewards import build_reward, load_function
+from align.rewards import build_reward, load_function, needs_references
 from align.rewards.model import reward_model_loader
 from align.run_folder import Run
 from align.types import AlignError, PreferencePair, PromptExample, RewardSource, RewardTerm
@@ -52,6 +52,7 @@ def run(recipe: EvalRecipe) -> None:
         config_yaml=to_yaml(recipe),
         seed=recipe.seed,
         overwrite=recipe.overwrite,
+        resumable=False,
     )
     prompts, pairs = _data(recipe, session, needs_prompts=bool(models))
     say(f"eval: {len(models)} models on {len(prompts)} prompts -> {recipe.output_dir}")
@@ -65,6 +66,8 @@ def run(recipe: EvalRecipe) -> None:
             say("  best_of_n: left out; it needs reward, reference_model, sampling and models")
     results = evaluation.results()
     if pairs and evaluation.reward is not None:
+        if evaluation.gold is not None and needs_references(evaluation.gold):
+            say("  preferences: not compared with gold, which needs references and they have none")
         results["reward_model"] = evaluate_reward(
             evaluation.reward, pairs, gold=evaluation.gold, seed=recipe.seed
         )

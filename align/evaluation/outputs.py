@@ -73,6 +73,7 @@ class Answerer:
             precision=recipe.precision,
             lora=checkpoint.lora if checkpoint else None,
             trust_remote_code=recipe.trust_remote_code,
+            from_scratch=checkpoint.from_scratch if checkpoint else False,
             frozen=True,
         )
         if checkpoint:
@@ -175,6 +176,7 @@ class TrainingCheckpoint:
     weights: Path
     model: str
     lora: LoraOptions | None
+    from_scratch: bool
 
     def load_into(self, policy: Policy) -> None:
         try:
@@ -205,7 +207,9 @@ def training_checkpoint(model: str) -> TrainingCheckpoint | None:
         lora = recipe.get("lora")
         if lora is not None:
             lora = LoraOptions(**lora | {"target_modules": tuple(lora["target_modules"])})
-        return TrainingCheckpoint(weights[0], recipe["model"], lora)
+        return TrainingCheckpoint(
+            weights[0], recipe["model"], lora, bool(recipe.get("from_scratch"))
+        )
     except (OSError, KeyError, IndexError, TypeError, yaml.YAMLError) as error:
         raise AlignError(
             f"models: {model}: a checkpoint, but not of a run of sft, dpo or ppo: {error}"

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from align.evaluation import agreement
+from align.rewards import needs_references
 from align.types import AlignError, PreferencePair, RewardSource, Text
 
 
@@ -28,6 +29,7 @@ def evaluate_reward(
         source: What is judged.
         pairs: Held-out preferences; ``pair.source`` and ``pair.margin`` split the accuracy.
         gold: A reward that counts as true, such as a larger model; compared response by response.
+            One that needs references has none here: pairs have none.
         seed: Of the shuffling.
     """
     prompts = [pair.prompt for pair in pairs]
@@ -47,7 +49,7 @@ def evaluate_reward(
         "broken": _on_broken_text(source, prompts, chosen, scores[:, 0], seed),
         "gaps": np.round(gaps, 6).tolist(),
     }
-    if gold is not None:
+    if gold is not None and not needs_references(gold):
         gold_scores = score_pairs(gold, prompts, chosen, rejected)
         found["gold"] = agreement_with(scores, gold_scores) | {"reward": gold.name}
     return found
@@ -79,10 +81,7 @@ def score_pairs(
     """``[pairs, 2]``: chosen, rejected. Neighbours share their prompt, so it is computed once."""
     repeated = [prompt for prompt in prompts for _ in range(2)]
     answers = [text for both in zip(chosen, rejected, strict=True) for text in both]
-    try:
-        scores = source(repeated, answers, [()] * len(answers))
-    except AlignError as error:
-        raise AlignError(f"preferences: pairs have no references to score by: {error}") from error
+    scores = source(repeated, answers, [()] * len(answers))
     return np.asarray(scores, dtype=float).reshape(-1, 2)
 
 

@@ -240,6 +240,7 @@ def _grow(model: PreTrainedModel, num_tokens: int) -> None:
 
 def is_on_the_hub(model: str) -> bool:
     """Whether it would be asked of the hub, or its cache; a misspelt folder raises."""
+    model = adapter_base(model) or model
     return _locate(model)[0] == model and not Path(model).exists()
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from align.files import read_rows
-from align.run_files import is_running
+from align.run_files import status_of
 from align.types import AlignError
 
 Row = dict[str, Any]
@@ -62,7 +62,8 @@ def find_runs(places: Sequence[str]) -> list[Path]:
     for place in places:
         folder = Path(place)
         if not folder.is_dir():
-            raise AlignError(f"report: {place}: no such folder; name one such as runs/tiny/ppo")
+            what = "is a file" if folder.is_file() else "no such folder"
+            raise AlignError(f"report: {place}: {what}; name a folder such as runs/tiny/ppo")
         here = [folder] if (folder / "manifest.json").is_file() else []
         inside = sorted(p.parent for p in folder.rglob("manifest.json") if p.parent != folder)
         if not here + inside:
@@ -74,8 +75,7 @@ def find_runs(places: Sequence[str]) -> list[Path]:
 def read_run(folder: Path, root: Path) -> RunRecord:
     """Everything that one run has written."""
     manifest = _read_json(folder / "manifest.json")
-    if manifest.get("status") == "running" and not is_running(folder):
-        manifest["status"] = "died"
+    manifest["status"] = status_of(folder, manifest)
     evaluation = _read_json(folder / "eval.json") if (folder / "eval.json").is_file() else None
     outputs = {p.stem: read_rows(p) for p in sorted((folder / "outputs").glob("*.jsonl"))}
     if evaluation is not None:  # in the recipe's order

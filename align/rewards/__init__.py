@@ -9,7 +9,14 @@ from align.rewards.metric import MetricReward
 from align.rewards.weighted import WeightedReward
 from align.types import AlignError, RewardSource, RewardTerm
 
-__all__ = ["FunctionReward", "MetricReward", "WeightedReward", "build_reward", "load_function"]
+__all__ = [
+    "FunctionReward",
+    "MetricReward",
+    "WeightedReward",
+    "build_reward",
+    "load_function",
+    "needs_references",
+]
 
 
 def build_reward(
@@ -31,6 +38,12 @@ def build_reward(
     if len(weighted) == 1 and weighted[0][0] == 1:
         return weighted[0][1]
     return WeightedReward(weighted)
+
+
+def needs_references(source: RewardSource) -> bool:
+    """Whether it compares responses with references; of a function that is not known."""
+    terms = [term for _, term in source.terms] if isinstance(source, WeightedReward) else [source]
+    return any(isinstance(term, MetricReward) for term in terms)
 
 
 def _build_term(term: RewardTerm, load_model: Callable[[str], RewardSource]) -> RewardSource:

@@ -42,7 +42,7 @@ class FunctionReward:
                 f"reward function {self.name}: no answer within {self.timeout:g} s for "
                 f"{len(responses)} responses; mend it, or raise reward.timeout (seconds)"
             ) from error
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise AlignError(
                 f"reward function {self.name}: raised {_one_line(error)}; "
                 "mend the function, or run with --debug to see where"
@@ -150,7 +150,7 @@ def _import_error(name: str, module_name: str, error: Exception) -> AlignError:
     )
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 

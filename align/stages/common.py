@@ -52,6 +52,7 @@ def open_session(recipe: CommonRecipe, stage: str) -> Session:
         seed=recipe.seed,
         resume=recipe.resume,
         overwrite=recipe.overwrite,
+        resumable=stage != "generate",
         is_main=accelerator.is_main_process,
     )
     run.describe(processes=accelerator.num_processes)

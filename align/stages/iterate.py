@@ -8,7 +8,6 @@ short goes on from its checkpoint, so an iteration can be killed anywhere and st
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -98,11 +97,9 @@ def run(recipe: IterateRecipe) -> None:
         run.resume()
     else:
         run.begin()
-        for old in run.folder.glob("round-*"):
-            shutil.rmtree(old)
     say(f"iterate: {recipe.model} -> {recipe.output_dir}, at most {recipe.rounds} rounds")
     run.rewind({})  # the rows are written again, from the folders of the rounds
-    start = Round(0, run.folder / "round-0", recipe.model, recipe.model)
+    start = Round(0, run.folder / "rounds" / "0", recipe.model, recipe.model)
     rows = [_row_of(recipe, stages, start)]
     run.log(1, rows[0])
     now, reason = start, ""
@@ -124,8 +121,8 @@ def run(recipe: IterateRecipe) -> None:
 def _next(recipe: IterateRecipe, last: Round) -> Round:
     """The round after ``last``: its policy is last's, its reference what the recipe says."""
     number = last.number + 1
-    folder = Path(recipe.output_dir) / f"round-{number}"
-    folder.mkdir(exist_ok=True)
+    folder = Path(recipe.output_dir) / "rounds" / str(number)
+    folder.mkdir(parents=True, exist_ok=True)
     policy = recipe.model if number == 1 else str(_policy(recipe, last))
     reference = {"fixed": recipe.model, "refresh": policy}.get(recipe.reference)
     if reference is None:  # average
@@ -149,7 +146,7 @@ def _play(recipe: IterateRecipe, stages: dict[str, Any], now: Round) -> None:
     )
     _run_once(sampled, generate.run, resumable=False)
     all_pairs = [
-        Path(recipe.output_dir) / f"round-{n}" / "generate" / "pairs.jsonl"
+        Path(recipe.output_dir) / "rounds" / str(n) / "generate" / "pairs.jsonl"
         for n in range(1, now.number + 1)
     ]
     if "rm" in stages:

@@ -21,6 +21,7 @@ from torch import Tensor
 from align.config import PPORecipe
 from align.data.order import prompt_batch
 from align.losses import adapt_kl_coef
+from align.models.policy import check_length
 from align.progress import Progress, change
 from align.rollout.experience import (
     decode_rollout,
@@ -42,7 +43,7 @@ from align.stages.ppo_report import describe, sample_rows
 from align.stages.ppo_roles import Roles, load_roles
 from align.stages.ppo_update import Update
 from align.training.checkpoint import InHand, load_in_hand
-from align.training.distributed import gather_rollout, my_share
+from align.training.distributed import gather_rollout, my_share, raise_together
 from align.training.finite import FiniteGuard
 from align.training.loop import seed_step
 from align.training.saver import Saver
@@ -60,6 +61,10 @@ def run(recipe: PPORecipe) -> None:
         actor=trained_parameters(roles.actor),
         critic=trained_parameters(roles.critic),
     )
+    for split in (prompts, held_out):  # not when the longest is sampled, hours later
+        longest = int(split.groups.num_tokens().max(initial=0))
+        needed = longest + recipe.generation.max_new_tokens
+        check_length(roles.actor, needed, "a prompt and its response may have")
     stage = _PPO(recipe, session, roles, prompts, held_out)
     before, after = stage.train()
     if session.accelerator.is_main_process:
@@ -101,11 +106,13 @@ class _PPO:
             else:
                 start, self.kl_coef, self.before = state["step"], state["kl_coef"], state["before"]
                 self.update.microbatches.tokens = state["tokens_per_microbatch"]
+                self.guard.in_a_row = state["left_out_in_a_row"]
                 in_hand = load_in_hand(state["place"])
             self.saver.require_best("keep_best", self.before)
             bar.advance(steps=start)
             for iteration in range(start, total):
-                self.saver.stay_or_leave(iteration, self._state())
+                if in_hand is None:  # else the weights are further on than this step's checkpoint
+                    self.saver.stay_or_leave(iteration, self._state())
                 metrics = self.iterate(iteration, in_hand)
                 done, in_hand = iteration + 1, None
                 run.log(done, metrics)
@@ -154,9 +161,7 @@ class _PPO:
                     self.saver.add_in_hand(iteration, hand.packed())
                 self._stay_or_leave(iteration, hand)
         except NonFiniteError as error:
-            self.guard.accepts(
-                iteration + 1, {error.what: error.value}, [examples[r // k].id for r in error.rows]
-            )
+            self._leave_out(iteration + 1, error, examples)
             return self.guard.metrics()
         scores = hand.scores
         if hand.experience is None:
@@ -166,7 +171,7 @@ class _PPO:
             "reference log-probability": float(experience.ref_logprobs.sum()),
             "critic's value": float(experience.values.sum()),
         }
-        if not self.guard.accepts(iteration + 1, computed, [e.id for e in examples]):
+        if not self.guard.accepts(iteration + 1, computed, [e.id for e in examples], learns=False):
             return self.guard.metrics()
         metrics = describe(experience, scores, kl_coef=self.kl_coef, samples_per_prompt=k)
         metrics |= self.update(
@@ -202,18 +207,25 @@ class _PPO:
 
     def sample(self, split: Split, members: Sequence[int], *, seed: int) -> Rollout:
         """This iteration's responses, those of every process in the prompts' order."""
-        accelerator = self.session.accelerator
-        mine = my_share(members, accelerator)
-        rollout = sample(
-            self.roles.actor,
-            [split.groups[i].prefix_ids for i in mine],
-            self.recipe.generation,
-            end_ids=self.end_ids,
-            seed=seed,
-            numbers=my_share(list(range(len(members))), accelerator),
-            prefill_tokens=self.recipe.tokens_per_microbatch,
-        )
-        return gather_rollout(rollout, self.recipe.generation.samples_per_prompt, accelerator)
+        accelerator, k = self.session.accelerator, self.recipe.generation.samples_per_prompt
+        numbers = my_share(list(range(len(members))), accelerator)
+        rollout: Rollout | None = None
+        failed: NonFiniteError | None = None
+        try:
+            rollout = sample(
+                self.roles.actor,
+                [split.groups[members[i]].prefix_ids for i in numbers],
+                self.recipe.generation,
+                end_ids=self.end_ids,
+                seed=seed,
+                numbers=numbers,
+                prefill_tokens=self.recipe.tokens_per_microbatch,
+            )
+        except NonFiniteError as error:
+            failed = error.of_rows([numbers[row // k] * k + row % k for row in error.rows])
+        raise_together(failed, accelerator)
+        assert rollout is not None
+        return gather_rollout(rollout, k, accelerator)
 
     def decode(self, rollout: Rollout) -> list[str]:
         """The responses as text."""
@@ -272,10 +284,15 @@ class _PPO:
         try:
             return self._measure_held_out()
         except NonFiniteError as error:
-            k = self.recipe.generation.samples_per_prompt
-            ids = [self.held_out.examples[r // k].id for r in error.rows]
-            self.guard.accepts(done, {f"held-out {error.what}": error.value}, ids)
+            self._leave_out(done, error, self.held_out.examples)
             return {}
+
+    def _leave_out(
+        self, step: int, error: NonFiniteError, examples: Sequence[PromptExample]
+    ) -> None:
+        k = self.recipe.generation.samples_per_prompt
+        ids = [examples[row // k].id for row in error.rows]
+        self.guard.accepts(step, {error.what: error.value}, ids)
 
     def _measure_held_out(self) -> dict[str, float]:
         # a reward that draws random numbers draws the same ones, whatever came before
@@ -307,6 +324,7 @@ class _PPO:
             "kl_coef": self.kl_coef,
             "before": self.before,
             "tokens_per_microbatch": self.update.microbatches.tokens,
+            "left_out_in_a_row": self.guard.in_a_row,
         }
 
     def _stay_or_leave(self, iteration: int, hand: Hand) -> None:

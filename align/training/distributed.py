@@ -12,17 +12,13 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType, gather_object
 from torch.nn import functional as F
 
-from align.types import AlignError, Rollout
+from align.types import AlignError, NonFiniteError, Rollout
 
 T = TypeVar("T")
 
 
-def make_accelerator(trackers: Sequence[str], output_dir: str) -> Accelerator:
-    """Precision is not set here: `models.precision` is its one place.
-
-    Raises:
-        AlignError: A tracker that Accelerate does not know, or whose package is not installed.
-    """
+def check_trackers(trackers: Sequence[str]) -> None:
+    """Refuse a tracker that Accelerate does not know, or whose package is not installed."""
     known = [str(t.value) for t in LoggerType if t is not LoggerType.ALL]
     available = {str(getattr(t, "value", t)) for t in get_available_trackers()}
     for name in trackers:
@@ -30,6 +26,11 @@ def make_accelerator(trackers: Sequence[str], output_dir: str) -> Accelerator:
             raise AlignError(f"trackers: {name!r}: allowed are {', '.join(known)}")
         if name not in available:
             raise AlignError(f"trackers: {name} is not installed; pip install {name}")
+
+
+def make_accelerator(trackers: Sequence[str], output_dir: str) -> Accelerator:
+    """Precision is not set here: `models.precision` is its one place."""
+    check_trackers(trackers)
     return Accelerator(
         mixed_precision="no",
         log_with=list(trackers) or None,
@@ -57,6 +58,20 @@ def max_over_processes(number: float, accelerator: Accelerator) -> float:
         return number
     value = torch.tensor([number], dtype=torch.float64, device=accelerator.device)
     return float(accelerator.gather(value).max())
+
+
+def raise_together(error: NonFiniteError | None, accelerator: Accelerator) -> None:
+    """Raise what any process has found, on every one of them: else the others would wait for ever.
+
+    Rows are the whole's, not the process's.
+    """
+    if accelerator.num_processes == 1:
+        found = [error]
+    else:
+        found = gather_object([error])
+    failed = [e for e in found if e is not None]
+    if failed:
+        raise failed[0].of_rows(sorted(row for e in failed for row in e.rows))
 
 
 def gather_in_order(items: Sequence[T], accelerator: Accelerator) -> list[T]:

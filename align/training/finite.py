@@ -23,15 +23,19 @@ class FiniteGuard:
         self.run, self.skips = run, on_nonfinite == "skip"
         # those of the run that is resumed count too
         self.skipped = run.count(NONFINITE)
-        self._in_a_row = 0
+        # a run that is resumed goes on counting
+        self.in_a_row = 0
 
-    def accepts(self, step: int, numbers: Mapping[str, float], ids: Sequence[str]) -> bool:
+    def accepts(
+        self, step: int, numbers: Mapping[str, float], ids: Sequence[str], *, learns: bool = True
+    ) -> bool:
         """Whether all numbers are finite; if not, the step is written down, to be left out.
 
         Args:
             step: The step or iteration that is being taken, from 1.
             numbers: What must be finite, such as ``loss`` and ``gradient``.
             ids: Rows that they were computed from.
+            learns: Whether an optimizer step follows, which ends a row of steps left out.
 
         Raises:
             AlignError: ``on_nonfinite`` is stop, or too many steps in a row were left out.
@@ -39,15 +43,15 @@ class FiniteGuard:
         bad = [(what, value) for what, value in numbers.items() if not math.isfinite(value)]
         if bad:
             self._leave_out(step, *bad[0], ids)
-        else:
-            self._in_a_row = 0
+        elif learns:
+            self.in_a_row = 0
         return not bad
 
     def _leave_out(self, step: int, what: str, value: float, ids: Sequence[str]) -> None:
         row = {"step": step, "what": what, "value": str(value), "ids": list(ids)}
         self.run.append(NONFINITE, [row])
         self.skipped += 1
-        self._in_a_row += 1
+        self.in_a_row += 1
         first = ", ".join(list(ids)[:3]) + (", ..." if len(ids) > 3 else "")
         told = f"step {step}: the {what} became {value} on {first}"
         path = self.run.folder / NONFINITE
@@ -56,7 +60,7 @@ class FiniteGuard:
                 f"{self.run.stage}: {told} (all in {path}); look at these rows, lower optim.lr, or "
                 "leave such steps out with on_nonfinite=skip"
             )
-        if self._in_a_row == IN_A_ROW:
+        if self.in_a_row >= IN_A_ROW:
             raise AlignError(
                 f"{self.run.stage}: {told}, the {IN_A_ROW}th in a row to be left out; "
                 f"lower optim.lr, or look at the rows in {path}"

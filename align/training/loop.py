@@ -96,6 +96,7 @@ def train(
     )
     state = saver.resume(resume) or {"step": 0}
     guard = FiniteGuard(run, on_nonfinite=train.on_nonfinite)
+    guard.in_a_row = state.get("left_out_in_a_row", 0)
     microbatches = Microbatches(
         state.get("tokens_per_microbatch", train.tokens_per_microbatch),
         num_processes=accelerator.num_processes,
@@ -108,7 +109,11 @@ def train(
         return found
 
     def lasting() -> dict[str, Any]:
-        return {"before": before, "tokens_per_microbatch": microbatches.tokens}
+        return {
+            "before": before,
+            "tokens_per_microbatch": microbatches.tokens,
+            "left_out_in_a_row": guard.in_a_row,
+        }
 
     with saver, Progress(total, run.stage, shown=run.is_main) as bar:
         bar.advance(steps=step)

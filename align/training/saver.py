@@ -91,6 +91,7 @@ class Saver:
         ``state["place"]`` is the checkpoint's folder.
         """
         found = checkpoints(self.folder) if wanted else []
+        self.run.require_unfinished()
         if not found:
             self.run.begin()
             self.run.rewind({})
@@ -127,12 +128,10 @@ class Saver:
             if in_hand is not None and self.run.is_main:
                 add_in_hand(place, in_hand)
         elif step == 0 and part == 0 and in_hand is None:
-            self.run.leave()
             raise Interrupted(number, "interrupted before the first step; nothing was to save")
         else:
             self._write(step, state, part=part, in_hand=in_hand)
         self.accelerator.wait_for_everyone()
-        self.run.leave()
         raise Interrupted(
             number,
             f"interrupted and saved in {self.folder} ({step} steps done); "
@@ -160,6 +159,7 @@ class Saver:
                 part=part,
                 in_hand=in_hand,
             )
+            self.run.keep()
 
     def _agreed(self) -> int:
         """The signal that came to any process; the same answer in all of them."""
@@ -187,10 +187,9 @@ class Saver:
         load_checkpoint(self.folder / f"step-{step}", self.trained)
         self.run.describe(best=self.best)
         if self.run.is_main:
-            say(
-                f"  kept step {step}: held-out {self.best_by} {value:.4g} there, "
-                f"{last[self.best_by]:.4g} at the end"
-            )
+            end = last.get(self.best_by)
+            told = "not measured" if end is None else f"{end:.4g}"
+            say(f"  kept step {step}: held-out {self.best_by} {value:.4g} there, {told} at the end")
         return True
 
     def _beats(self, value: float) -> bool:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from align.data.columns import read_row
 from align.data.formats import BadRow, Row
-from align.types import PromptExample, SFTExample
+from align.data.preferences import load_examples
+from align.types import AlignError, DataSource, PromptExample, SFTExample
 
 
 def user(text: str) -> dict[str, str]:
@@ -179,6 +182,13 @@ def test_columns_reach_inside_by_dots() -> None:
     assert (example.prompt, example.chosen, example.rejected) == ("why?", "good", "bad")
     assert example.margin == 1.5
     assert (example.id, example.source) == ("f.jsonl:7", "f.jsonl")
+
+
+def test_a_name_of_ours_that_no_format_has(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n')
+    source = DataSource(path=str(tmp_path / "rows.jsonl"), columns={"prompts": "prompt"})
+    with pytest.raises(AlignError, match=r"data.columns.prompts: no such field; did you mean prom"):
+        load_examples([source], kind="prompt")
 
 
 def test_a_column_that_is_not_there_is_named() -> None:

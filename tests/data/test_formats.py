@@ -111,6 +111,12 @@ def test_blank_lines_are_counted_but_no_rows(tmp_path) -> None:
     )
 
 
+def test_a_list_under_the_name_of_lines(tmp_path) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps(ROWS, indent=1))
+    with pytest.raises(AlignError, match=r"is one JSON list, not an object a line; call it \.json"):
+        read(tmp_path / "rows.jsonl")
+
+
 def test_malformed_json_in_an_array_names_its_line(tmp_path) -> None:
     path = tmp_path / "d.json"
     path.write_text('[\n{"text": "x"},\n{"text": }\n]')
@@ -148,6 +154,16 @@ def test_tabs_are_for_tsv(tmp_path) -> None:
     (tmp_path / "a.tsv").write_text("prompt\tcompletion\none, two\tthree\n", encoding="utf-8")
     (row,) = read_rows(DataSource(path=str(tmp_path / "a.tsv")))
     assert row.values == {"prompt": "one, two", "completion": "three"}
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
+def test_a_stray_quote_swallows_no_line(tmp_path, name: str) -> None:
+    separator = "," if name == "a.csv" else "\t"
+    lines = [["prompt", "completion"], ['"Quoted start', "one"], ['"Other start', "two"]]
+    text = "".join(separator.join(line) + "\n" for line in lines)
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(AlignError, match=rf"{name}:3: .* a cell that begins with a quote"):
+        list(read_rows(DataSource(path=str(tmp_path / name))))
 
 
 @pytest.mark.parametrize(

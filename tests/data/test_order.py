@@ -97,3 +97,12 @@ def test_what_cannot_be_traced_is_one_line(
 ) -> None:
     assert main(["data", "trace", str(tmp_path)]) == 2
     assert "holds no run whose rows can be traced" in capsys.readouterr().err
+    (tmp_path / "manifest.json").write_text('{"stage": "sft", "seed": 0, "recipe": {}}')
+    (tmp_path / "train_rows.tsv").write_text("a.jsonl:1\t3\n")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 2, "loss": 1.0}\n')
+    for step in ("0", "3"):
+        assert main(["data", "trace", str(tmp_path), "--step", step]) == 2
+        assert "the run has logged steps 1 to 2" in capsys.readouterr().err
+    (tmp_path / "manifest.json").write_text('{"stage": "generate", "seed": 0, "recipe": {}}')
+    assert main(["data", "trace", str(tmp_path), "--step", "1"]) == 2
+    assert "a run of generate has no steps" in capsys.readouterr().err

@@ -228,6 +228,10 @@ def test_every_key_is_explained_and_everything_can_be_asked_for(
     split = [f"preferences.train={pairs}", "preferences.test_fraction=0.4"]
     part = run_eval("part", *split, "reward={function: eval_own:words}", "data=null")
     assert 0 < results(part)["reward_model"]["pairs"] < len(preferences)
+    # as both shipped suites have it: pairs have no references, so a metric says nothing of them
+    own, gold = "reward={function: eval_own:words}", "gold_reward={metric: chrf1}"
+    shipped = run_eval("shipped", f"preferences.test={pairs}", own, gold, "num_resamples=10")
+    assert "gold" not in results(shipped)["reward_model"]
 
 
 def test_outputs_are_kept(

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from align.run_files import claim
+
 NASTY = "<script>alert('out')</script> & \"quoted\" {{ 7 * 7 }} \u2028 end"
 
 
@@ -23,6 +25,8 @@ def write_run(
     }
     manifest = {"stage": stage, "status": "done", "seed": 0, "seconds": 71.5, "data": data, **facts}
     (folder / "manifest.json").write_text(json.dumps(manifest))
+    if manifest["status"] == "running":
+        claim(folder)
     (folder / "config.yaml").write_text(
         facts.get("config", f"model: models/tiny\noutput_dir: {folder}\n")
     )

@@ -105,19 +105,19 @@ def test_two_rounds_of_ppo_killed_and_resumed(
     assert {"gold", "kl", "bleu", "pairs", "reward"} <= rows[1].keys()
     assert rows[0]["kl"] == pytest.approx(0, abs=1e-5)
     assert rows[2]["kl"] > 0
-    first, second = (config(whole / f"round-{n}" / "ppo") for n in (1, 2))
+    first, second = (config(whole / f"rounds/{n}" / "ppo") for n in (1, 2))
     assert (first["model"], first.get("reference_model")) == (str(tiny_sft), None)
-    assert second["model"] == str(whole / "round-1" / "ppo" / "model")
+    assert second["model"] == str(whole / "rounds/1" / "ppo" / "model")
     assert second["reference_model"] == str(tiny_sft)
-    rm = json.loads((whole / "round-2" / "rm" / "manifest.json").read_text("utf-8"))
+    rm = json.loads((whole / "rounds/2" / "rm" / "manifest.json").read_text("utf-8"))
     assert len(rm["data"]["train"]) == 2  # the pairs of both rounds
     # killed inside the second round's PPO, after its first checkpoint
     with stop_at(iterate.ppo, "make_experience", 4):
         run_iterate("cut", "ppo")
-    before = (tmp_path / "cut" / "round-2" / "rm" / "manifest.json").stat().st_mtime_ns
+    before = (tmp_path / "cut" / "rounds/2" / "rm" / "manifest.json").stat().st_mtime_ns
     cut = run_iterate("cut", "ppo", "resume=auto")
-    assert (cut / "round-2" / "rm" / "manifest.json").stat().st_mtime_ns == before
-    assert_same_weights(whole / "round-2/ppo/model", cut / "round-2/ppo/model")
+    assert (cut / "rounds/2" / "rm" / "manifest.json").stat().st_mtime_ns == before
+    assert_same_weights(whole / "rounds/2/ppo/model", cut / "rounds/2/ppo/model")
     again = [
         {k: v for k, v in r.items() if k != "seconds"} for r in read_jsonl(cut / "metrics.jsonl")
     ]
@@ -127,16 +127,16 @@ def test_two_rounds_of_ppo_killed_and_resumed(
 @pytest.mark.parametrize("reference", ["fixed", "refresh", "average"])
 def test_references_of_online_dpo(run_iterate: Iterate, tiny_sft: Path, reference: str) -> None:
     folder = run_iterate("run", "dpo", f"reference={reference}")
-    first = str(folder / "round-1" / "dpo" / "model")
-    used = config(folder / "round-2" / "dpo").get("dpo.reference_model")
-    average = str(folder / "round-2" / "reference")
+    first = str(folder / "rounds/1" / "dpo" / "model")
+    used = config(folder / "rounds/2" / "dpo").get("dpo.reference_model")
+    average = str(folder / "rounds/2" / "reference")
     assert used == {"fixed": str(tiny_sft), "refresh": None, "average": average}[reference]
-    assert config(folder / "round-2" / "dpo")["model"] == first
+    assert config(folder / "rounds/2" / "dpo")["model"] == first
 
 
 def test_a_run_that_is_there_is_refused_and_a_rule_stops(run_iterate: Iterate) -> None:
     folder = run_iterate("run", "dpo", "stop.min_pairs=1000")
-    assert not (folder / "round-2").exists()
+    assert not (folder / "rounds/2").exists()
     manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
     assert "fewer than stop.min_pairs=1000" in manifest["stopped"]
     with pytest.raises(AlignError, match="already holds a run"):

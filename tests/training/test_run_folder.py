@@ -9,8 +9,9 @@ from typing import Any
 import psutil
 import pytest
 
+from align import run_files
 from align.progress import change, duration
-from align.run_files import is_running, note_failure
+from align.run_files import close, status_of
 from align.run_folder import Run
 from align.types import AlignError, SourceReport
 
@@ -85,7 +86,7 @@ def test_a_run_never_writes_over_what_it_reads(tmp_path: Path, overwrite: bool) 
 
 def test_a_done_run_without_checkpoints_is_not_started_over(tmp_path: Path) -> None:
     open_run(tmp_path).finish([["held out", "after"]])
-    with pytest.raises(AlignError, match=r"is done and left no checkpoint.*overwrite=true"):
+    with pytest.raises(AlignError, match=r"is done, so there is nothing.*overwrite=true"):
         open_run(tmp_path, resume="auto").begin()
 
 
@@ -110,7 +111,8 @@ def test_what_no_run_wrote_is_not_written_over(tmp_path: Path, name: str, resume
     with pytest.raises(AlignError, match=rf"holds {name}, but no run"):
         open_run(tmp_path, resume=resume)
     assert mine.read_text() == "mine\n"
-    open_run(tmp_path, overwrite=True)
+    open_run(tmp_path, overwrite=True).log(1, {"loss": 2.0})
+    assert not mine.exists()
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
@@ -144,27 +146,81 @@ def test_overwrite_removes_what_a_run_writes_and_nothing_else(tmp_path: Path) ->
     assert found == ["config.yaml", "manifest.json", "notes.txt"]
 
 
+def failed(folder: Path) -> None:
+    close(folder, "failed", AlignError("reward: no such function"))
+
+
 def test_a_run_that_is_replaced_stays_until_the_new_one_has_numbers(tmp_path: Path) -> None:
     open_run(tmp_path).log(1, {"loss": 2.0})
     (tmp_path / "model").mkdir()
     open_run(tmp_path, overwrite=True, config_yaml="seed: 4\n")
     assert not (tmp_path / "model").exists()
-    assert note_failure(tmp_path, "failed", "reward: no such function")
+    failed(tmp_path)
     assert (tmp_path / "model").is_dir()
     assert (tmp_path / "metrics.jsonl").is_file()
     assert (tmp_path / "config.yaml").read_text() == "seed: 3\n"
     # the same, but killed: the next run that replaces it knows which of the two to keep
     open_run(tmp_path, overwrite=True)
     open_run(tmp_path, overwrite=True)
-    assert note_failure(tmp_path, "failed", "")
+    failed(tmp_path)
     assert (tmp_path / "model").is_dir()
     run = open_run(tmp_path, overwrite=True)
     run.log(0, {"eval_loss": 2.0})
-    assert not note_failure(tmp_path, "failed", "reward: no such function")
+    failed(tmp_path)
     assert not (tmp_path / "model").exists()
     assert not (tmp_path / ".replaced").exists()
     assert manifest(tmp_path)["status"] == "failed"
     assert manifest(tmp_path)["error"] == "reward: no such function"
+
+
+def test_a_checkpoint_is_never_given_up_for_the_run_before(tmp_path: Path) -> None:
+    open_run(tmp_path).log(1, {"loss": 2.0})
+    run = open_run(tmp_path, overwrite=True)
+    (tmp_path / "checkpoints" / "step-3").mkdir(parents=True)
+    run.keep()
+    failed(tmp_path)
+    assert (tmp_path / "checkpoints" / "step-3").is_dir()
+
+
+def test_a_crash_while_the_old_run_is_set_aside_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_run(tmp_path).log(1, {"loss": 2.0})
+    (tmp_path / "model").mkdir()
+    before = sorted(p.name for p in tmp_path.glob("[!.]*"))
+    moved: list[str] = []
+
+    def replace(source: Path, place: Path) -> None:
+        if len(moved) == 2:
+            raise KeyboardInterrupt
+        moved.append(source.name)
+        Path(source).rename(place)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_files.os, "replace", replace)
+        with pytest.raises(KeyboardInterrupt):
+            open_run(tmp_path, overwrite=True)
+    assert len(moved) == 2
+    failed(tmp_path)
+    assert sorted(p.name for p in tmp_path.glob("[!.]*")) == before
+
+
+def test_a_run_that_failed_before_it_made_anything_is_no_hindrance(tmp_path: Path) -> None:
+    run = Run("ppo", str(tmp_path), config_yaml="seed: 3\n", seed=3)
+    run.trace_rows(lambda: [("a.jsonl:1", 3)])
+    run.begin()
+    failed(tmp_path)
+    assert manifest(tmp_path)["status"] == "failed"
+    open_run(tmp_path).log(1, {"loss": 2.0})
+    failed(tmp_path)
+    with pytest.raises(AlignError, match="already holds a run"):
+        open_run(tmp_path)
+
+
+def test_a_run_that_cannot_be_resumed_does_not_say_that_it_can(tmp_path: Path) -> None:
+    open_run(tmp_path).log(1, {"loss": 2.0})
+    with pytest.raises(AlignError, match="already holds a run; add overwrite=true"):
+        open_run(tmp_path, resumable=False)
 
 
 def test_a_failure_is_noted_by_the_process_that_runs_only(tmp_path: Path) -> None:
@@ -172,11 +228,15 @@ def test_a_failure_is_noted_by_the_process_that_runs_only(tmp_path: Path) -> Non
     parent = psutil.Process().parent()
     claim = [platform.node(), parent.pid, parent.create_time()]
     (tmp_path / ".running").write_text(json.dumps(claim))
-    assert is_running(tmp_path) == parent.pid
-    assert not note_failure(tmp_path, "failed", "")
-    assert manifest(tmp_path)["status"] == "running"
+    failed(tmp_path)
+    assert status_of(tmp_path, manifest(tmp_path)) == "running"
+    # of another machine it cannot be known
+    (tmp_path / ".running").write_text(json.dumps(["elsewhere", 1, 1.0]))
+    assert status_of(tmp_path, manifest(tmp_path)) == "running"
+    with pytest.raises(AlignError, match=r"is running in it on elsewhere; .* or remove"):
+        open_run(tmp_path, overwrite=True)
     (tmp_path / ".running").unlink()
-    assert is_running(tmp_path) == 0
+    assert status_of(tmp_path, manifest(tmp_path)) == "died"
 
 
 def test_a_file_in_the_way_is_one_line(tmp_path: Path) -> None:
@@ -236,8 +296,14 @@ def test_only_the_same_run_goes_on(
         return
     run.resume()
     assert (tmp_path / "config.yaml").read_text() == config
-    opened("optim: {lr: 0.2}", "bad", "def", "auto").begin()  # nothing to go on with
-    assert manifest(tmp_path)["start_weights"] == "def"
+    # without a checkpoint it starts anew, but not as another run
+    with pytest.raises(AlignError, match=r"optim.lr was 0.1 and is now 0.2"):
+        opened("optim: {lr: 0.2}", "f00", "abc", "auto").begin()
+    other = Run("rm", str(tmp_path), config_yaml=config, seed=3, resume="auto")
+    with pytest.raises(AlignError, match="holds a run of sft, not of rm"):
+        other.begin()
+    opened("optim: {lr: 0.1}", "f00", "abc", "auto").begin()
+    assert manifest(tmp_path)["start_weights"] == "abc"
 
 
 def test_appended_rows_are_utf8_jsonl(tmp_path: Path, read_jsonl: ReadJsonl) -> None:
