@@ -163,12 +163,16 @@ $(SMOLLM2)/config.json: | $(STAMP)
 
 # ---------------------------------------------------------------- the code itself
 
+# small models gain nothing from a second thread, so every core runs tests of its own
+CORES ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(CORES)
+
 test: $(STAMP)
-	$(PY) -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 # every test and the long ones, which measure again what docs/trust.md says and docs/oracles/ draws
 oracles: $(STAMP)
-	ALIGN_TRUST=1 $(PY) -m pytest tests $(wildcard tests/*/long_*.py) $(ARGS)
+	ALIGN_TRUST=1 $(PYTEST) tests $(wildcard tests/*/long_*.py) $(ARGS)
 	$(PY) tools/make_trust.py
 
 # as `make test` does, with twenty thousand inputs for each reader instead of a hundred
@@ -179,7 +183,7 @@ check: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(PY) -m pytest
+	$(PYTEST)
 
 # with SmolLM2 where it was fetched (`make bench SUITE=smollm2` fetches it), else with models/tiny
 bench: $(STAMP) $(if $(filter smollm2,$(SUITE)),$(SMOLLM2)/config.json)

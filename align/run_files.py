@@ -47,7 +47,7 @@ WHOLE = ".whole"
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Nobody else of this machine claims the folder meanwhile; not on Windows."""
     if fcntl is None:
         yield
@@ -62,7 +62,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def claim(folder: Path) -> None:
     """Two runs in one folder would mix their rows: the second one is refused."""
-    with _locked(folder):
+    with locked(folder):
         holder = running_in(folder)
         if holder and holder != _me():
             host, process = holder

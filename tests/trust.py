@@ -14,6 +14,8 @@ import json
 import os
 from pathlib import Path
 
+from align.run_files import locked
+
 FOLDER = Path(__file__).parents[1] / "docs" / "trust"
 
 
@@ -35,6 +37,8 @@ class Trust:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{table}.json"
-        rows = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        rows[what] = {"found": found, "wanted": wanted, "test": self.test}
-        path.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        with locked(self.folder):  # tests run on several cores
+            rows = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            rows[what] = {"found": found, "wanted": wanted, "test": self.test}
+            text = json.dumps(dict(sorted(rows.items())), indent=1, ensure_ascii=False) + "\n"
+            path.write_text(text, encoding="utf-8")

@@ -59,14 +59,16 @@ def test_a_seed_below_sft_fails_the_run(
     def align(command: str, recipe: str, *overrides: str) -> None:
         ran.append((command, recipe, *overrides))
         if command == "eval":
-            (tmp_path / "tiny" / "eval").mkdir(parents=True)
             made = results()
             if not worse:
                 made["comparisons"][3]["difference"] = -2.0
-            (tmp_path / "tiny" / "eval" / "eval.json").write_text(json.dumps(made))
+            place = tmp_path / "tiny" / "ppo.epochs=2" / "eval"
+            place.mkdir(parents=True, exist_ok=True)
+            (place / "eval.json").write_text(json.dumps(made))
 
     monkeypatch.setattr(seeds, "_align", align)
-    done = tmp_path / "tiny" / "ppo-0" / "model" / "config.json"
+    monkeypatch.delenv("ALIGN_TRUST", raising=False)  # these seeds were never run
+    done = tmp_path / "tiny" / "ppo.epochs=2" / "ppo-0" / "model" / "config.json"
     done.parent.mkdir(parents=True)
     done.write_text("{}")
     argv = ["seeds", "tiny", "--seeds", "0", "1", "--folder", str(tmp_path), "ppo.epochs=2"]
@@ -78,4 +80,4 @@ def test_a_seed_below_sft_fails_the_run(
     # seed 0 was done already
     assert [(r[0], r[2]) for r in ran[:-1]] == [("ppo", "seed=1")]
     assert "ppo.epochs=2" in ran[0]
-    assert f"ppo-0: {tmp_path}/tiny/ppo-0/model" in ran[1][2]
+    assert f"ppo-0: {tmp_path}/tiny/ppo.epochs=2/ppo-0/model" in ran[1][2]

@@ -117,7 +117,7 @@ def test_adapter_on_the_head_counts(tiny: Path, batch: TokenBatch) -> None:
     assert got.keys() == want.keys()
     assert len([name for name in got if "lm_head.lora" in name]) == 2
     for name, gradient in got.items():
-        torch.testing.assert_close(gradient, want[name], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(gradient, want[name], rtol=1e-4, atol=5e-5)
 
 
 def test_an_adapter_on_a_head_that_is_the_embeddings_is_refused(
