@@ -13,13 +13,13 @@ from typing import Any, Literal
 
 from align.config import DataConfig, DPORecipe, EvalRecipe, GenerateRecipe, IterateRecipe, PPORecipe
 from align.memory import (
-    did_you_mean,
     find_config,
     looks_like_hub_id,
     microbatch_tokens,
     models_and_memory,
     roles,
 )
+from align.nearest import did_you_mean
 from align.training.distributed import check_trackers
 from align.types import AlignError, DataSource, PromptExample
 

@@ -18,12 +18,12 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import NoReturn
 
 from align import __version__
 from align.commands import data, doctor, label
+from align.nearest import nearest
 
 # command -> (recipe class in align.config, module:function, what --help says)
 STAGES: dict[str, tuple[str, str, str]] = {
@@ -66,8 +66,8 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         unknown = re.search(r"invalid choice: '(.*?)' \(choose from", message)
         if unknown and "COMMAND" in message:
-            near = get_close_matches(unknown[1], [*STAGES, *OTHERS], n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            near = nearest(unknown[1], [*STAGES, *OTHERS])
+            hint = f"; did you mean {near}?" if near else ""
             message = f"{unknown[1]}: no such command{hint}"
         print(f"align: {message}; see `{self.prog} --help`", file=sys.stderr)
         raise SystemExit(2)

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from align.config import DPORecipe, EvalRecipe, PPORecipe
+from align.nearest import did_you_mean
 from align.options import LoraOptions
-from align.recipe_builder import nearest
 from align.types import AlignError
 
 TRAINED_BYTES = 16
@@ -142,13 +142,6 @@ def looks_like_hub_id(name: str) -> bool:
     first = name.split("/", 1)[0]
     known_folder = first in {"runs", "models", "data", ".", ".."} or Path(first).exists()
     return bool(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)) and not known_folder
-
-
-def did_you_mean(path: Path) -> str:
-    if not path.parent.is_dir():
-        return ""
-    near = nearest(path.name, [p.name for p in path.parent.iterdir()])
-    return f" (did you mean {path.parent / near}?)" if near else ""
 
 
 def find_config(model: str, *, trust_remote_code: bool = False) -> tuple[Any, str]:

@@ -9,7 +9,6 @@ import re
 import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, fields, is_dataclass
-from difflib import SequenceMatcher
 from typing import (
     Any,
     Literal,
@@ -23,6 +22,7 @@ from typing import (
 )
 
 from align.config import DataConfig
+from align.nearest import alike, nearest
 from align.recipe_ranges import ALIASES, RANGES
 from align.types import RewardTerm
 
@@ -83,12 +83,6 @@ def dotted_keys(cls: type, prefix: str = "") -> Iterator[str]:
         for part in (hint, *get_args(hint)):
             if is_dataclass(part):
                 yield from dotted_keys(cast("type", part), f"{prefix}{name}.")
-
-
-def nearest(name: str, candidates: Iterator[str] | list[str]) -> str | None:
-    """The candidate that the user most likely meant, None if nothing is near."""
-    best = max(((_likeness(name, c), c) for c in candidates), default=(0.0, ""))
-    return best[1] if best[0] >= 0.6 else None
 
 
 # ---------------------------------------------------------------- one value
@@ -204,7 +198,7 @@ def _unknown(key: str, root: type) -> str:
     leaf = key.rsplit(".", 1)[-1]
     known = list(dotted_keys(root))
     alias = ALIASES.get(leaf)
-    near = alias if alias in known else nearest(key, known)
+    near = alias if alias in known else nearest(key, known, likeness=_likeness)
     if near:
         return f"no such key; did you mean {near}?"
     return f"no such key; keys here: {', '.join(k for k in known if '.' not in k)}"
@@ -232,7 +226,7 @@ def _likeness(name: str, candidate: str) -> float:
 
 
 def _ratio(a: str, b: str) -> float:
-    return SequenceMatcher(None, a.replace(".", "_"), b.replace(".", "_")).ratio()
+    return alike(a.replace(".", "_"), b.replace(".", "_"))
 
 
 def _join(prefix: str, name: str) -> str:

@@ -16,7 +16,8 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from align.recipe_builder import KeyProblem, build, nearest
+from align.nearest import nearest
+from align.recipe_builder import KeyProblem, build
 from align.recipe_checks import check_whole
 from align.types import AlignError
 

@@ -158,7 +158,7 @@ def test_what_is_not_here_is_said_and_is_no_error(
     assert err == ""
     assert cli.main(["check", "sft.yaml", "model=models/smal", "data=runs/a/rowz.jsonl"]) == 0
     out = capsys.readouterr().out
-    assert "models/smal is not there yet (did you mean models/small?)" in out
+    assert "models/smal is not there yet; did you mean models/small?" in out
     assert "runs/a/rowz.jsonl: not there yet, nor is its folder" in out
 
 
@@ -169,7 +169,7 @@ def test_a_missing_file_in_a_folder_that_is_there_is_an_error(
     Path("sft.yaml").write_text(f"model: {model}\noutput_dir: o\ndata: rowz.jsonl\n")
     assert cli.main(["check", "sft.yaml"]) == 2
     err = capsys.readouterr().err
-    assert err == "align: data: rowz.jsonl: no such file or folder (did you mean rows.jsonl?)\n"
+    assert err == "align: data: rowz.jsonl: no such file or folder; did you mean rows.jsonl?\n"
 
 
 @pytest.mark.parametrize(

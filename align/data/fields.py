@@ -5,7 +5,6 @@ Nothing is repaired: a value that is missing, empty or of the wrong kind is a ``
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any, Literal, NoReturn, TypeAlias
 
 from align.data.formats import BadRow, Row
 from align.data.turns import NotTurns, read_turns
+from align.nearest import nearest
 from align.types import AlignError, Message, Text
 
 Kind: TypeAlias = Literal["sft", "preference", "prompt"]
@@ -122,8 +122,8 @@ def check_names(columns: Mapping[str, str]) -> None:
     """Refuse a name of ours that no format has: it would change nothing."""
     for name in columns:
         if name not in NAMES:
-            close = difflib.get_close_matches(name, NAMES, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(NAMES)}"
+            near = nearest(name, NAMES)
+            hint = f"did you mean {near}?" if near else f"there are {', '.join(NAMES)}"
             raise AlignError(f"data.columns.{name}: no such field; {hint}")
 
 

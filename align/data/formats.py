@@ -7,7 +7,6 @@ caller may stop or skip. A file that cannot be read at all is an error.
 from __future__ import annotations
 
 import csv
-import difflib
 import gzip
 import hashlib
 import io
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
 
+from align.nearest import nearest_path
 from align.types import AlignError, DataSource
 
 SUFFIXES = (
@@ -71,7 +71,7 @@ def find_files(source: DataSource) -> list[Path]:
     is_hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", source.path) and not path.parent.is_dir()
     if is_hub_name and not path.name.endswith(SUFFIXES):
         return []
-    raise AlignError(f"{source.path}: no such file or folder; {nearest(path)}")
+    raise AlignError(f"{source.path}: no such file or folder; {_what_there_is(path)}")
 
 
 def read_file(path: Path) -> Iterator[Row | BadRow]:
@@ -106,7 +106,7 @@ def _load_hub(source: DataSource) -> Any:
     except Exception as error:  # the library raises a dozen kinds, all of them the user's matter
         raise AlignError(
             f"{source.path}: no such file, and not loaded from the hub ({_one_line(error)}); "
-            f"{nearest(Path(source.path))}"
+            f"{_what_there_is(Path(source.path))}"
         ) from error
 
 
@@ -125,17 +125,18 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def nearest(path: Path) -> str:
+def _what_there_is(path: Path) -> str:
     """What to do about a missing path: the likeliest existing one, or what there is."""
-    parent = path.parent
-    while not parent.is_dir():
-        path, parent = parent, parent.parent
-    names = sorted(p.name for p in parent.iterdir() if p.is_dir() or p.name.endswith(SUFFIXES))
-    names = [name for name in names if not name.startswith(".")]
-    close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
-    if close:
-        return f"did you mean {parent / close[0]}?"
-    there = ", ".join(names[:5]) or "no data files"
+
+    def may_hold_data(found: Path) -> bool:
+        return found.is_dir() or found.name.endswith(SUFFIXES)
+
+    near = nearest_path(path, wanted=may_hold_data)
+    if near:
+        return f"did you mean {near}?"
+    parent = next(p for p in path.parents if p.is_dir())
+    names = sorted(p.name for p in parent.iterdir() if may_hold_data(p))
+    there = ", ".join([name for name in names if not name.startswith(".")][:5]) or "no data files"
     return f"{parent.resolve()} has {there}; correct the path"
 
 

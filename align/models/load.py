@@ -6,7 +6,6 @@ refused. Remote code runs only where the recipe says so.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import warnings
@@ -24,6 +23,7 @@ from transformers import (
 )
 
 from align.models.attention import BACKEND
+from align.nearest import did_you_mean
 from align.types import AlignError
 
 
@@ -249,7 +249,7 @@ def _locate(model: str) -> tuple[str, dict[str, Any]]:
     path = Path(model)
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise AlignError(f"model: {model}: no such file{_nearest(path)}")
+            raise AlignError(f"model: {model}: no such file{did_you_mean(path)}")
         return str(path.parent), {"gguf_file": path.name}
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -264,7 +264,7 @@ def _locate(model: str) -> tuple[str, dict[str, Any]]:
     # a folder of that name is here: the hub would be asked, five times, for a misspelt path
     looks_local = looks_local or path.parent.is_dir()
     if looks_local and "/" in model or path.exists():
-        raise AlignError(f"model: {model}: no such folder{_nearest(path)}")
+        raise AlignError(f"model: {model}: no such folder{did_you_mean(path)}")
     return model, {"use_safetensors": True}
 
 
@@ -303,13 +303,6 @@ def _complete(model: str, info: dict[str, Any], *, but: str = "") -> None:
             f"model: {model}: its files lack {missing[0]}{more}, which would be random; "
             "fetch or save the model whole"
         )
-
-
-def _nearest(path: Path) -> str:
-    if not path.parent.is_dir():
-        return f" ({path.parent} does not exist either)"
-    close = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], n=1)
-    return f"; did you mean {path.parent / close[0]}?" if close else ""
 
 
 def _guarded(model: str, load: Any, *args: Any, **options: Any) -> Any:

@@ -22,6 +22,7 @@ LEAVES = {
     "doctor",
     "doctor_rules",
     "model_card",
+    "nearest",
 }
 CONFIG = {"config", "recipe_ranges", "recipe_builder", "recipe_checks", "recipes_io"}
 # room -> the rooms of this package that it may import, besides itself and types
@@ -36,6 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     "doctor": set(),
     "doctor_rules": set(),
     "model_card": set(),
+    "nearest": set(),
     "losses": set(),
     "data": set(),
     "models": {"losses", "data"},
