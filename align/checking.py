@@ -14,7 +14,6 @@ from typing import Any, Literal
 from align.config import DataConfig, DPORecipe, EvalRecipe, GenerateRecipe, IterateRecipe, PPORecipe
 from align.memory import (
     find_config,
-    looks_like_hub_id,
     microbatch_tokens,
     models_and_memory,
     roles,
@@ -108,6 +107,7 @@ SAMPLED = 2000
 def _read_rows(source: DataSource, data: DataConfig, kind: Kind) -> tuple[Sequence[Any], str]:
     """Rows of one source, read and checked as the run will do it."""
     from align.data.preferences import load_examples, with_columns
+    from align.models.locate import looks_like_hub_id
 
     path = Path(source.path)
     if not path.exists():

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -135,21 +134,16 @@ def _adapter_of(model: str, base: str) -> bool:
         return False
 
 
-def looks_like_hub_id(name: str) -> bool:
-    """``org/name`` whose first part is no folder here, or a bare name such as ``gpt2``."""
-    if Path(name).suffix in {".gguf", ".jsonl", ".json", ".csv", ".parquet", ".arrow", ".gz"}:
-        return False
-    first = name.split("/", 1)[0]
-    known_folder = first in {"runs", "models", "data", ".", ".."} or Path(first).exists()
-    return bool(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)) and not known_folder
-
-
 def find_config(model: str, *, trust_remote_code: bool = False) -> tuple[Any, str]:
-    """The model's transformers config if it is on this machine, else None and why not."""
+    """The model's transformers config if it is on this machine, else None and why not.
+
+    Raises:
+        AlignError: There is no such folder, no run will make it, and the hub has no such name.
+    """
     from huggingface_hub import try_to_load_from_cache
     from transformers import AutoConfig
 
-    from align.models.load import adapter_base, no_model_in
+    from align.models.locate import adapter_base, looks_like_hub_id, no_model_in, no_such_model
 
     model = adapter_base(model) or model
     path = Path(model)
@@ -159,9 +153,11 @@ def find_config(model: str, *, trust_remote_code: bool = False) -> tuple[Any, st
         if not (path / "config.json").is_file():
             raise AlignError(no_model_in(path))
     elif not looks_like_hub_id(model):
-        return None, f"{model} is not there yet{did_you_mean(path)}"
+        if not _made_by_a_run(path):
+            raise no_such_model(model)
+        return None, f"{model} is not there yet: a run makes it{did_you_mean(path)}"
     elif not isinstance(try_to_load_from_cache(model, "config.json"), str):
-        return None, f"{model} is not in the local cache"
+        return None, f"{model} is no folder here, nor in the hub's cache: the run will ask the hub"
     try:
         config = AutoConfig.from_pretrained(
             model, trust_remote_code=trust_remote_code, local_files_only=True
@@ -170,6 +166,13 @@ def find_config(model: str, *, trust_remote_code: bool = False) -> tuple[Any, st
         reason = str(error).strip().split("\n")[0]
         raise AlignError(f"model: {model}: its config cannot be read: {reason}") from error
     return config, ""
+
+
+def _made_by_a_run(path: Path) -> bool:
+    """Whether ``path`` is named like what a run writes, and that run has not ended yet."""
+    run = path.parent
+    begun = not run.exists() or (run / "manifest.json").is_file()
+    return path.name in ("model", "critic") and begun
 
 
 def count_parameters(

@@ -16,9 +16,9 @@ from align.memory import (
     Size,
     count_parameters,
     largest_microbatch,
-    looks_like_hub_id,
     training_bytes,
 )
+from align.models.locate import looks_like_hub_id
 from align.options import LoraOptions
 from align.types import DataSource, RewardTerm
 
@@ -153,13 +153,40 @@ def test_what_is_not_here_is_said_and_is_no_error(
     Path("sft.yaml").write_text(text)
     assert cli.main(["check", "sft.yaml"]) == 0
     out, err = capsys.readouterr()
-    assert "some-org/never-downloaded-8b is not in the local cache; sizes not estimated" in out
+    assert "some-org/never-downloaded-8b is no folder here, nor in the hub's cache: the run" in out
     assert "some-org/some-data [train]: a hub data set; rows not counted" in out
     assert err == ""
-    assert cli.main(["check", "sft.yaml", "model=models/smal", "data=runs/a/rowz.jsonl"]) == 0
+    assert cli.main(["check", "sft.yaml", "model=runs/a/model", "data=runs/a/rowz.jsonl"]) == 0
     out = capsys.readouterr().out
-    assert "models/smal is not there yet; did you mean models/small?" in out
+    assert "runs/a/model is not there yet: a run makes it; sizes not estimated" in out
     assert "runs/a/rowz.jsonl: not there yet, nor is its folder" in out
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("models/smal", "models/smal: no such folder; did you mean models/small?"),
+        ("mistyped/local/path", "mistyped/local/path: no such folder"),
+        ("./models/smal", "./models/smal: no such folder; did you mean models/small?"),
+        ("model/small/x", "model/small/x: no such folder; did you mean models?"),
+        ("small.gguf", "small.gguf: no such file"),
+        # its run is done, and made no such folder
+        ("models/small/model", "models/small/model: no such folder"),
+    ],
+)
+def test_a_model_that_can_be_no_hub_id_has_to_be_there(
+    model: str, capsys: pytest.CaptureFixture[str], name: str, line: str
+) -> None:
+    Path("sft.yaml").write_text(f"model: {name}\noutput_dir: o\ndata: some-org/some-data\n")
+    assert cli.main(["check", "sft.yaml"]) == 2
+    assert capsys.readouterr().err == f"align: model: {line}\n"
+
+
+def test_a_model_that_its_run_has_yet_to_write_is_no_error(model: str) -> None:
+    Path("runs/sft").mkdir(parents=True)
+    Path("runs/sft/manifest.json").write_text("{}")
+    recipe = SFTRecipe(model="runs/sft/model", output_dir="o")
+    assert "is not there yet: a run makes it" in lines_of("sft", recipe)["model"]
 
 
 def test_a_missing_file_in_a_folder_that_is_there_is_an_error(

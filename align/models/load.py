@@ -23,9 +23,8 @@ from transformers import (
 )
 
 from align.models.attention import BACKEND
-from align.nearest import did_you_mean
+from align.models.locate import adapter_base, locate
 from align.types import AlignError
-
 
 def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer beside a model, with a pad token that is not an end token.
@@ -37,7 +36,7 @@ def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrained
     base = adapter_base(model)
     if base is not None and not (Path(model) / "tokenizer_config.json").is_file():
         return load_tokenizer(base, trust_remote_code=trust_remote_code)
-    where, options = _locate(model)
+    where, options = locate(model)
     tokenizer = _guarded(
         model, AutoTokenizer.from_pretrained, where, trust_remote_code=trust_remote_code, **options
     )
@@ -80,7 +79,7 @@ def load_causal_lm(
             warnings.simplefilter("ignore", FutureWarning)  # peft's, about transformers 6
             adapted = _guarded(model, PeftModel.from_pretrained, whole.float(), model)
         return adapted.merge_and_unload().to(dtype)
-    where, options = _locate(model)
+    where, options = locate(model)
     if from_scratch:
         config = _guarded(
             model, AutoConfig.from_pretrained, where, trust_remote_code=trust_remote_code, **options
@@ -104,17 +103,6 @@ def load_causal_lm(
     return _settle(loaded, tokenizer)
 
 
-def adapter_base(model: str) -> str | None:
-    """The base model of a folder that holds a LoRA adapter alone; None where it does not."""
-    config = Path(model) / "adapter_config.json"
-    if not config.is_file() or (Path(model) / "config.json").is_file():
-        return None
-    base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not base:
-        raise AlignError(f"model: {model}: the adapter does not name its base model; merge them")
-    return str(base)
-
-
 def load_classifier(
     model: str,
     tokenizer: PreTrainedTokenizerBase,
@@ -123,7 +111,7 @@ def load_classifier(
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, bool]:
     """A decoder with a one-label head, and whether that head is new (not in the checkpoint)."""
-    where, options = _locate(model)
+    where, options = locate(model)
     loaded, info = _guarded(
         model,
         AutoModelForSequenceClassification.from_pretrained,
@@ -236,43 +224,6 @@ def _grow(model: PreTrainedModel, num_tokens: int) -> None:
         for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
             for rows in layer.parameters() if layer is not None else ():
                 rows[old:] = rows[:old].mean(0)
-
-
-def is_on_the_hub(model: str) -> bool:
-    """Whether it would be asked of the hub, or its cache; a misspelt folder raises."""
-    model = adapter_base(model) or model
-    return _locate(model)[0] == model and not Path(model).exists()
-
-
-def _locate(model: str) -> tuple[str, dict[str, Any]]:
-    """What ``from_pretrained`` takes for a folder, a GGUF file or a hub id."""
-    path = Path(model)
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise AlignError(f"model: {model}: no such file{did_you_mean(path)}")
-        return str(path.parent), {"gguf_file": path.name}
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise AlignError(no_model_in(path))
-        if list(path.glob("pytorch_model*.bin")) and not list(path.glob("*.safetensors")):
-            raise AlignError(
-                f"model: {model}: only pickled weights (pytorch_model.bin), which are never loaded; "
-                "convert them to safetensors first"
-            )
-        return str(path), {"use_safetensors": True}
-    looks_local = model.startswith((".", "/", "~", "runs/")) or model.count("/") != 1
-    # a folder of that name is here: the hub would be asked, five times, for a misspelt path
-    looks_local = looks_local or path.parent.is_dir()
-    if looks_local and "/" in model or path.exists():
-        raise AlignError(f"model: {model}: no such folder{did_you_mean(path)}")
-    return model, {"use_safetensors": True}
-
-
-def no_model_in(folder: Path) -> str:
-    """What is wrong with a folder that holds no model, and where one lies if it is a run's."""
-    line = f"model: {folder}: the folder has no config.json, so it holds no model"
-    inside = [n for n in ("model", "critic") if (folder / n / "config.json").is_file()]
-    return f"{line}; it is a run's folder: name {folder / inside[0]}" if inside else line
 
 
 def refuse_other_kind(key: str, model: str, config: Any, *, head: bool) -> None:

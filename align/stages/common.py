@@ -14,7 +14,7 @@ from align.config import CommonRecipe
 from align.data.chat import end_token_ids
 from align.data.formats import find_files
 from align.models import Policy, load_tokenizer
-from align.models.load import is_on_the_hub
+from align.models.locate import is_on_the_hub
 from align.progress import say
 from align.recipes_io import to_yaml
 from align.run_folder import Run
