@@ -20,7 +20,7 @@ from align.data.oddities import oddities, script
 from align.data.preferences import load_examples, prompt_key
 from align.data.template import Tokenizer
 from align.data.token_findings import Shown, counts, encode_all, of_template, of_tokens, show
-from align.types import AlignError, DataSource, PreferencePair, SourceReport
+from align.types import AlignError, DataSource, PreferencePair, SFTExample, SourceReport
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ def inspect(
     findings = [*_of_reports(loaded.reports), *_of_texts(examples)]
     if kind == "preference":
         findings += _of_pairs(examples)
+    findings += _of_dialogues(examples)
     findings += _of_duplicates(examples)
     if test:
         held_out = load_examples(test, kind=kind_of_sources(test), on_bad_row="skip")
@@ -133,6 +134,13 @@ def _of_texts(examples: Sequence[Example]) -> Iterator[Finding]:
         if name != usual:
             what = f"rows written mostly in {name}, where most are in {usual}"
             yield from findings_of("note", what, ids, "make sure that they belong here")
+
+
+def _of_dialogues(examples: Sequence[Example]) -> Iterator[Finding]:
+    dialogues = [e for e in examples if isinstance(e, SFTExample) and e.messages]
+    ids = [e.id for e in dialogues if e.messages and e.messages[-1]["role"] != "assistant"]
+    what = "conversations that do not end in the assistant's turn: nothing is trained on the last"
+    yield from findings_of("note", what, ids, "add its answer, or remove that turn")
 
 
 def _of_pairs(examples: Sequence[Example]) -> Iterator[Finding]:

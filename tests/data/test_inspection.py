@@ -63,6 +63,18 @@ def test_contradictions_duplicates_and_bad_rows(tmp_path) -> None:
     assert duplicate.places == (f"{source.path}:10 repeats {source.path}:2",)
 
 
+def test_a_conversation_that_ends_in_a_question_is_noted(tmp_path) -> None:
+    asked, answered = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+    rows = [
+        {"messages": [asked, answered]},
+        {"messages": [{**asked, "content": "other"}, answered, asked]},
+    ]
+    source = write(tmp_path / "d.jsonl", rows)
+    (found,) = inspect([source]).findings
+    assert (found.level, found.count, found.places) == ("note", 1, (f"{source.path}:2",))
+    assert "nothing is trained on the last" in found.what
+
+
 def test_a_length_bias_is_a_warning(tmp_path) -> None:
     rows = [{"prompt": f"q{n}", "chosen": "longer", "rejected": "short"} for n in range(20)]
     (found,) = inspect([write(tmp_path / "d.jsonl", rows)]).findings
