@@ -18,7 +18,7 @@ from align.types import AlignError, Message, Text
 Kind: TypeAlias = Literal["sft", "preference", "prompt"]
 Turns: TypeAlias = tuple[Message, ...]
 
-_NEEDED = {
+NEEDED: dict[Kind, str] = {
     "sft": "messages, prompt + completion, instruction + output, or text",
     "preference": "prompt + chosen + rejected, or chosen + rejected as whole conversations",
     "prompt": "prompt, or messages",
@@ -56,7 +56,7 @@ class Fields:
             return BadRow(self.where, field, "null", "give it a value or remove the row")
         there = ", ".join(map(str, self.values)) or "none"
         advice = (
-            f"needed: {_NEEDED[self.kind]}; there: {there}; if one of them is it, say so: "
+            f"needed: {NEEDED[self.kind]}; there: {there}; if one of them is it, say so: "
             f"data.columns.{field}=NAME (`align data`: --columns {field}=NAME)"
         )
         return BadRow(self.where, field, "missing", advice)

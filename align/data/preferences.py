@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias, TypeVar
 
 from align.data.columns import Example, read_row
-from align.data.fields import Kind, check_names
+from align.data.fields import NEEDED, Kind, check_names
 from align.data.formats import BadRow, Row, file_sha256, find_files, read_file, read_hub
+from align.data.naming import KIND_NAMES, flags, overrides
 from align.data.rankings import Rated, pairs_of
 from align.types import AlignError, DataSource, SFTExample, SourceReport, Text
 
@@ -65,9 +66,9 @@ def load_examples(
         if source.weight <= 0:
             raise AlignError(f"{source.path}: weight is {source.weight}, must be above 0")
         for path, sha256, rows in _open(source):
-            kept, bad = _read(rows, source, kind, on_bad_row)
+            kept, bad, columns = _read(rows, source, kind, on_bad_row)
             if not kept:
-                raise AlignError(_no_row(path, bad))
+                raise AlignError(_no_row(path, bad, kind, columns))
             used = _weighted(kept, source.weight, f"{seed} {path}")
             if not used:
                 raise AlignError(
@@ -142,23 +143,30 @@ def _open(source: DataSource) -> Iterator[tuple[str, str | None, Iterator[Row | 
 
 def _read(
     rows: Iterator[Row | BadRow], source: DataSource, kind: Kind, on_bad_row: OnBadRow
-) -> tuple[list[_Unit], list[BadRow]]:
+) -> tuple[list[_Unit], list[BadRow], list[str]]:
+    """What is used, what is not, and the file's columns.
+
+    To stop takes a row that can be used, before the bad one or after it: leaving bad rows out is no
+    way out for a file that has no other.
+    """
     kept: list[_Unit] = []
     bad: list[BadRow] = []
     rated: dict[str, list[Rated]] = {}  # by prompt, in the order in which prompts turn up
+    columns: dict[str, None] = {}  # in their order
     for row in rows:
         try:
             if isinstance(row, BadRow):
                 raise row
+            columns |= dict.fromkeys(map(str, row.values))
             found = read_row(row, kind, columns=source.columns, source=source.path)
             if isinstance(found, Rated):
                 rated.setdefault(_text_key(found.prompt), []).append(found)
             else:
                 kept.append(_Unit(found))
         except BadRow as error:
-            if on_bad_row == "stop":
-                raise AlignError(f"{error}; or set data.on_bad_row=skip") from None
             bad.append(error)
+        if bad and (kept or rated) and on_bad_row == "stop":
+            raise AlignError(f"{bad[0]}; or set data.on_bad_row=skip")
     for same_prompt in rated.values():
         pairs = pairs_of(same_prompt)
         if pairs:
@@ -167,12 +175,19 @@ def _read(
             advice = "a pair needs two scores of one prompt"
             reason = "nothing rated otherwise to compare with"
             bad += [BadRow(row.id, "score", reason, advice) for row in same_prompt]
-    return kept, bad
+    return kept, bad, list(columns)
 
 
-def _no_row(path: str, bad: Sequence[BadRow]) -> str:
+def _no_row(path: str, bad: Sequence[BadRow], kind: Kind, columns: Sequence[str]) -> str:
     if not bad:
         return f"{path}: no row in it; give a file with rows"
+    # a name of `data.columns` that is wrong says so itself
+    if flags(kind, columns) and all(b.reason == "missing" for b in bad):
+        return (
+            f"{path}: none of {len(bad)} rows has the columns of {KIND_NAMES[kind]}: "
+            f"{NEEDED[kind]}; its columns: {', '.join(columns) or 'none'}; say which is which: "
+            f"{overrides(kind, columns)} (`align data`: --columns {flags(kind, columns)})"
+        )
     return f"{path}: none of {len(bad)} rows can be used; the first: {bad[0]}"
 
 

@@ -1,0 +1,52 @@
+"""Columns under foreign names: which of them may be ours, and how to say so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from align.data.fields import Kind
+
+ASKED: dict[Kind, tuple[str, ...]] = {
+    "preference": ("prompt", "chosen", "rejected"),
+    "prompt": ("prompt",),
+    "sft": ("prompt", "completion"),
+}
+"""Our names of the simplest format of each kind."""
+KIND_NAMES: dict[Kind, str] = {"preference": "pairs", "prompt": "prompts", "sft": "SFT rows"}
+UNKNOWN = "NAME"
+"""Stands where no column looks like it."""
+
+_USUAL = {
+    "prompt": ("question", "query", "instruction", "input", "context", "source", "post"),
+    "chosen": ("good", "better", "preferred", "accepted", "winner", "win", "positive", "best"),
+    "rejected": ("bad", "worse", "dispreferred", "loser", "lose", "negative", "worst"),
+    "completion": ("response", "answer", "output", "target", "reply", "reference", "summary"),
+}
+
+
+def mapping(kind: Kind, columns: Iterable[str]) -> dict[str, str]:
+    """Our name -> the column that looks like it, for every name that the columns lack."""
+    there = {column.lower(): column for column in columns}
+    return {
+        ours: next((there[name] for name in _USUAL[ours] if name in there), UNKNOWN)
+        for ours in ASKED[kind]
+        if ours not in there
+    }
+
+
+def flags(kind: Kind, columns: Iterable[str]) -> str:
+    """``prompt=question chosen=good rejected=NAME``, as ``align data --columns`` takes it."""
+    return " ".join(f"{ours}={theirs}" for ours, theirs in mapping(kind, columns).items())
+
+
+def overrides(kind: Kind, columns: Iterable[str]) -> str:
+    """``data.columns.prompt=question ...``, as a recipe's overrides take it."""
+    pairs = mapping(kind, columns).items()
+    return " ".join(f"data.columns.{ours}={theirs}" for ours, theirs in pairs)
+
+
+def every_way(columns: Iterable[str]) -> str:
+    """What to say so that a file is read as pairs, as prompts, or as SFT rows."""
+    there = list(columns)
+    ways = (f"for {name} --columns {flags(kind, there)}" for kind, name in KIND_NAMES.items())
+    return f"{'; '.join(ways)} (in a recipe: {overrides('preference', there)})"
