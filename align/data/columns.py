@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 from align.data.fields import Fields, Kind, fields_of
-from align.data.formats import Row
+from align.data.formats import BadRow, Row
+from align.data.naming import every_way
 from align.data.pairs import alpaca, chosen_rejected, matched, pair_format, read_pair
 from align.data.rankings import (
     RANKING,
@@ -71,13 +72,23 @@ def format_name(row: Row, kind: Kind, *, columns: Mapping[str, str]) -> str:
 
 
 def kind_of(row: Row, *, columns: Mapping[str, str]) -> Kind:
-    """What a row was most likely meant for, where nobody says."""
+    """What a row was most likely meant for, where nobody says.
+
+    Raises:
+        BadRow: It has no column that could tell.
+    """
     names = {*row.values, *columns}
     fields = fields_of(row, columns, "preference")
     if {"chosen", "summaries", "human_ref_A", "answer_0"} & names or listwise_format(fields):
         return "preference"
     learnt = {"completion", "messages", "conversations", "text"} & names
-    return "sft" if learnt or {"instruction", "output"} <= names else "prompt"
+    if learnt or {"instruction", "output"} <= names:
+        return "sft"
+    if not {"prompt", "instruction"} & names:
+        there = ", ".join(map(str, row.values)) or "none"
+        advice = f"they are {there}; say which is which: {every_way(map(str, row.values))}"
+        raise BadRow(row.where, "columns", "do not tell what the row is", advice)
+    return "prompt"
 
 
 def _sft(fields: Fields) -> SFTExample:
