@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
-    args = _parser().parse_args([a for a in arguments if a != "--debug"])
+    args = _parse([a for a in arguments if a != "--debug"])
     _set_up_libraries()
     try:
         return args.run(args) or 0
@@ -115,6 +115,19 @@ def _explain(error: Exception) -> tuple[str, int]:
         return f"out of memory: {text[:120]}; lower tokens_per_microbatch or data.max_tokens", 2
     kind = type(error).__name__
     return f"internal error: {kind}: {text[:300]}; rerun with --debug for the traceback", 1
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read the command line; ``key=value`` may stand behind an option, where argparse has no place
+    for it."""
+    parser = _parser()
+    args, left = parser.parse_known_args(arguments)
+    takes_keys = hasattr(args, "overrides") and all(re.match(r"[\w.-]+=", a) for a in left)
+    if left and (not takes_keys or any(a.startswith("-") for a in left)):
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
+    if left:
+        args.overrides = [*args.overrides, *left]
+    return args
 
 
 def _parser() -> argparse.ArgumentParser:

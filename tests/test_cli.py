@@ -106,6 +106,24 @@ def test_a_stage_gets_its_recipe(capsys, monkeypatch) -> None:
     assert got[0].train.epochs == 2  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["sweep", "dpo", "tiny/dpo", "a.b=1", "--over", "dpo.beta=0.1", "train.epochs=2"],
+        ["check", "tiny/dpo", "--stage", "dpo", "a.b=1", "train.epochs=2"],
+    ],
+)
+def test_overrides_may_stand_behind_an_option(argv: list[str]) -> None:
+    assert cli._parse(argv).overrides == ["a.b=1", "train.epochs=2"]
+
+
+@pytest.mark.parametrize("left", [["--ovr=1"], ["--lr", "a=1"], ["word"]])
+def test_what_is_no_override_is_not_taken_for_one(capsys, left: list[str]) -> None:
+    code, out, err = run(capsys, "sweep", "dpo", "tiny/dpo", "--over", "a=1", *left)
+    line = f"unrecognized arguments: {' '.join(left)}; see `align --help`"
+    assert (code, out, err) == (2, "", f"align: {line}\n")
+
+
 def test_every_stage_exists() -> None:
     import importlib
 

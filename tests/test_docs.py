@@ -170,7 +170,7 @@ def test_commands_parse() -> None:
     found = list(commands())
     assert len(found) > 15
     for page, words in found:
-        args = cli._parser().parse_args(words)
+        args = cli._parse(words)
         if args.command in cli.STAGES:
             recipe = getattr(config, cli.STAGES[args.command][0])
             load_recipe(recipe, args.recipe, args.overrides)
