@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -23,6 +23,10 @@ from transformers.pytorch_utils import Conv1D
 
 from align.options import LoraOptions
 from align.types import AlignError
+
+
+LM_HEADS = ("lm_head", "embed_out")
+"""What the actor has and the critic, which is adapted by the same recipe, has not."""
 
 
 def add_lora(
@@ -44,13 +48,17 @@ def add_lora(
                 f"lora.top_layers: got {options.top_layers}; the model has {count} layers"
             )
         layers = list(range(count - options.top_layers, count))
-    every = options.target_modules == ("all-linear",)
+    targets: str | list[str] = list(options.target_modules)
+    if options.target_modules != ("all-linear",):
+        _check_names(model, options.target_modules, but=LM_HEADS if task == "classifier" else ())
+    else:  # peft wants names where only some layers are adapted
+        targets = "all-linear" if layers is None else _linear_names(model)
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM if task == "causal_lm" else TaskType.SEQ_CLS,
         r=options.r,
         lora_alpha=options.alpha,
         lora_dropout=options.dropout,
-        target_modules=_linear_names(model, layers) if every else list(options.target_modules),
+        target_modules=targets,
         layers_to_transform=layers,
         modules_to_save=["score"] if task == "classifier" else None,
     )
@@ -71,10 +79,20 @@ def add_lora(
     return adapted
 
 
-def _linear_names(model: PreTrainedModel, layers: list[int] | None) -> str | list[str]:
-    """``all-linear``, spelt out where peft wants names because only some layers are adapted."""
-    if layers is None:
-        return "all-linear"
+def _check_names(model: PreTrainedModel, names: Sequence[str], *, but: Sequence[str]) -> None:
+    """Refuse a name that no module has: peft would adapt the others without a word."""
+    modules = [f".{name}" for name, _ in model.named_modules()]
+    for name in names:
+        if name not in but and not any(module.endswith(f".{name}") for module in modules):
+            there = ", ".join(_linear_names(model))
+            raise AlignError(
+                f"lora.target_modules: no module is called {name!r}; this model has {there}; "
+                "name some of them, or all-linear alone"
+            )
+
+
+def _linear_names(model: PreTrainedModel) -> list[str]:
+    """What ``all-linear`` adapts."""
     trunk = getattr(model, model.base_model_prefix)
     linear = (torch.nn.Linear, Conv1D)
     return sorted({n.rpartition(".")[2] for n, m in trunk.named_modules() if isinstance(m, linear)})

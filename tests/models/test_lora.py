@@ -144,7 +144,10 @@ def test_top_layers(architecture: Callable[[str], Path]) -> None:
 
 def test_unknown_target_modules_are_one_line(tiny: Path) -> None:
     with pytest.raises(AlignError, match="lora.target_modules") as caught:
-        policy(tiny, target_modules=("attention_of_some_kind",))
+        policy(tiny, target_modules=("q_proj", "attention_of_some_kind"))
+    assert "no module is called 'attention_of_some_kind'; this model has down_proj, " in str(
+        caught.value
+    )
     assert "\n" not in str(caught.value)
 
 
@@ -169,3 +172,14 @@ def test_classifier_trains_and_keeps_its_head(
     torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
     again = load_scalar_model(str(tmp_path / "rm"), device=CPU, precision="fp32")
     assert not again.fresh_head
+
+
+def test_a_critic_has_no_head_to_adapt(tiny: Path) -> None:
+    """It shares PPO's recipe with the actor, whose head may be adapted."""
+    lora = LoraOptions(target_modules=("lm_head", "q_proj"))
+    critic = load_scalar_model(str(tiny), device=CPU, precision="fp32", lora=lora)
+    assert any("q_proj" in name for name in trained_names(critic))
+    with pytest.raises(AlignError, match="no module is called 'q_prj'"):
+        load_scalar_model(
+            str(tiny), device=CPU, precision="fp32", lora=LoraOptions(target_modules=("q_prj",))
+        )
