@@ -53,9 +53,10 @@ def check(command: str, recipe: Any) -> Iterator[str]:
         check_options(recipe)
     for term in getattr(recipe, "reward", ()):
         if term.function:
-            from align.rewards.function import load_function
+            from align.rewards.function import load_function, require_arguments
 
-            yield f"reward      {load_function(term.function).name}: found"
+            found = require_arguments("reward.function", load_function(term.function))
+            yield f"reward      {found.name}: found"
     _check_kinds(command, recipe)
     rows = 0
     sample: list[Any] = []

@@ -203,6 +203,7 @@ def test_a_missing_file_in_a_folder_that_is_there_is_an_error(
     ("recipe", "overrides", "message"),
     [
         ("ppo", ["reward={function: math:sqrrt}"], "math has no function 'sqrrt'"),
+        ("ppo", ["reward={function: math:sqrt}"], "math:sqrt': takes (x, /), and is called as"),
         ("ppo", ["output_dir=prompts.jsonl"], "output_dir: prompts.jsonl is a file"),
         ("dpo", ["dpo.loss_type=sigmiod"], "dpo.loss_type"),
         ("dpo", ["dpo.simpo_gamma=1"], "dpo.simpo_gamma: has an effect with loss_type=simpo only"),
@@ -227,7 +228,7 @@ def test_what_the_run_would_refuse_is_refused(
     Path("prompts.jsonl").write_text('{"prompt": "a"}\n')
     Path("pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
     data = "pairs.jsonl" if recipe == "dpo" else "prompts.jsonl"
-    reward = "" if recipe == "dpo" else "reward: math:sqrt\n"
+    reward = "" if recipe == "dpo" else "reward: math:gcd\n"
     for name, kind in (("judge", "SequenceClassification"), ("judged", "CausalLM")):
         LlamaConfig(**SHAPE, architectures=[f"LlamaFor{kind}"]).save_pretrained(f"models/{name}")
     text = f"model: {model}\noutput_dir: o\ndata: {data}\n{reward}"

@@ -29,7 +29,13 @@ from align.evaluation.systems import Judge, comparisons, judge_of, pooled, win_r
 from align.evaluation.table import closing_table, reward_table, significance
 from align.progress import Progress, say
 from align.recipes_io import to_yaml
-from align.rewards import build_reward, load_function, needs_references
+from align.rewards import (
+    FunctionReward,
+    build_reward,
+    load_function,
+    needs_references,
+    require_arguments,
+)
 from align.rewards.model import reward_model_loader
 from align.run_folder import Run
 from align.types import AlignError, PreferencePair, PromptExample, RewardSource, RewardTerm
@@ -85,6 +91,13 @@ def run(recipe: EvalRecipe) -> None:
     session.finish(closing_table(results), prompts=len(prompts))
 
 
+def _judge(name: str | None) -> FunctionReward | None:
+    """Looked at before anything is sampled."""
+    if name is None:
+        return None
+    return require_arguments("judge", load_function(name), ("prompts", "a", "b", "references"))
+
+
 class _Evaluation:
     """Results that pile up model by model."""
 
@@ -94,6 +107,7 @@ class _Evaluation:
         self.recipe, self.examples, self.device = recipe, examples, device
         self.reward, self.gold = self._source(recipe.reward), self._source(recipe.gold_reward)
         self.measurer = Measurer(recipe, examples, reward=self.reward, gold=self.gold)
+        self.judge = _judge(recipe.judge)
         self.systems: list[System] = []
         self.copied = self._copied()
         self.reference: Reference | None = None
@@ -152,9 +166,8 @@ class _Evaluation:
             judges[self.reward.name] = "reward"
         if self.gold is not None:
             judges[self.gold.name] = "gold"
-        if recipe.judge is not None:
-            function = load_function(recipe.judge).function
-            judges[recipe.judge] = judge_of(function, recipe.judge, self.examples)
+        if self.judge is not None:
+            judges[self.judge.name] = judge_of(self.judge.function, self.judge.name, self.examples)
         return {
             "models": [s.row for s in self.systems],
             "pooled": pooled(self.systems),

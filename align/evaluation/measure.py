@@ -14,7 +14,7 @@ from align.evaluation.bleu import CORPUS_METRICS, corpus_score, corpus_statistic
 from align.evaluation.compare import corpus_ci95, mean_ci95, proportion_ci95
 from align.evaluation.outputs import Outputs, ReferenceFit, mean
 from align.evaluation.text import distinct_n, distinct_n_ci95, exact_matches, repetition
-from align.rewards import load_function
+from align.rewards import load_function, require_arguments
 from align.rewards.metric import MetricReward
 from align.types import AlignError, PromptExample, RewardSource
 
@@ -167,7 +167,7 @@ def own_metric(name: str) -> OwnMetric:
     if isinstance(module, type) and issubclass(module, evaluate.EvaluationModule):
         module = module()
     if not isinstance(module, evaluate.EvaluationModule):
-        return named
+        return require_arguments("metrics", named)
 
     def compute(
         prompts: Sequence[Any], responses: Sequence[str], references: Sequence[Sequence[str]]

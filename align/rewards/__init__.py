@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from align.rewards.function import FunctionReward, load_function
+from align.rewards.function import FunctionReward, load_function, require_arguments
 from align.rewards.metric import MetricReward
 from align.rewards.weighted import WeightedReward
 from align.types import AlignError, RewardSource, RewardTerm
@@ -16,6 +16,7 @@ __all__ = [
     "build_reward",
     "load_function",
     "needs_references",
+    "require_arguments",
 ]
 
 
@@ -57,5 +58,6 @@ def _build_term(term: RewardTerm, load_model: Callable[[str], RewardSource]) -> 
     if term.model is not None:
         return load_model(term.model)
     if term.function is not None:
-        return load_function(term.function, term.timeout)
+        source = load_function(term.function, term.timeout)
+        return require_arguments("reward.function", source)
     return MetricReward(str(term.metric))

@@ -7,6 +7,7 @@ in a thread of its own, so that one that hangs ends the run with a line instead 
 from __future__ import annotations
 
 import importlib
+import inspect
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -18,6 +19,8 @@ from threading import Thread
 from typing import Any
 
 from align.types import AlignError, NonFiniteError, RewardFunction, Text
+
+REWARD_ARGUMENTS = ("prompts", "responses", "references")
 
 
 @dataclass
@@ -117,6 +120,30 @@ def load_function(name: str, timeout: float | None = None) -> FunctionReward:
             f"it has {found or 'none'}"
         )
     return FunctionReward(name, function, timeout)
+
+
+def require_arguments(
+    key: str, source: FunctionReward, arguments: Sequence[str] = REWARD_ARGUMENTS
+) -> FunctionReward:
+    """Refuse a function that cannot be called with these, before anything is computed for it.
+
+    Args:
+        key: Of the recipe, such as ``reward.function``.
+        arguments: Given by position, in this order.
+    """
+    try:
+        signature = inspect.signature(source.function)
+    except (TypeError, ValueError):
+        return source  # some that are written in C have none to look at
+    try:
+        signature.bind(*arguments)
+    except TypeError as error:
+        name, wanted = source.name.partition(":")[2], ", ".join(arguments)
+        raise AlignError(
+            f"{key}={source.name!r}: takes {signature}, and is called as {name}({wanted}), each a "
+            f"list with one entry for each response: write `def {name}({wanted}):`"
+        ) from error
+    return source
 
 
 def checked_scores(name: str, scores: object, count: int) -> list[float]:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from align.rewards import FunctionReward, load_function
-from align.types import AlignError
+from align.rewards import FunctionReward, build_reward, load_function
+from align.types import AlignError, RewardTerm
 
 PROMPTS, RESPONSES, REFERENCES = ["p", "q"], ["a", "bb"], [(), ()]
 
@@ -116,3 +116,22 @@ def test_module_that_does_not_import(body: str, message: str, folder: Path) -> N
     write_module(folder, body)
     with pytest.raises(AlignError, match=message):
         load_function("my_rewards:f")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["prompt", "prompts, responses", "a, b, c, d", "prompts, *, responses, references", ""],
+)
+def test_a_function_that_cannot_take_what_it_is_given(arguments: str, folder: Path) -> None:
+    write_module(folder, f"def f({arguments}):\n    raise SystemExit('it was called')\n")
+    with pytest.raises(AlignError) as caught:
+        build_reward([RewardTerm(function="my_rewards:f")], load_model=pytest.fail)
+    assert str(caught.value).startswith(f"reward.function='my_rewards:f': takes ({arguments}), ")
+    assert str(caught.value).endswith("write `def f(prompts, responses, references):`")
+
+
+@pytest.mark.parametrize("arguments", ["a, b, c", "*all", "a, b, c, d=1", "a, b, *rest"])
+def test_names_and_further_defaults_are_the_functions_own(arguments: str, folder: Path) -> None:
+    write_module(folder, f"def f({arguments}):\n    return [0.0]\n")
+    reward = build_reward([RewardTerm(function="my_rewards:f")], load_model=pytest.fail)
+    assert reward(["p"], ["r"], [()]) == [0.0]
