@@ -28,23 +28,30 @@ class AlignError(ValueError):
 
 
 class NonFiniteError(AlignError):
-    """A NaN or infinity: ``what`` was found in these ``rows`` of what was asked for."""
+    """A NaN or infinity: ``what`` was found in these ``rows`` of what was asked for.
 
-    def __init__(self, line: str, *, what: str, value: float, rows: Sequence[int]) -> None:
+    ``cure`` is what to do about it; ``responses`` are the rows' texts where they are at fault.
+    """
+
+    def __init__(
+        self, line: str, *, what: str, value: float, rows: Sequence[int], cure: str,
+        responses: Sequence[str] = (),
+    ) -> None:  # fmt: skip
         super().__init__(line)
         self.what, self.value, self.rows = what, value, tuple(rows)
+        self.cure, self.responses = cure, tuple(responses)
 
-    def of_rows(self, rows: Sequence[int]) -> NonFiniteError:
-        """The same of other rows, as the whole numbers them."""
-        return NonFiniteError(str(self), what=self.what, value=self.value, rows=rows)
+    def having(self, **changed: Any) -> NonFiniteError:
+        """The same of other rows, as the whole numbers them, or with its responses."""
+        return _non_finite(str(self), {**vars(self), **changed})
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Processes send it to one another."""
-        return _non_finite, (str(self), self.what, self.value, self.rows)
+        return _non_finite, (str(self), vars(self))
 
 
-def _non_finite(line: str, what: str, value: float, rows: Sequence[int]) -> NonFiniteError:
-    return NonFiniteError(line, what=what, value=value, rows=rows)
+def _non_finite(line: str, found: dict[str, Any]) -> NonFiniteError:
+    return NonFiniteError(line, **found)
 
 
 class Interrupted(KeyboardInterrupt):

@@ -212,6 +212,10 @@ def test_a_score_that_is_nan(
     (row,) = read_jsonl(tmp_path / "run" / "nonfinite.jsonl")
     assert (row["what"], len(row["ids"])) == ("score", 1)
     assert "prompts.jsonl:" in row["ids"][0]
+    assert len(row["responses"]) == 1
+    assert "(all, with the responses, in " in line
+    assert "mend reward night_rewards:nan_once, which gave it" in line
+    assert "optim.lr" not in line
     # its second call gives NaN no more: the run goes on where it stopped
     align("ppo", ppo_recipe, reward, "resume=auto", code=0)
     rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
@@ -220,6 +224,19 @@ def test_a_score_that_is_nan(
         "faults", "NaN in a reward, on_nonfinite=stop",
         found="stopped in one line, prompt's id on disk; resumed after mending", wanted="named",
     )  # fmt: skip
+
+
+def test_a_score_that_is_nan_before_the_first_step_is_no_matter_of_the_learning_rate(
+    align: Align, ppo_recipe: str, tmp_path: Path, write_rows: Any, read_jsonl: Any
+) -> None:
+    held_out = write_rows("held_out.jsonl", [{"prompt": "one"}, {"prompt": "two"}])
+    reward = "reward={function: night_rewards:always_nan}"
+    line = align("ppo", ppo_recipe, reward, f"data.test={held_out}")
+    assert line.startswith("align: ppo: step 0: the score became nan on ")
+    assert "mend reward night_rewards:always_nan, which gave it" in line
+    assert "optim.lr" not in line
+    (row,) = read_jsonl(tmp_path / "run" / "nonfinite.jsonl")
+    assert len(row["responses"]) == len(row["ids"]) == 4  # two prompts, two samples of each
 
 
 def test_a_rollout_with_a_score_that_is_nan_is_left_out(

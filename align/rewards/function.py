@@ -166,7 +166,8 @@ def checked_scores(name: str, scores: object, count: int) -> list[float]:
             raise AlignError(told)
         if not math.isfinite(score):
             bad = [i for i, s in enumerate(scores) if isinstance(s, Real) and not math.isfinite(s)]
-            raise NonFiniteError(told, what="score", value=float(score), rows=bad)
+            cure = f"mend reward {name}, which gave it"
+            raise NonFiniteError(told, what="score", value=float(score), rows=bad, cure=cure)
     return [float(score) for score in scores]
 
 

@@ -215,12 +215,14 @@ def _require_finite(logits: Tensor, rows: Sequence[int]) -> None:
     largest = logits.amax(-1).tolist()
     bad = [(row, value) for row, value in zip(rows, largest, strict=True) if not isfinite(value)]
     if bad:
+        cure = "try precision=fp32, or lower optim.lr"
         raise NonFiniteError(
-            f"sampling: the logits became {bad[0][1]} on response {bad[0][0]}; "
-            "the model's weights are broken or its numbers overflow: try precision=fp32",
+            f"sampling: the logits became {bad[0][1]} on response {bad[0][0]}; the model's weights "
+            f"are broken or its numbers overflow: {cure}",
             what="logits",
             value=bad[0][1],
             rows=[row for row, _ in bad],
+            cure=cure,
         )
 
 

@@ -222,7 +222,7 @@ class _PPO:
                 prefill_tokens=self.recipe.tokens_per_microbatch,
             )
         except NonFiniteError as error:
-            failed = error.of_rows([numbers[row // k] * k + row % k for row in error.rows])
+            failed = error.having(rows=[numbers[row // k] * k + row % k for row in error.rows])
         raise_together(failed, accelerator)
         assert rollout is not None
         return gather_rollout(rollout, k, accelerator)
@@ -237,9 +237,12 @@ class _PPO:
         """The raw scores ``[B]``, one per row of the rollout."""
         k = self.recipe.generation.samples_per_prompt
         repeated = [example for example in examples for _ in range(k)]
-        scores = self.roles.reward(
-            [e.prompt for e in repeated], responses, [e.references for e in repeated]
-        )
+        try:
+            scores = self.roles.reward(
+                [e.prompt for e in repeated], responses, [e.references for e in repeated]
+            )
+        except NonFiniteError as error:
+            raise error.having(responses=[responses[row] for row in error.rows]) from error
         return torch.tensor(scores, dtype=torch.float32, device=rollout.logprobs.device)
 
     def experience(self, rollout: Rollout, scores: Tensor) -> Experience:
@@ -292,7 +295,8 @@ class _PPO:
     ) -> None:
         k = self.recipe.generation.samples_per_prompt
         ids = [examples[row // k].id for row in error.rows]
-        self.guard.accepts(step, {error.what: error.value}, ids)
+        found = {error.what: error.value}
+        self.guard.accepts(step, found, ids, cure=error.cure, responses=error.responses)
 
     def _measure_held_out(self) -> dict[str, float]:
         # a reward that draws random numbers draws the same ones, whatever came before

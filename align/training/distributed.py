@@ -71,7 +71,7 @@ def raise_together(error: NonFiniteError | None, accelerator: Accelerator) -> No
         found = gather_object([error])
     failed = [e for e in found if e is not None]
     if failed:
-        raise failed[0].of_rows(sorted(row for e in failed for row in e.rows))
+        raise failed[0].having(rows=sorted(row for e in failed for row in e.rows))
 
 
 def gather_in_order(items: Sequence[T], accelerator: Accelerator) -> list[T]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from align.progress import warn
 from align.run_files import NONFINITE
@@ -27,7 +28,14 @@ class FiniteGuard:
         self.in_a_row = 0
 
     def accepts(
-        self, step: int, numbers: Mapping[str, float], ids: Sequence[str], *, learns: bool = True
+        self,
+        step: int,
+        numbers: Mapping[str, float],
+        ids: Sequence[str],
+        *,
+        learns: bool = True,
+        cure: str = "lower optim.lr",
+        responses: Sequence[str] = (),
     ) -> bool:
         """Whether all numbers are finite; if not, the step is written down, to be left out.
 
@@ -36,34 +44,38 @@ class FiniteGuard:
             numbers: What must be finite, such as ``loss`` and ``gradient``.
             ids: Rows that they were computed from.
             learns: Whether an optimizer step follows, which ends a row of steps left out.
+            cure: What may help.
+            responses: What was answered to each of ``ids``, where that is at fault.
 
         Raises:
             AlignError: ``on_nonfinite`` is stop, or too many steps in a row were left out.
         """
         bad = [(what, value) for what, value in numbers.items() if not math.isfinite(value)]
         if bad:
-            self._leave_out(step, *bad[0], ids)
+            row = {"step": step, "what": bad[0][0], "value": str(bad[0][1]), "ids": list(ids)}
+            self._leave_out(row | ({"responses": list(responses)} if responses else {}), cure)
         elif learns:
             self.in_a_row = 0
         return not bad
 
-    def _leave_out(self, step: int, what: str, value: float, ids: Sequence[str]) -> None:
-        row = {"step": step, "what": what, "value": str(value), "ids": list(ids)}
+    def _leave_out(self, row: dict[str, Any], cure: str) -> None:
         self.run.append(NONFINITE, [row])
         self.skipped += 1
         self.in_a_row += 1
-        first = ", ".join(list(ids)[:3]) + (", ..." if len(ids) > 3 else "")
-        told = f"step {step}: the {what} became {value} on {first}"
+        ids = row["ids"]
+        first = ", ".join(ids[:3]) + (", ..." if len(ids) > 3 else "")
+        told = f"step {row['step']}: the {row['what']} became {row['value']} on {first}"
+        whole = "all, with the responses," if "responses" in row else "all"
         path = self.run.folder / NONFINITE
         if not self.skips:
             raise AlignError(
-                f"{self.run.stage}: {told} (all in {path}); look at these rows, lower optim.lr, or "
+                f"{self.run.stage}: {told} ({whole} in {path}); look at these rows, {cure}, or "
                 "leave such steps out with on_nonfinite=skip"
             )
         if self.in_a_row >= IN_A_ROW:
             raise AlignError(
                 f"{self.run.stage}: {told}, the {IN_A_ROW}th in a row to be left out; "
-                f"lower optim.lr, or look at the rows in {path}"
+                f"{cure}, or look at the rows in {path}"
             )
         if self.run.is_main:
             warn(f"{self.run.stage}: {told}; left out (on_nonfinite=skip)")
