@@ -28,11 +28,14 @@ def diagnose(stage: str, rows: Sequence[Row], manifest: Mapping[str, Any]) -> li
 
 def closing_lines(stage: str, rows: Sequence[Row], findings: Sequence[Finding]) -> list[str]:
     """What a closing table says under its numbers."""
-    lines = [f"doctor: {finding}" for finding in findings] or ["doctor: nothing found"]
+    lines = [f"doctor: {finding}" for finding in findings]
     steps = sum("eval_loss" not in row and "eval_score" not in row for row in rows)
     if steps < FEWEST:
         few = f"{steps} logged step{'' if steps == 1 else 's'}"
-        lines.append(f"doctor: {few}: too few to judge a trend, which takes {FEWEST}")
+        found = f"no trend judged from {few}" if findings else f"nothing found that {few} can show"
+        lines.append(f"doctor: {found}; a trend takes {FEWEST}")
+    elif not findings:
+        lines.append("doctor: nothing found")
     ends = Rows(rows).ends("optimality_gap") if stage == "ppo" else None
     if ends is not None:
         lines.insert(0, f"distance to the optimum (optimality_gap): {ends[0]:.3g} -> {ends[1]:.3g}")

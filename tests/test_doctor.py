@@ -12,7 +12,7 @@ import pytest
 
 from align.cli import main
 from align.doctor import closing_lines, diagnose
-from align.doctor_rules import FEWEST, LIMITS
+from align.doctor_rules import FEWEST, LIMITS, Finding
 from align.files import read_rows
 from tests.trust import Trust
 
@@ -193,6 +193,17 @@ def test_the_distance_to_the_optimum_is_reported() -> None:
     first, second = closing_lines("ppo", rows("ppo"), [])
     assert first.startswith("distance to the optimum (optimality_gap): 0.755 -> 0.345")
     assert second == "doctor: nothing found"
+
+
+def test_a_short_run_is_not_said_to_be_well_and_unjudged_at_once() -> None:
+    few = rows("dpo")[:3]
+    (only,) = closing_lines("dpo", few, [])
+    assert only == "doctor: nothing found that 3 logged steps can show; a trend takes 8"
+    finding = Finding("kl", 1.0, 0.5, "says", "cure")
+    assert closing_lines("dpo", few[:1], [finding]) == [
+        "doctor: says [kl]; cure",
+        "doctor: no trend judged from 1 logged step; a trend takes 8",
+    ]
 
 
 # ---------------------------------------------------------------- a run, live and finished
