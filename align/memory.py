@@ -140,10 +140,15 @@ def find_config(model: str, *, trust_remote_code: bool = False) -> tuple[Any, st
     Raises:
         AlignError: There is no such folder, no run will make it, and the hub has no such name.
     """
-    from huggingface_hub import try_to_load_from_cache
     from transformers import AutoConfig
 
-    from align.models.locate import adapter_base, looks_like_hub_id, no_model_in, no_such_model
+    from align.models.locate import (
+        adapter_base,
+        in_the_cache,
+        looks_like_hub_id,
+        no_model_in,
+        no_such_model,
+    )
 
     model = adapter_base(model) or model
     path = Path(model)
@@ -156,7 +161,7 @@ def find_config(model: str, *, trust_remote_code: bool = False) -> tuple[Any, st
         if not _made_by_a_run(path):
             raise no_such_model(model)
         return None, f"{model} is not there yet: a run makes it{did_you_mean(path)}"
-    elif not isinstance(try_to_load_from_cache(model, "config.json"), str):
+    elif not in_the_cache(model):
         return None, f"{model} is no folder here, nor in the hub's cache: the run will ask the hub"
     try:
         config = AutoConfig.from_pretrained(

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
 
+from align.hub import require_on_the_hub
 from align.nearest import nearest_path
 from align.types import AlignError, DataSource
 
@@ -101,6 +102,9 @@ def read_hub(source: DataSource) -> Iterator[Row | BadRow]:
 def _load_hub(source: DataSource) -> Any:
     import datasets
 
+    kept = Path(datasets.config.HF_DATASETS_CACHE) / source.path.replace("/", "___")
+    if not kept.exists():
+        require_on_the_hub(source.path, "dataset", "README.md")
     try:
         return datasets.load_dataset(source.path, source.name, split=source.split)
     except Exception as error:  # the library raises a dozen kinds, all of them the user's matter

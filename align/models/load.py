@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from align.models.attention import BACKEND
-from align.models.locate import adapter_base, locate
+from align.models.locate import adapter_base, require_found
 from align.types import AlignError
 
 def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -36,7 +36,7 @@ def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrained
     base = adapter_base(model)
     if base is not None and not (Path(model) / "tokenizer_config.json").is_file():
         return load_tokenizer(base, trust_remote_code=trust_remote_code)
-    where, options = locate(model)
+    where, options = require_found(model)
     tokenizer = _guarded(
         model, AutoTokenizer.from_pretrained, where, trust_remote_code=trust_remote_code, **options
     )
@@ -79,7 +79,7 @@ def load_causal_lm(
             warnings.simplefilter("ignore", FutureWarning)  # peft's, about transformers 6
             adapted = _guarded(model, PeftModel.from_pretrained, whole.float(), model)
         return adapted.merge_and_unload().to(dtype)
-    where, options = locate(model)
+    where, options = require_found(model)
     if from_scratch:
         config = _guarded(
             model, AutoConfig.from_pretrained, where, trust_remote_code=trust_remote_code, **options
@@ -111,7 +111,7 @@ def load_classifier(
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, bool]:
     """A decoder with a one-label head, and whether that head is new (not in the checkpoint)."""
-    where, options = locate(model)
+    where, options = require_found(model)
     loaded, info = _guarded(
         model,
         AutoModelForSequenceClassification.from_pretrained,

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from align.hub import require_on_the_hub
 from align.nearest import did_you_mean
 from align.types import AlignError
 
@@ -33,6 +34,24 @@ def locate(model: str) -> tuple[str, dict[str, Any]]:
     if path.exists() or not looks_like_hub_id(model):
         raise no_such_model(model)
     return model, {"use_safetensors": True}
+
+
+def require_found(model: str) -> tuple[str, dict[str, Any]]:
+    """`locate`, and a hub id of which nothing is in the cache is asked for, once."""
+    where, options = locate(model)
+    if where == model and not Path(model).exists() and not in_the_cache(model):
+        require_on_the_hub(model, "model", "config.json")
+    return where, options
+
+
+def in_the_cache(model: str) -> bool:
+    """Whether the hub's cache on this machine holds the config of a hub id."""
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        return isinstance(try_to_load_from_cache(model, "config.json"), str)
+    except ValueError:
+        return False  # a name that the hub forbids
 
 
 def looks_like_hub_id(name: str) -> bool:

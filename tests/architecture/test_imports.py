@@ -23,6 +23,7 @@ LEAVES = {
     "doctor_rules",
     "model_card",
     "nearest",
+    "hub",
 }
 CONFIG = {"config", "recipe_ranges", "recipe_builder", "recipe_checks", "recipes_io"}
 # room -> the rooms of this package that it may import, besides itself and types
@@ -38,6 +39,7 @@ ALLOWED: dict[str, set[str]] = {
     "doctor_rules": set(),
     "model_card": set(),
     "nearest": set(),
+    "hub": set(),
     "losses": set(),
     "data": set(),
     "models": {"losses", "data"},

@@ -225,6 +225,7 @@ def test_a_hub_set_that_cannot_be_loaded_is_one_line(monkeypatch) -> None:
     def offline(*args: object, **kwargs: object) -> None:
         raise ConnectionError("no\nnetwork")
 
+    monkeypatch.setattr("align.data.formats.require_on_the_hub", lambda *_: None)
     monkeypatch.setattr(datasets, "load_dataset", offline)
     with pytest.raises(AlignError, match=r"^org/name: no such file, and not loaded .*no network"):
         list(read_rows(DataSource(path="org/name")))
@@ -237,6 +238,7 @@ def test_rows_of_a_hub_set_are_named_by_split(monkeypatch) -> None:
         asked.append((args, kwargs))
         return datasets.Dataset.from_list(ROWS)
 
+    monkeypatch.setattr("align.data.formats.require_on_the_hub", lambda *_: None)
     monkeypatch.setattr(datasets, "load_dataset", load)
     rows = list(read_rows(DataSource(path="org/set", name="en", split="train[:2]")))
     assert asked == [(("org/set", "en"), {"split": "train[:2]"})]
