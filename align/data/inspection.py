@@ -16,6 +16,7 @@ from align.data.columns import Example, format_name, kind_of
 from align.data.fields import Kind
 from align.data.findings import Finding, Level, findings_of, plain, texts_of
 from align.data.formats import BadRow, Row, read_rows
+from align.data.lengths import longer_wins
 from align.data.oddities import oddities, script
 from align.data.preferences import load_examples, prompt_key
 from align.data.template import Tokenizer
@@ -162,21 +163,20 @@ def _of_pairs(examples: Sequence[Example]) -> Iterator[Finding]:
 
 
 def _length_bias(pairs: Sequence[PreferencePair]) -> Iterator[Finding]:
-    """How often the longer answer (in characters) wins, with twice its standard error."""
-    lengths = [(len(plain(p.chosen)), len(plain(p.rejected))) for p in pairs]
-    unequal = [(c, r) for c, r in lengths if c != r]
-    if len(unequal) < 2:
+    """How often the longer answer wins, with twice its standard error."""
+    gaps = [len(plain(p.chosen)) - len(plain(p.rejected)) for p in pairs]
+    if len(gaps) < 2 or not any(gaps):
         return
-    share = sum(c > r for c, r in unequal) / len(unequal)
-    error = math.sqrt(share * (1 - share) / len(unequal))
+    share = longer_wins(gaps)
+    error = math.sqrt(share * (1 - share) / len(gaps))
     biased = abs(share - 0.5) > max(0.1, 2 * error)
     advice = (
         "a reward model may learn length alone: compare at equal length, add short good answers"
     )
     yield Finding(
         "warning" if biased else "note",
-        f"the longer answer is chosen in {share:.1%} +- {2 * error:.1%} of pairs",
-        len(unequal),
+        f"the longer answer is chosen in {share:.1%} +- {2 * error:.1%} of pairs, ties half",
+        len(gaps),
         advice if biased else "near one half: length alone tells little",
     )
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from align.data.lengths import longer_wins
 from align.evaluation.compare import proportion_ci95
 
 NUM_BINS = 10
@@ -95,7 +96,7 @@ def best_temperature(gaps: np.ndarray) -> float:
 
 
 def length_bias(gaps: np.ndarray, length_gaps: np.ndarray) -> dict[str, float | None]:
-    """``longer_wins``: accuracy of preferring the longer answer, ties half; and correlations.
+    """`longer_wins` of gaps in characters, and correlations.
 
     ``length_correlation`` is Spearman's between gap in score and gap in length: near 0 is good,
     near 1 means that the reward is a ruler. ``accuracy_longer_chosen`` and ``..._shorter_chosen``
@@ -103,7 +104,7 @@ def length_bias(gaps: np.ndarray, length_gaps: np.ndarray) -> dict[str, float | 
     """
     longer, shorter = gaps[length_gaps > 0], gaps[length_gaps < 0]
     return {
-        "longer_wins": float(np.mean((length_gaps > 0) + 0.5 * (length_gaps == 0))),
+        "longer_wins": longer_wins(length_gaps),
         "length_correlation": spearman(gaps, length_gaps),
         "accuracy_longer_chosen": float(accuracy(longer)["accuracy"]) if len(longer) else None,
         "accuracy_shorter_chosen": float(accuracy(shorter)["accuracy"]) if len(shorter) else None,

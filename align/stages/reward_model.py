@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from align.config import RewardModelConfig, RewardRecipe
+from align.data.chat import decode_response
+from align.data.lengths import longer_wins
 from align.data.packing import pack, windows
 from align.data.subset import pick
 from align.losses import bradley_terry_loss
@@ -25,7 +27,7 @@ from align.progress import change, say
 from align.stages.common import Session, open_session, trained_parameters
 from align.stages.data import Split, load_data
 from align.training.loop import Measure, Measured, evaluate_groups, train
-from align.types import AlignError, TokenBatch, TokenGroup
+from align.types import AlignError, TokenBatch, TokenGroup, TokenSequence
 
 REFERENCE_PAIRS = 100
 """Training pairs whose 200 scores set the gain: their spread is known to about 5%."""
@@ -80,8 +82,8 @@ def run(recipe: RewardRecipe) -> None:
     )
     if session.accelerator.is_main_process:
         _finish(session, scalar, train_data, test_data, recipe)
-    after |= _longer_wins(test_groups)
-    before |= _longer_wins(test_groups)
+    baseline = _accuracy_of_longer(test_groups, session)
+    after, before = after | baseline, before | baseline
     session.run.finish(change(before, after), held_out=after)
 
 
@@ -124,13 +126,16 @@ def _margins(groups: Sequence[TokenGroup]) -> Tensor:
     return torch.tensor([group.margin or 0.0 for group in groups])
 
 
-def _longer_wins(groups: Sequence[TokenGroup]) -> dict[str, float]:
-    """Accuracy of preferring the longer answer, ties half: what a reward model has to beat."""
+def _accuracy_of_longer(groups: Sequence[TokenGroup], session: Session) -> dict[str, float]:
+    """What a reward model has to beat; the texts are those of the tokens."""
     if not groups:
         return {}
-    lengths = [[len(c.input_ids) for c in g.continuations] for g in groups]
-    wins = [(chosen > rejected) + 0.5 * (chosen == rejected) for chosen, rejected in lengths]
-    return {"accuracy_of_longer": float(np.mean(wins))}
+
+    def num_characters(answer: TokenSequence) -> int:
+        return len(decode_response(session.tokenizer, answer.input_ids))
+
+    lengths = [[num_characters(answer) for answer in group.continuations] for group in groups]
+    return {"accuracy_of_longer": longer_wins([chosen - rejected for chosen, rejected in lengths])}
 
 
 def _finish(

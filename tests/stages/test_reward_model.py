@@ -12,11 +12,14 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from align.config import RewardRecipe
+from align.data.preferences import load_examples
+from align.evaluation.reward_model import evaluate_reward
 from align.models import ScalarModel, load_scalar_model, load_tokenizer
+from align.rewards import FunctionReward
 from align.rewards.model import reward_model_loader
 from align.stages import reward_model
 from align.training import loop
-from align.types import TokenGroup
+from align.types import DataSource, TokenGroup
 
 CPU = torch.device("cpu")
 ReadJsonl = Callable[[Path], list[dict[str, Any]]]
@@ -194,17 +197,26 @@ def test_first_loss_is_bradley_terrys(
     assert first["score_mean"] == pytest.approx((np.mean(chosen) + np.mean(rejected)) / 2, abs=1e-5)
 
 
-def test_longer_answers_are_the_baseline(run_rm: RunRM, write_rows: Callable[..., Path]) -> None:
-    """Longer wins once, loses once, ties once: right half of the time."""
+def test_longer_answers_are_the_baseline(
+    tiny: Path, run_rm: RunRM, write_rows: Callable[..., Path]
+) -> None:
+    """By characters, as `align eval` counts them: longer wins twice, loses once, ties once."""
     rows = [
         {"prompt": "red: ", "chosen": "good sun moon", "rejected": "bad"},
         {"prompt": "blue: ", "chosen": "good", "rejected": "bad sun moon"},
-        {"prompt": "green: ", "chosen": "good", "rejected": "bad."},
+        {"prompt": "green: ", "chosen": "good", "rejected": "zqxj"},
+        {"prompt": "sun: ", "chosen": "sun moon", "rejected": "zqxjk"},
     ]
-    tokenizer_lengths_differ = write_rows("test.jsonl", rows[:2])
-    folder = run_rm("run", f"data.test={tokenizer_lengths_differ}")
+    tokens = load_tokenizer(str(tiny)).tokenize
+    # tokens would say that the last two answers lose
+    assert all(len(tokens(r["chosen"])) < len(tokens(r["rejected"])) for r in rows[2:])
+    held_out_rows = write_rows("test.jsonl", rows)
+    folder = run_rm("run", f"data.test={held_out_rows}")
     held_out = json.loads((folder / "manifest.json").read_text())["held_out"]
-    assert held_out["accuracy_of_longer"] == 0.5
+    assert held_out["accuracy_of_longer"] == (1 + 0 + 0.5 + 1) / 4
+    pairs = load_examples([DataSource(path=str(held_out_rows))], kind="preference").examples
+    judged = evaluate_reward(FunctionReward("zero", lambda p, r, _: [0.0] * len(r)), pairs)
+    assert judged["longer_wins"] == held_out["accuracy_of_longer"]
 
 
 def test_microbatches_change_nothing(run_rm: RunRM) -> None:
