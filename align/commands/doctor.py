@@ -39,7 +39,3 @@ def run(args: argparse.Namespace) -> int:
     for line in closing_lines(stage, rows, findings):
         print(line)
     return 1 if findings else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from align.data.lengths import longer_wins
-from align.evaluation.compare import proportion_ci95
+from align.evaluation.intervals import proportion_ci95
 
 NUM_BINS = 10
 

@@ -1,4 +1,4 @@
-"""Is A better than B? Paired tests over the same prompts, and intervals; all fixed by a seed.
+"""Is A better than B? Paired tests over the same prompts, all fixed by a seed.
 
 Pairing matters: two systems stumble over the same hard prompts, so that their difference is known
 far better than either score. A system may be given as several training seeds: prompts are then
@@ -10,18 +10,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 
 from align.evaluation.bleu import CORPUS_METRICS, corpus_statistics
+from align.evaluation.intervals import (
+    DEFAULT_SEED,
+    bootstrap_rows,
+    corpus_scorer,
+    finite_values,
+    percentiles,
+)
 from align.evaluation.verdict import prompts_needed, verdict
 
 PairedTest: TypeAlias = Literal["bootstrap", "randomization"]
 
-# sacreBLEU's own default, so that our p is what its command line prints
-DEFAULT_SEED = 12345
 # differences of means that are equal but for rounding are equal
 RELATIVE_ROUNDING = 1e-9
 
@@ -110,30 +114,22 @@ def compare_statistics(
     # means, not sums: rows that change sides must weigh alike, however many seeds a side has
     stats_a, stats_b = seeds_a.mean(0), seeds_b.mean(0)
     difference = score(stats_a.sum(0)) - score(stats_b.sum(0))
-    rows = _bootstrap_rows(len(stats_a), num_resamples, seed)
+    rows = bootstrap_rows(len(stats_a), num_resamples, seed)
     # float32 because sacreBLEU resamples in it: rounding could tip a p otherwise
     floats_a, floats_b = stats_a.astype(np.float32), stats_b.astype(np.float32)
     resampled = np.array([score(floats_a[r].sum(0)) - score(floats_b[r].sum(0)) for r in rows])
     interval = resampled
     if max(len(seeds_a), len(seeds_b)) > 1:
-        drawn_a, drawn_b = _drawn_seeds(len(seeds_a), len(seeds_b), num_resamples, seed)
-        interval = np.array(
-            [
-                score(np.tensordot(wa, seeds_a[:, r].sum(1), 1))
-                - score(np.tensordot(wb, seeds_b[:, r].sum(1), 1))
-                for wa, wb, r in zip(drawn_a, drawn_b, rows, strict=True)
-            ]
-        )
+        interval = _resampled_with_seeds(seeds_a, seeds_b, rows, score, seed)
     spread = np.abs(resampled) - np.abs(resampled).mean()
-    by_bootstrap = _p_value(int((spread > abs(difference)).sum()), num_resamples)
     swapped = _swapped_differences(stats_a, stats_b, score, num_resamples, seed)
-    by_swaps = _p_value(int((swapped > abs(difference)).sum()), num_resamples)
+    ps = (_share_beyond(spread, difference), _share_beyond(swapped, difference))
     return _comparison(
         a[0],
         b[0],
         metric,
         difference,
-        ps=(1.0, 1.0) if difference == 0 else (by_bootstrap, by_swaps),
+        ps=(1.0, 1.0) if difference == 0 else ps,
         test=test,
         interval=interval,
         num_prompts=len(stats_a),
@@ -166,7 +162,7 @@ def compare_values(
     seeds_a, seeds_b = _by_seed(a[1], a[0]), _by_seed(b[1], b[0])
     differences = seeds_a.mean(0) - seeds_b.mean(0)
     difference = float(differences.mean())
-    rows = _bootstrap_rows(len(differences), num_resamples, seed)
+    rows = bootstrap_rows(len(differences), num_resamples, seed)
     resampled = differences[rows].mean(axis=1)
     interval = resampled
     if max(len(seeds_a), len(seeds_b)) > 1:
@@ -193,40 +189,6 @@ def compare_values(
     )
 
 
-def mean_ci95(values: Sequence[float]) -> tuple[float, tuple[float, float] | None]:
-    """Mean and its 95% interval by Student's t; no interval for a single value."""
-    numbers = _checked(values, "values")
-    mean = float(numbers.mean())
-    if len(numbers) == 1:
-        return mean, None
-    standard_error = float(numbers.std(ddof=1)) / math.sqrt(len(numbers))
-    half_width = student_t_975(len(numbers) - 1) * standard_error
-    return mean, (mean - half_width, mean + half_width)
-
-
-def corpus_ci95(
-    statistics: np.ndarray, metric: str, *, num_resamples: int = 1000, seed: int = DEFAULT_SEED
-) -> tuple[float, float]:
-    """Percentile interval of a corpus score over bootstrap resamples of its ``[rows, n]``."""
-    score = corpus_scorer(metric)
-    rows = _bootstrap_rows(len(statistics), num_resamples, seed)
-    return _percentiles(np.array([score(statistics[r].sum(0)) for r in rows]))
-
-
-def proportion_ci95(share: float, count: int) -> tuple[float, float]:
-    """Wilson's interval of a share of ``count`` cases; stays inside [0, 1]."""
-    z2 = NormalDist().inv_cdf(0.975) ** 2
-    centre = (share + z2 / (2 * count)) / (1 + z2 / count)
-    half = math.sqrt(z2 * (share * (1 - share) / count + z2 / (4 * count**2))) / (1 + z2 / count)
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def corpus_scorer(metric: str) -> Callable[[np.ndarray], float]:
-    """Summed statistics ``[n]`` -> the score."""
-    scorer: Any = CORPUS_METRICS[metric]()
-    return lambda sums: float(scorer._compute_score_from_stats(sums).score)
-
-
 def _comparison(
     a: str,
     b: str,
@@ -247,7 +209,7 @@ def _comparison(
         metric=metric,
         difference=difference,
         p=by_bootstrap if test == "bootstrap" else by_swaps,
-        ci95=_percentiles(interval),
+        ci95=percentiles(interval),
         p_bootstrap=by_bootstrap,
         p_randomization=by_swaps,
         num_prompts=num_prompts,
@@ -257,10 +219,22 @@ def _comparison(
     )
 
 
-def _bootstrap_rows(num_rows: int, num_resamples: int, seed: int) -> np.ndarray:
-    """The rows of every resample; drawn exactly as sacreBLEU draws them."""
-    rng = np.random.default_rng(seed)
-    return rng.choice(num_rows, size=(num_resamples, num_rows), replace=True)
+def _resampled_with_seeds(
+    seeds_a: np.ndarray,
+    seeds_b: np.ndarray,
+    rows: np.ndarray,
+    score: Callable[[np.ndarray], float],
+    seed: int,
+) -> np.ndarray:
+    """Differences ``[resamples]`` where training seeds are drawn as well as prompts."""
+    drawn_a, drawn_b = _drawn_seeds(len(seeds_a), len(seeds_b), len(rows), seed)
+    return np.array(
+        [
+            score(np.tensordot(of_a, seeds_a[:, r].sum(1), 1))
+            - score(np.tensordot(of_b, seeds_b[:, r].sum(1), 1))
+            for of_a, of_b, r in zip(drawn_a, drawn_b, rows, strict=True)
+        ]
+    )
 
 
 def _drawn_seeds(
@@ -288,41 +262,18 @@ def _swapped_differences(
     return np.array([abs(score(x) - score(y)) for x, y in zip(mixed_a, mixed_b, strict=True)])
 
 
+def _share_beyond(resampled: np.ndarray, difference: float) -> float:
+    """p: the share of resampled differences, in size, that are larger than the one found."""
+    return _p_value(int((resampled > abs(difference)).sum()), len(resampled))
+
+
 def _p_value(num_as_large: int, num_resamples: int) -> float:
     # + 1: the sample itself is one of the outcomes, so p is never 0
     return (num_as_large + 1) / (num_resamples + 1)
-
-
-def _percentiles(resampled: np.ndarray) -> tuple[float, float]:
-    low, high = np.percentile(resampled, [2.5, 97.5])
-    return float(low), float(high)
-
-
-def _checked(values: Sequence[float] | np.ndarray, name: str) -> np.ndarray:
-    numbers = np.asarray(values, dtype=np.float64)
-    if numbers.ndim != 1 or not len(numbers) or not np.isfinite(numbers).all():
-        raise ValueError(f"{name}: must be one or more finite numbers, got shape {numbers.shape}")
-    return numbers
 
 
 def _by_seed(values: Sequence[float] | np.ndarray, name: str) -> np.ndarray:
     """``[seeds, prompts]``."""
     rows = np.asarray(values, dtype=np.float64)
     rows = rows if rows.ndim == 2 else rows[None]
-    return np.stack([_checked(row, name) for row in rows])
-
-
-def student_t_975(df: int) -> float:
-    """97.5th percentile of Student's t: exact for 1 and 2, else Fisher's expansion (< 1% off)."""
-    if df == 1:
-        return math.tan(0.475 * math.pi)
-    if df == 2:
-        return 0.95 * math.sqrt(2 / (1 - 0.95**2))
-    z = NormalDist().inv_cdf(0.975)
-    terms = [
-        z,
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-    ]
-    return sum(term / df**power for power, term in enumerate(terms))
+    return np.stack([finite_values(row, name) for row in rows])

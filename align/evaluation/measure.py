@@ -11,7 +11,7 @@ import numpy as np
 
 from align.config import EvalRecipe
 from align.evaluation.bleu import CORPUS_METRICS, corpus_score, corpus_statistics
-from align.evaluation.compare import corpus_ci95, mean_ci95, proportion_ci95
+from align.evaluation.intervals import corpus_ci95, mean_ci95, proportion_ci95
 from align.evaluation.outputs import Outputs, ReferenceFit, mean
 from align.evaluation.text import distinct_n, distinct_n_ci95, exact_matches, repetition
 from align.rewards import load_function, require_arguments

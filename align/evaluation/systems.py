@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from align.evaluation.compare import Comparison, compare_statistics, compare_values, mean_ci95
+from align.evaluation.compare import Comparison, compare_statistics, compare_values
+from align.evaluation.intervals import mean_ci95
 from align.evaluation.measure import System
 from align.evaluation.wins import length_controlled_difference, shares_won, win_rate
 from align.types import PromptExample

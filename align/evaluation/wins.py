@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from align.evaluation.compare import compare_values, student_t_975
+from align.evaluation.compare import compare_values
+from align.evaluation.intervals import student_t_975
 
 
 @dataclass(frozen=True, kw_only=True)

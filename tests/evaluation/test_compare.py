@@ -12,8 +12,8 @@ from align.evaluation.compare import (
     compare_corpus,
     compare_statistics,
     compare_values,
-    mean_ci95,
 )
+from align.evaluation.intervals import mean_ci95
 
 METRICS = {"bleu": BLEU, "chrf": CHRF}
 
