@@ -20,6 +20,7 @@ from align.feedback.store import SAID, Answer, Store
 
 PAGE = Path(__file__).with_name("page.html")
 LONGEST_NAME = 40
+ALLOWED = f"said: one of {', '.join(SAID)}; pair: two responses to one prompt"
 HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
@@ -41,10 +42,7 @@ def make_app(store: Store, *, goal: int | None = None, overlap: float = 0.2) -> 
     """
     app = Flask(__name__, static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = 16_384
-    token = store.token
-    chooser = Chooser(store.responses(), store.answers(), overlap=overlap)
-    texts = {r.id: r for r in store.responses()}
-    lock = threading.Lock()
+    token, labelling = store.token, _Labelling(store, goal=goal, overlap=overlap)
 
     @app.before_request
     def only_from_here() -> None:
@@ -60,60 +58,89 @@ def make_app(store: Store, *, goal: int | None = None, overlap: float = 0.2) -> 
         response.headers.update(HEADERS)
         return response
 
-    def annotator(name: Any) -> str:
-        name = name.strip() if isinstance(name, str) else ""
-        if not name or len(name) > LONGEST_NAME or not name.isprintable():
-            abort(400, "annotator: a name of 1 to 40 characters")
-        return str(name)
-
-    def state(name: str) -> Response:
-        """What the page shows now: the next pair, how far this annotator is, how far all agree."""
-        total = len(chooser.pairs) if goal is None else min(goal, len(chooser.pairs))
-        done = chooser.done(name)
-        pair = chooser.next(name) if done < total else None
-        answers = [a for a in store.answers() if a.said != "skip"]
-        shown: dict[str, Any] = {"done": done, "total": total, **_agreement(answers)}
-        if pair is not None:
-            left, right = (texts[id] for id in pair)
-            prompt = json.loads(left.prompt)
-            turns = prompt if isinstance(prompt, list) else [{"role": "", "content": prompt}]
-            shown |= {"prompt": turns, "left": left.text, "right": right.text, "pair": pair}
-        return jsonify(shown)
-
     @app.get("/<given>/")
     def page(given: str) -> Response:
         return Response(PAGE.read_text(encoding="utf-8"), mimetype="text/html")
 
     @app.get("/<given>/state")
     def current(given: str) -> Response:
-        with lock:
-            return state(annotator(request.args.get("annotator")))
+        return jsonify(labelling.current(_annotator(request.args.get("annotator"))))
 
     @app.post("/<given>/answer")
     def answer(given: str) -> Response:
         body = request.get_json()
-        name, said, pair = annotator(body.get("annotator")), body.get("said"), body.get("pair")
-        is_pair = isinstance(pair, list) and len(pair) == 2 and all(type(i) is int for i in pair)
-        if said not in SAID or not is_pair or tuple(sorted(pair)) not in set(chooser.pairs):
-            abort(400, f"said: one of {', '.join(SAID)}; pair: two responses to one prompt")
         seconds = body.get("seconds")
-        with lock:
-            given_answer = Answer(name, pair[0], pair[1], said)
-            took = float(seconds) if isinstance(seconds, int | float) else 0.0
-            if store.add_answer(given_answer, seconds=took):  # a second click changes nothing
-                chooser.add(given_answer)
-            return state(name)
+        took = float(seconds) if isinstance(seconds, int | float) else 0.0
+        return jsonify(labelling.answered(_answer(body), seconds=took))
 
     @app.post("/<given>/undo")
     def undo(given: str) -> Response:
-        name = annotator(request.get_json().get("annotator"))
-        with lock:
-            taken_back = store.undo(name)
-            if taken_back is not None:
-                chooser.remove(taken_back)
-            return state(name)
+        return jsonify(labelling.undone(_annotator(request.get_json().get("annotator"))))
 
     return app
+
+
+class _Labelling:
+    """Who has answered what, and what is asked next; one request at a time.
+
+    Every method gives what the page shows then.
+    """
+
+    def __init__(self, store: Store, *, goal: int | None, overlap: float) -> None:
+        self.store, self.goal = store, goal
+        self.texts = {r.id: r for r in store.responses()}
+        self.chooser = Chooser(store.responses(), store.answers(), overlap=overlap)
+        self.pairs = set(self.chooser.pairs)
+        self.lock = threading.Lock()
+
+    def current(self, annotator: str) -> dict[str, Any]:
+        with self.lock:
+            return self._shown(annotator)
+
+    def answered(self, answer: Answer, *, seconds: float) -> dict[str, Any]:
+        if answer.pair not in self.pairs:
+            abort(400, ALLOWED)
+        with self.lock:
+            if self.store.add_answer(answer, seconds=seconds):  # a second click changes nothing
+                self.chooser.add(answer)
+            return self._shown(answer.annotator)
+
+    def undone(self, annotator: str) -> dict[str, Any]:
+        with self.lock:
+            taken_back = self.store.undo(annotator)
+            if taken_back is not None:
+                self.chooser.remove(taken_back)
+            return self._shown(annotator)
+
+    def _shown(self, annotator: str) -> dict[str, Any]:
+        """The next pair, how far this annotator is, how far all agree."""
+        chooser = self.chooser
+        total = len(chooser.pairs) if self.goal is None else min(self.goal, len(chooser.pairs))
+        done = chooser.done(annotator)
+        pair = chooser.next(annotator) if done < total else None
+        answers = [a for a in self.store.answers() if a.said != "skip"]
+        shown: dict[str, Any] = {"done": done, "total": total, **_agreement(answers)}
+        if pair is not None:
+            left, right = (self.texts[id] for id in pair)
+            prompt = json.loads(left.prompt)
+            turns = prompt if isinstance(prompt, list) else [{"role": "", "content": prompt}]
+            shown |= {"prompt": turns, "left": left.text, "right": right.text, "pair": pair}
+        return shown
+
+
+def _annotator(name: Any) -> str:
+    name = name.strip() if isinstance(name, str) else ""
+    if not name or len(name) > LONGEST_NAME or not name.isprintable():
+        abort(400, "annotator: a name of 1 to 40 characters")
+    return str(name)
+
+
+def _answer(body: dict[str, Any]) -> Answer:
+    name, said, pair = _annotator(body.get("annotator")), body.get("said"), body.get("pair")
+    is_pair = isinstance(pair, list) and len(pair) == 2 and all(type(i) is int for i in pair)
+    if said not in SAID or not is_pair:
+        abort(400, ALLOWED)
+    return Answer(name, pair[0], pair[1], said)
 
 
 def _agreement(answers: list[Answer]) -> dict[str, Any]:
