@@ -42,7 +42,7 @@ def blocks(page: Path, language: str) -> list[str]:
 
 WRITERS = [
     *(f"stages/{n}.py" for n in ("sft", "reward_model", "dpo", "ppo", "ppo_update", "generate")),
-    *("stages/ppo_report.py", "training/finite.py"),
+    *("stages/ppo_phases.py", "stages/ppo_report.py", "training/finite.py"),
     "stages/iterate.py",
     "training/loop.py",
     "run_folder.py",
@@ -97,7 +97,7 @@ def written_keys(writer: str) -> set[str]:
     held_out: set[str] = set()
     functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
     for node in functions if writer.startswith("stages/") else []:
-        if node.name in ("measure", "_measure", "evaluate", "_measure_held_out"):
+        if node.name in ("measure", "_measure", "evaluate"):
             held_out |= {f"eval_{key}" for key in string_keys(node)}
             node.body = node.body if node.name in ("measure", "_measure") else []
     return (string_keys(tree) - NO_NUMBERS.get(writer, set())) | held_out

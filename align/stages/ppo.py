@@ -11,11 +11,9 @@ for old, new and reference log-probabilities.
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from align.config import PPORecipe
@@ -23,27 +21,19 @@ from align.data.order import prompt_batch
 from align.losses import adapt_kl_coef
 from align.models.policy import check_length
 from align.progress import Progress, change
-from align.rollout.experience import (
-    decode_rollout,
-    make_experience,
-    over_rollout,
-    rollout_groups,
-)
-from align.rollout.sampler import sample
 from align.stages.common import (
     Session,
     open_session,
-    policy_end_ids,
     save_policy,
     trained_parameters,
 )
 from align.stages.data import Split, load_data
-from align.stages.ppo_hand import Hand
+from align.stages.ppo_hand import Hand, Iteration
+from align.stages.ppo_phases import Phases
 from align.stages.ppo_report import describe, sample_rows
 from align.stages.ppo_roles import Roles, load_roles
 from align.stages.ppo_update import Update
 from align.training.checkpoint import InHand, load_in_hand
-from align.training.distributed import gather_rollout, my_share, raise_together
 from align.training.finite import FiniteGuard
 from align.training.loop import seed_step
 from align.training.saver import Saver
@@ -81,6 +71,7 @@ class _PPO:
     ) -> None:
         self.recipe, self.session, self.roles = recipe, session, roles
         self.prompts, self.held_out = prompts, held_out
+        self.phases = Phases(recipe, session, roles)
         self.update = Update(recipe, session, roles)
         self.saver = Saver(
             session.run,
@@ -92,190 +83,156 @@ class _PPO:
         self.kl_coef = recipe.kl.coef
         # held-out numbers before the first step
         self.before: dict[str, float] = {}
-        self.end_ids = policy_end_ids(roles.actor, session)
 
     def train(self) -> tuple[dict[str, float], dict[str, float]]:
         """All iterations; returns the held-out numbers before and after."""
-        recipe, run, total = self.recipe, self.session.run, self.recipe.ppo.iterations
-        state = self.saver.resume(recipe.resume == "auto")
-        self.guard = FiniteGuard(run, on_nonfinite=recipe.on_nonfinite)
-        start, in_hand = 0, None
+        run, total = self.session.run, self.recipe.ppo.iterations
+        state = self.saver.resume(self.recipe.resume == "auto")
+        # behind it: what the resumed run had left out counts too
+        self.guard = FiniteGuard(run, on_nonfinite=self.recipe.on_nonfinite)
         with self.saver, Progress(total, "ppo", shown=run.is_main) as bar:
-            if state is None:
-                self.before = self._evaluate_and_log(0)
-            else:
-                start, self.kl_coef, self.before = state["step"], state["kl_coef"], state["before"]
-                self.update.microbatches.tokens = state["tokens_per_microbatch"]
-                self.guard.in_a_row = state["left_out_in_a_row"]
-                in_hand = load_in_hand(state["place"])
+            start, in_hand = self._begin() if state is None else self._go_on(state)
             self.saver.require_best("keep_best", self.before)
             bar.advance(steps=start)
             for iteration in range(start, total):
                 if in_hand is None:  # else the weights are further on than this step's checkpoint
                     self.saver.stay_or_leave(iteration, self._state())
                 metrics = self.iterate(iteration, in_hand)
-                done, in_hand = iteration + 1, None
-                run.log(done, metrics)
+                in_hand = None
+                run.log(iteration + 1, metrics)
                 bar.advance(
                     tokens=int(metrics.get("tokens", 0)),
                     score=metrics.get("score_mean", math.nan),
                     kl=metrics.get("kl", math.nan),
                 )
-                save = bool(recipe.save_every) and done % recipe.save_every == 0
-                look = bool(recipe.eval_every) and done % recipe.eval_every == 0
-                looked = done < total and (look or (save and recipe.keep_best))
-                held_out = self._evaluate_and_log(done) if looked else None
-                if save:
-                    self.saver.save(done, self._state(), held_out)
+                self._look_and_save(iteration + 1)
             after = self._evaluate_and_log(total)
             if self.saver.take_best(after):
                 after = self.evaluate(total)
         return self.before, after
 
-    def iterate(self, iteration: int, in_hand: InHand | None = None) -> dict[str, float]:
-        """Sample -> score -> reference and values -> rewards and advantages -> update -> adapt.
+    def _begin(self) -> tuple[int, InHand | None]:
+        self.before = self._evaluate_and_log(0)
+        return 0, None
 
-        ``in_hand`` is what an earlier process made of this iteration before it left.
-        """
+    def _go_on(self, state: dict[str, Any]) -> tuple[int, InHand | None]:
+        """From a checkpoint: the iteration, and what had been made of it."""
+        self.kl_coef, self.before = state["kl_coef"], state["before"]
+        self.update.microbatches.tokens = state["tokens_per_microbatch"]
+        self.guard.in_a_row = state["left_out_in_a_row"]
+        return state["step"], load_in_hand(state["place"])
+
+    def _look_and_save(self, done: int) -> None:
+        """A held-out evaluation and a checkpoint, where they are due."""
         recipe = self.recipe
-        seed_step(recipe.seed, iteration)
-        started = time.monotonic()
+        save = bool(recipe.save_every) and done % recipe.save_every == 0
+        look = bool(recipe.eval_every) and done % recipe.eval_every == 0
+        looked = done < recipe.ppo.iterations and (look or (save and recipe.keep_best))
+        held_out = self._evaluate_and_log(done) if looked else None
+        if save:
+            self.saver.save(done, self._state(), held_out)
+
+    def iterate(self, number: int, in_hand: InHand | None = None) -> dict[str, float]:
+        """One iteration; ``in_hand`` is what an earlier process made of it before it left.
+
+        The experience is reference log-probs and values, shaped rewards and advantages.
+        """
+        now = self._open(number, in_hand)
+        try:
+            rollout = self._sample_once(now)
+            responses = self.phases.decode(rollout)
+            scores = self._score_once(now, rollout, responses)
+        except NonFiniteError as error:
+            self._leave_out(now.step, error, now.examples)
+            return self.guard.metrics()
+        experience = self._experience_once(now, rollout, scores)
+        if not self._is_finite(now, experience):
+            return self.guard.metrics()
+        metrics = describe(
+            experience,
+            scores,
+            kl_coef=self.kl_coef,
+            samples_per_prompt=self.recipe.generation.samples_per_prompt,
+        )
+        metrics |= self._update_once(now, experience)
+        metrics |= self.guard.metrics()
+        self.session.run.append(
+            "samples.jsonl", sample_rows(now.step, now.examples, responses, experience, scores)
+        )
+        self._adapt_kl_coef(metrics["kl"])
+        return metrics | now.clock.seconds(tokens=metrics["tokens"])
+
+    def _open(self, number: int, in_hand: InHand | None) -> Iteration:
+        """Its random numbers, its prompts, and what there is of it already."""
+        recipe, prompts = self.recipe, self.prompts
+        seed_step(recipe.seed, number)
         k = recipe.generation.samples_per_prompt
         num_prompts = recipe.ppo.rollout_batch // k
-        members = prompt_batch(len(self.prompts.groups), num_prompts, self.prompts.order, iteration)
-        examples = [self.prompts.examples[i] for i in members]
-        prompt_ids = [self.prompts.groups[i].prefix_ids for i in members for _ in range(k)]
-        hand = Hand.unpacked(in_hand, prompt_ids, self.session.accelerator.device)
+        members = prompt_batch(len(prompts.groups), num_prompts, prompts.order, number)
+        prompt_ids = [prompts.groups[i].prefix_ids for i in members for _ in range(k)]
+        return Iteration(
+            number=number,
+            members=members,
+            examples=[prompts.examples[i] for i in members],
+            hand=Hand.unpacked(in_hand, prompt_ids, self.session.accelerator.device),
+        )
 
-        try:
-            if hand.rollout is None:
-                hand.rollout = self.sample(
-                    self.prompts, members, seed=recipe.seed * 7919 + iteration
-                )
-                self._stay_or_leave(iteration, hand)
-            rollout, sampled = hand.rollout, time.monotonic()
-            responses = self.decode(rollout)
-            if hand.scores is None:
-                hand.scores = self.score(examples, rollout, responses)
-                if recipe.save_every:
-                    self.saver.add_in_hand(iteration, hand.packed())
-                self._stay_or_leave(iteration, hand)
-        except NonFiniteError as error:
-            self._leave_out(iteration + 1, error, examples)
-            return self.guard.metrics()
-        scores = hand.scores
-        if hand.experience is None:
-            hand.experience = self.experience(rollout, scores)
-        experience, scored = hand.experience, time.monotonic()
+    def _sample_once(self, now: Iteration) -> Rollout:
+        if now.hand.rollout is None:
+            seed = self.recipe.seed * 7919 + now.number
+            now.hand.rollout = self.phases.sample(self.prompts, now.members, seed=seed)
+            self._stay_or_leave(now)
+        now.clock.mark()
+        return now.hand.rollout
+
+    def _score_once(self, now: Iteration, rollout: Rollout, responses: Sequence[str]) -> Tensor:
+        if now.hand.scores is None:
+            now.hand.scores = self.phases.score(now.examples, rollout, responses)
+            if self.recipe.save_every:
+                self.saver.add_in_hand(now.number, now.hand.packed())
+            self._stay_or_leave(now)
+        return now.hand.scores
+
+    def _experience_once(self, now: Iteration, rollout: Rollout, scores: Tensor) -> Experience:
+        if now.hand.experience is None:
+            now.hand.experience = self.phases.experience(rollout, scores, self.kl_coef)
+        now.clock.mark()
+        return now.hand.experience
+
+    def _is_finite(self, now: Iteration, experience: Experience) -> bool:
         computed = {
             "reference log-probability": float(experience.ref_logprobs.sum()),
             "critic's value": float(experience.values.sum()),
         }
-        if not self.guard.accepts(iteration + 1, computed, [e.id for e in examples], learns=False):
-            return self.guard.metrics()
-        metrics = describe(experience, scores, kl_coef=self.kl_coef, samples_per_prompt=k)
-        metrics |= self.update(
-            experience,
-            iteration,
-            self.kl_coef,
-            hand,
-            accept=lambda numbers, prompts: self.guard.accepts(
-                iteration + 1, numbers, [examples[i].id for i in prompts]
-            ),
-            between=lambda: self._stay_or_leave(iteration, hand),
-        )
-        metrics |= self.guard.metrics()
-        updated = time.monotonic()
+        return self.guard.accepts(now.step, computed, [e.id for e in now.examples], learns=False)
 
-        self.session.run.append(
-            "samples.jsonl", sample_rows(iteration + 1, examples, responses, experience, scores)
+    def _update_once(self, now: Iteration, experience: Experience) -> dict[str, float]:
+        """Epochs of minibatches, those left out that ``now.hand`` has done."""
+
+        def accept(numbers: Mapping[str, float], prompts: Sequence[int]) -> bool:
+            return self.guard.accepts(now.step, numbers, [now.examples[i].id for i in prompts])
+
+        metrics = self.update(
+            experience,
+            now.number,
+            self.kl_coef,
+            now.hand,
+            accept=accept,
+            between=lambda: self._stay_or_leave(now),
         )
-        if recipe.kl.adaptive:
+        now.clock.mark()
+        return metrics
+
+    def _adapt_kl_coef(self, observed_kl: float) -> None:
+        kl = self.recipe.kl
+        if kl.adaptive:
             self.kl_coef = adapt_kl_coef(
                 self.kl_coef,
-                observed_kl=metrics["kl"],
-                target=recipe.kl.target,
-                batch=recipe.ppo.rollout_batch,
-                horizon=recipe.kl.horizon,
+                observed_kl=observed_kl,
+                target=kl.target,
+                batch=self.recipe.ppo.rollout_batch,
+                horizon=kl.horizon,
             )
-        return metrics | {
-            "seconds_sampling": sampled - started,
-            "seconds_scoring": scored - sampled,
-            "seconds_updating": updated - scored,
-            "tokens_per_second": metrics["tokens"] / (updated - started),
-        }
-
-    def sample(self, split: Split, members: Sequence[int], *, seed: int) -> Rollout:
-        """This iteration's responses, those of every process in the prompts' order."""
-        accelerator, k = self.session.accelerator, self.recipe.generation.samples_per_prompt
-        numbers = my_share(list(range(len(members))), accelerator)
-        rollout: Rollout | None = None
-        failed: NonFiniteError | None = None
-        try:
-            rollout = sample(
-                self.roles.actor,
-                [split.groups[members[i]].prefix_ids for i in numbers],
-                self.recipe.generation,
-                end_ids=self.end_ids,
-                seed=seed,
-                numbers=numbers,
-                prefill_tokens=self.recipe.tokens_per_microbatch,
-            )
-        except NonFiniteError as error:
-            failed = error.having(rows=[numbers[row // k] * k + row % k for row in error.rows])
-        raise_together(failed, accelerator)
-        assert rollout is not None
-        return gather_rollout(rollout, k, accelerator)
-
-    def decode(self, rollout: Rollout) -> list[str]:
-        """The responses as text."""
-        return decode_rollout(self.session.tokenizer, rollout, end_ids=self.end_ids)
-
-    def score(
-        self, examples: Sequence[PromptExample], rollout: Rollout, responses: Sequence[str]
-    ) -> Tensor:
-        """The raw scores ``[B]``, one per row of the rollout."""
-        k = self.recipe.generation.samples_per_prompt
-        repeated = [example for example in examples for _ in range(k)]
-        try:
-            scores = self.roles.reward(
-                [e.prompt for e in repeated], responses, [e.references for e in repeated]
-            )
-        except NonFiniteError as error:
-            raise error.having(responses=[responses[row] for row in error.rows]) from error
-        return torch.tensor(scores, dtype=torch.float32, device=rollout.logprobs.device)
-
-    def experience(self, rollout: Rollout, scores: Tensor) -> Experience:
-        """What an update needs; the EOS trick and the reward's own mean come in here."""
-        recipe, roles = self.recipe, self.roles
-        groups = rollout_groups(rollout, recipe.generation.samples_per_prompt)
-        budget = recipe.tokens_per_microbatch
-        roles.critic.eval()
-        roles.actor.eval()
-        ref_logprobs = over_rollout(
-            rollout, groups, roles.ref_logprobs, tokens_per_microbatch=budget
-        )
-        values = over_rollout(
-            rollout,
-            groups,
-            lambda batch: roles.critic(batch, at="counted"),
-            tokens_per_microbatch=budget,
-        )
-        paid = scores - getattr(roles.reward, "mean", 0.0)
-        if recipe.ppo.missing_eos_score is not None:
-            paid = torch.where(rollout.finished, paid, recipe.ppo.missing_eos_score)
-        return make_experience(
-            rollout,
-            scores=paid,
-            ref_logprobs=ref_logprobs,
-            values=values,
-            kl_coef=self.kl_coef if recipe.kl.charge == "reward" else 0.0,
-            kl_kind=recipe.kl.estimator,
-            gamma=recipe.ppo.gamma,
-            gae_lambda=recipe.ppo.gae_lambda,
-            whiten_rewards=recipe.ppo.whiten_rewards,
-            whiten_advantages=recipe.ppo.whiten_advantages,
-        )
 
     def evaluate(self, done: int) -> dict[str, float]:
         """Score, KL and length of samples on held-out prompts, at the training temperature.
@@ -285,7 +242,7 @@ class _PPO:
         if not self.held_out.groups:
             return {}
         try:
-            return self._measure_held_out()
+            return self.phases.evaluate(self.held_out)
         except NonFiniteError as error:
             self._leave_out(done, error, self.held_out.examples)
             return {}
@@ -297,26 +254,6 @@ class _PPO:
         ids = [examples[row // k].id for row in error.rows]
         found = {error.what: error.value}
         self.guard.accepts(step, found, ids, cure=error.cure, responses=error.responses)
-
-    def _measure_held_out(self) -> dict[str, float]:
-        # a reward that draws random numbers draws the same ones, whatever came before
-        seed_step(self.recipe.seed, 104_729)
-        members = list(range(len(self.held_out.groups)))
-        rollout = self.sample(self.held_out, members, seed=self.recipe.seed + 104_729)
-        scores = self.score(self.held_out.examples, rollout, self.decode(rollout))
-        groups = rollout_groups(rollout, self.recipe.generation.samples_per_prompt)
-        ref_logprobs = over_rollout(
-            rollout,
-            groups,
-            self.roles.ref_logprobs,
-            tokens_per_microbatch=self.recipe.tokens_per_microbatch,
-        )
-        return {
-            "score": scores.mean().item(),
-            "kl": (rollout.logprobs - ref_logprobs).sum(1).mean().item(),
-            "length": rollout.response_mask.sum(1).float().mean().item(),
-            "eos_rate": rollout.finished.float().mean().item(),
-        }
 
     def _evaluate_and_log(self, done: int) -> dict[str, float]:
         found = self.evaluate(done)
@@ -331,7 +268,7 @@ class _PPO:
             "left_out_in_a_row": self.guard.in_a_row,
         }
 
-    def _stay_or_leave(self, iteration: int, hand: Hand) -> None:
+    def _stay_or_leave(self, now: Iteration) -> None:
         self.saver.stay_or_leave(
-            iteration, self._state(), part=hand.minibatches, in_hand=hand.packed()
+            now.number, self._state(), part=now.hand.minibatches, in_hand=now.hand.packed()
         )

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from align.stages.ppo_report import Clock
 from align.training.checkpoint import InHand
-from align.types import Experience, Rollout
+from align.types import Experience, PromptExample, Rollout
 
 ROLLOUT = tuple(f.name for f in fields(Rollout) if f.name != "prompt_ids")
 EXPERIENCE = tuple(f.name for f in fields(Experience) if f.name != "rollout")
@@ -59,3 +60,24 @@ class Hand:
         return cls(
             rollout, tensors.get("raw_scores"), experience, state["minibatches"], state["sums"]
         )
+
+
+@dataclass
+class Iteration:
+    """One turn of PPO: its prompts, and what is in hand of it.
+
+    Attributes:
+        number: From 0; ``step``, which users read, is from 1.
+        members: Numbers of its prompts.
+        examples: The same prompts.
+    """
+
+    number: int
+    members: Sequence[int]
+    examples: Sequence[PromptExample]
+    hand: Hand
+    clock: Clock = field(default_factory=Clock)
+
+    @property
+    def step(self) -> int:
+        return self.number + 1

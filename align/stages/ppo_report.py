@@ -1,7 +1,8 @@
-"""What PPO says of a rollout: the numbers of metrics.jsonl and the rows of samples.jsonl."""
+"""What PPO says of an iteration: the numbers of metrics.jsonl and the rows of samples.jsonl."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -68,3 +69,24 @@ def sample_rows(
         }
         for i in range(len(responses))
     ]
+
+
+class Clock:
+    """When the phases of an iteration were over."""
+
+    def __init__(self) -> None:
+        self._marks = [time.monotonic()]
+
+    def mark(self) -> None:
+        """Another one is over: sampling, then scoring, then the update."""
+        self._marks.append(time.monotonic())
+
+    def seconds(self, *, tokens: float) -> dict[str, float]:
+        """What metrics.jsonl says of time; ``tokens`` are the sampled ones."""
+        started, sampled, scored, updated = self._marks
+        return {
+            "seconds_sampling": sampled - started,
+            "seconds_scoring": scored - sampled,
+            "seconds_updating": updated - scored,
+            "tokens_per_second": tokens / (updated - started),
+        }

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from align.cli import main
 from align.config import IterateRecipe, StopRules
 from align.models.average import average_models
-from align.stages import iterate
+from align.stages import iterate, ppo_phases
 from align.stages.iterate import stop_reason
 from align.types import AlignError
 
@@ -112,7 +112,7 @@ def test_two_rounds_of_ppo_killed_and_resumed(
     rm = json.loads((whole / "rounds/2" / "rm" / "manifest.json").read_text("utf-8"))
     assert len(rm["data"]["train"]) == 2  # the pairs of both rounds
     # killed inside the second round's PPO, after its first checkpoint
-    with stop_at(iterate.ppo, "make_experience", 4):
+    with stop_at(ppo_phases, "make_experience", 4):
         run_iterate("cut", "ppo")
     before = (tmp_path / "cut" / "rounds/2" / "rm" / "manifest.json").stat().st_mtime_ns
     cut = run_iterate("cut", "ppo", "resume=auto")

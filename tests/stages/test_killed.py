@@ -28,7 +28,7 @@ def noisy(prompts, responses, references):
     return [r.count("o") + random.random() + np.random.rand() for r in responses]
 """
 
-PPO = "align.stages.ppo:_PPO."
+PPO = "align.stages.ppo_phases:Phases."
 CHECKPOINT = "align.training.checkpoint:"
 # phase -> (function, its call, before or after); three iterations, two epochs of two minibatches
 KILLS = {
@@ -219,7 +219,8 @@ def test_the_other_stages_killed_in_a_save_are_the_whole_run(
 
 def test_nothing_to_save_before_the_first_step(ppo_recipe: str, tmp_path: Path) -> None:
     commands = Commands(tmp_path)
-    run = commands.add("run", ["ppo", ppo_recipe], (PPO + "evaluate", 1, "after", signal.SIGTERM))
+    hit = ("align.stages.ppo:_PPO.evaluate", 1, "after", signal.SIGTERM)
+    run = commands.add("run", ["ppo", ppo_recipe], hit)
     commands.go([143])
     assert "interrupted before the first step; nothing was to save" in commands.told(0)
     assert not (run / "checkpoints").exists()

@@ -21,7 +21,7 @@ from align.config import EvalRecipe, PPORecipe, RewardRecipe
 from align.evaluation import harness
 from align.models import load_scalar_model, load_tokenizer
 from align.models.policy import ScalarModel
-from align.stages import ppo, ppo_update, reward_model
+from align.stages import ppo, ppo_phases, ppo_update, reward_model
 from align.types import AlignError, Experience, TokenGroup
 from tests.trust import Trust
 
@@ -119,14 +119,14 @@ def plain_scores(model: Path, rows: Sequence[Row], key: str = "response") -> lis
 def experiences(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Row, Experience]]:
     """What each iteration made of its rollout: (keyword arguments, experience)."""
     found: list[tuple[Row, Experience]] = []
-    original = ppo.make_experience
+    original = ppo_phases.make_experience
 
     def spying(rollout: Any, **options: Any) -> Experience:
         made = original(rollout, **options)
         found.append((options, made))
         return made
 
-    monkeypatch.setattr(ppo, "make_experience", spying)
+    monkeypatch.setattr(ppo_phases, "make_experience", spying)
     return found
 
 
@@ -486,7 +486,7 @@ def test_resumed_lora_run_is_the_whole_run(
 ) -> None:
     options = (*SAVING, "lora.r=4")
     whole = run_ppo("whole", *options)
-    with stop_at(ppo, "make_experience", 3):
+    with stop_at(ppo_phases, "make_experience", 3):
         run_ppo("cut", *options)
     resumed = run_ppo("cut", *options, "resume=auto")
     for part in ("model", "critic"):
