@@ -137,8 +137,7 @@ def _annotator(name: Any) -> str:
 
 def _answer(body: dict[str, Any]) -> Answer:
     name, said, pair = _annotator(body.get("annotator")), body.get("said"), body.get("pair")
-    is_pair = isinstance(pair, list) and len(pair) == 2 and all(type(i) is int for i in pair)
-    if said not in SAID or not is_pair:
+    if said not in SAID or not isinstance(pair, list) or [type(i) for i in pair] != [int, int]:
         abort(400, ALLOWED)
     return Answer(name, pair[0], pair[1], said)
 
