@@ -51,10 +51,12 @@ def main() -> None:
     model = Path(args.model)
     folder = Path(args.folder) / model.name
     folder.mkdir(parents=True, exist_ok=True)
-    pythons = {name: _environment(Path(args.folder), name) for name in sorted(set(PEER.values()))}
+    pythons = {
+        name: peer_environment(Path(args.folder), name) for name in sorted(set(PEER.values()))
+    }
     batches = {rows_of(s): (BATCH[s], plan.steps) for s in args.stages}
     command = [sys.executable, "-m", "benchmarks.prepare", str(model), str(folder)]
-    _run([*command, json.dumps(batches)], folder / "prepare.log")
+    run_logged([*command, json.dumps(batches)], folder / "prepare.log")
     bench = Bench(folder, plan, pythons, json.loads((folder / "prepared.json").read_text()))
     for number in range(plan.rounds):
         for stage in args.stages:
@@ -121,7 +123,7 @@ class Bench:
         work.mkdir(parents=True, exist_ok=True)
         write_job(job, work / "job.json")
         started = time.monotonic()
-        _run([*command, str(work / "job.json"), str(work / "result.json")], work / "log.txt")
+        run_logged([*command, str(work / "job.json"), str(work / "result.json")], work / "log.txt")
         result = json.loads((work / "result.json").read_text())
         self.found.append({"name": name, "side": side, "settings": settings, **result})
         steps = ", ".join(f"{s:.2f}" for s in result["seconds"])
@@ -143,7 +145,7 @@ class Bench:
         (self.folder / "results.json").write_text(text, encoding="utf-8")
 
 
-def _environment(folder: Path, name: str) -> str:
+def peer_environment(folder: Path, name: str) -> str:
     """The Python of a peer's environment, built when its requirements have changed."""
     venv = folder / "venvs" / name
     wanted = (ROOT / REQUIREMENTS / f"{name}.txt").read_text()
@@ -155,7 +157,7 @@ def _environment(folder: Path, name: str) -> str:
     return str(venv / "bin" / "python")
 
 
-def _run(command: list[str], log: Path) -> None:
+def run_logged(command: list[str], log: Path) -> None:
     """All sides run under the same environment: huge pages, and freed memory is kept."""
     quiet = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     environment = {**MEMORY, **quiet, **os.environ, "PYTHONPATH": str(ROOT)}

@@ -6,6 +6,8 @@ import math
 from statistics import NormalDist
 
 ALPHA, POWER = 0.05, 0.8
+OUT_OF_REACH = 1_000_000
+"""Prompts that nobody will collect: a difference that takes more of them is none in practice."""
 
 # metrics where less is better; of those in NEUTRAL neither is
 LOWER_IS_BETTER = {"ter", "repetition_4", "perplexity", "bits_per_byte"}
@@ -48,6 +50,8 @@ def verdict(
     if needed is None or needed <= num_prompts:
         # by the power formula they would have sufficed: the difference is at the edge
         return f"no difference that {num_prompts} prompts can show, {p_in_words(p)}"
+    if needed > OUT_OF_REACH:
+        return f"no difference that {num_prompts} prompts can show, nor would {OUT_OF_REACH:,}"
     return (
         f"no difference that {num_prompts} prompts can show; "
         f"about {rounded(needed):,} would be needed"

@@ -74,7 +74,12 @@ def render(runs: Sequence[RunRecord]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "interval": interval, "duration": lasted}
+    environment.filters |= {
+        "number": number,
+        "signed": signed,
+        "interval": interval,
+        "duration": lasted,
+    }
     evaluations = [run for run in runs if run.evaluation is not None]
     return environment.get_template("page.html.j2").render(
         title=_title(runs),
@@ -189,14 +194,21 @@ def _curves(run: RunRecord) -> list[Any]:
 
 
 def number(value: Any) -> str:
-    """Three significant digits; nothing for None."""
+    """Three significant digits, zeros among them; nothing for None."""
     if value is None:
         return ""
     if isinstance(value, int):
         return f"{value:,}"
     if abs(value) < 1e-6:  # what rounding leaves of a KL of 0
         return "0"
-    return f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
+    if abs(value) < 1e-3:
+        return f"{value:.3g}"
+    return f"{value:#.3g}" if abs(value) < 99.95 else f"{value:,.0f}"
+
+
+def signed(value: float) -> str:
+    """A difference, so that it is seen to be one."""
+    return number(value) if value <= 0 else f"+{number(value)}"
 
 
 def interval(pair: Any) -> str:

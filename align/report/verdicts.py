@@ -22,7 +22,24 @@ NAMES = {
     "repetition_4": "repetition",
 }
 # those that a reader looks for first, as far as they were measured
-HEADLINES = ("reward", "gold", "sample_reward", "sample_gold", "bleu", "chrf", "sample_chrf")
+EVIDENCE = ("reward", "gold", "sample_reward", "sample_gold", "bleu", "chrf", "sample_chrf")
+# which of them the headline is about: what counts as true before what was optimised
+TRUSTED = ("sample_gold", "gold", "sample_chrf", "chrf", "bleu", "sample_reward", "reward")
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One paired difference of a verdict; ``outcome`` is better, worse, more, less or empty."""
+
+    name: str
+    difference: float
+    ci95: tuple[float, float]
+    says: str = ""
+
+    @property
+    def outcome(self) -> str:
+        word = self.says.partition(",")[0]
+        return word if " " not in word else ""
 
 
 @dataclass
@@ -30,6 +47,8 @@ class Verdict:
     """One model against its baseline; ``warnings`` are reasons to doubt what looks good."""
 
     title: str
+    headline: str = ""
+    evidence: list[Evidence] = field(default_factory=list)
     sentences: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -43,7 +62,7 @@ def verdicts(run: RunRecord) -> list[Verdict]:
     for name in models:
         if name != baseline:
             told = _against(evaluation, models, name, baseline)
-            found += [told] if told.sentences else []
+            found += [told] if told.evidence or told.sentences else []
     reward = evaluation.get("reward_model")
     if reward:
         found.append(_of_reward(reward))
@@ -66,21 +85,19 @@ def _against(
     listed = evaluation.get("comparisons", [])
     tests = {c["metric"]: turned(c) for c in listed if (c["b"], c["a"]) == pair}
     tests |= {c["metric"]: c for c in listed if (c["a"], c["b"]) == pair}
-    for metric in (m for m in HEADLINES if m in tests):
+    told.headline = _headline(tests, models[name])
+    for metric in (m for m in EVIDENCE if m in tests):
         test = tests[metric]
-        low, high = test["ci95"]
-        told.sentences.append(
-            f"{capital(NAMES[metric])}: {test.get('verdict') or p_in_words(test['p'])} "
-            f"({test['difference']:+.3g}, 95% interval {low:+.3g} to {high:+.3g})."
+        says = test.get("verdict") or p_in_words(test["p"])
+        shown = says.replace(f" that {test.get('num_prompts')} prompts can show", " shown")
+        told.evidence.append(
+            Evidence(capital(NAMES[metric]), test["difference"], tuple(test["ci95"]), shown)
         )
         controlled = test.get("at_equal_length")
         if controlled:
-            low, high = controlled["ci95"]
-            told.sentences.append(
-                f"{capital(NAMES[metric])} at equal length: {controlled['difference']:+.3g} "
-                f"({low:+.3g} to {high:+.3g})."
-            )
-            if _gained(test) and low <= 0:
+            interval = tuple(controlled["ci95"])
+            told.evidence.append(Evidence("at equal length", controlled["difference"], interval))
+            if _gained(test) and interval[0] <= 0:
                 told.warnings.append(
                     f"The gain in {NAMES[metric]} is not certain at equal length: "
                     "longer answers may be all that was learnt."
@@ -97,6 +114,20 @@ def _against(
                     f"The {NAMES[proxy]} rose; that the {NAMES[gold]} did is not shown."
                 )
     return told
+
+
+def _headline(tests: dict[str, dict[str, Any]], model: dict[str, Any]) -> str:
+    """What counts most, in one line: by what it is better, by how much, and for how many nats."""
+    metric = next((m for m in TRUSTED if m in tests), None)
+    if metric is None:
+        return ""
+    test, name = tests[metric], NAMES[metric]
+    said = test.get("verdict") or p_in_words(test["p"])
+    word, _, p = said.partition(", ")
+    cost = "" if model.get("kl") is None else f" for {model['kl']:.2f} nats"
+    if word in ("better", "worse"):
+        return f"{capital(word)} by {name}: {test['difference']:+.3g}{cost}, {p}"
+    return f"{capital(name)}: {said}"
 
 
 def turned(test: dict[str, Any]) -> dict[str, Any]:
@@ -148,7 +179,7 @@ def _of_reward(found: dict[str, Any]) -> Verdict:
     low, high = found["accuracy_ci95"]
     told = Verdict(
         f"The reward {found['reward']}",
-        [
+        sentences=[
             f"Right on {found['accuracy']:.0%} of {found['pairs']} held-out pairs "
             f"({low:.0%} to {high:.0%}); preferring the longer answer would be right on "
             f"{found['longer_wins']:.0%}.",

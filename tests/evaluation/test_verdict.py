@@ -46,6 +46,13 @@ def test_that_many_prompts_have_power_80() -> None:
             1413,
             "no difference that 200 prompts can show; about 1,400 would be needed",
         ),
+        (
+            "bleu",
+            1e-4,
+            0.9,
+            2_000_000,
+            "no difference that 200 prompts can show, nor would 1,000,000",
+        ),
         ("reward", 0.1, 0.06, 180, "no difference that 200 prompts can show, p = .060"),
         ("reward", 0.0, 1.0, None, "no difference"),
     ],

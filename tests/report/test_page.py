@@ -54,8 +54,10 @@ def test_the_verdict_comes_first_and_says_what_is_wrong(text: str) -> None:
     sections = re.findall(r'<section id="(\w+)"', text)
     assert sections == ["verdict", "runs", "evaluation", "frontier", "reward", "curves", "samples"]
     verdict = text.partition('<section id="verdict"')[2].partition("</section>")[0]
-    assert "Reward: better, p = .001 (+0.2, 95% interval +0.1 to +0.3)" in verdict
-    assert "Gold reward: worse, p = .002" in verdict
+    assert "Worse by gold reward: " in verdict.partition('class="evidence"')[0]
+    words = " ".join(re.sub("<[^>]*>", " ", verdict).split())
+    assert "Reward +0.200 0.100 to 0.300 better, p = .001" in words
+    assert '<td class="worse">worse, p = .002</td>' in verdict
     assert "not certain at equal length" in verdict
     assert "over-optimised" in verdict
     assert "1.60 nats of KL per response" in verdict
@@ -162,6 +164,8 @@ def test_differences_by_words() -> None:
         (0.12345, "0.123"),
         (1234, "1,234"),
         (123.4, "123"),
+        (48.0, "48.0"),
+        (99.96, "100"),
         (0.0, "0"),
         (1.2e-7, "0"),
         (1e-5, "1e-05"),
@@ -169,7 +173,7 @@ def test_differences_by_words() -> None:
 )
 def test_numbers(value: float | None, shown: str) -> None:
     assert number(value) == shown
-    assert interval((0.1, 0.25)) == "0.1 to 0.25"
+    assert interval((0.1, 0.25)) == "0.100 to 0.250"
 
 
 def test_a_comparison_turned_round() -> None:
