@@ -59,8 +59,8 @@ class CommonRecipe:
     # never refuses a folder that holds a run; auto goes on from its newest whole checkpoint
     resume: Literal["never", "auto"] = "never"
     overwrite: bool = False
-    # Accelerate's live trackers: tensorboard, wandb, trackio
-    trackers: tuple[str, ...] = ()
+    # Accelerate's live trackers: tensorboard, wandb, trackio; [] for none
+    trackers: tuple[str, ...] = ("tensorboard",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,6 +218,7 @@ class GenerateRecipe(CommonRecipe):
     also: tuple[str, ...] = ()
     # write the best sample of each prompt for sft (rejection-sampling fine-tuning)
     best_of_n: bool = False
+    trackers: tuple[str, ...] = ()
     generation: GenerationOptions = field(default_factory=GenerationOptions)
     reward: tuple[RewardTerm, ...] = ()
     pairs: PairsConfig | None = None
