@@ -40,10 +40,12 @@ def main() -> None:
         if not (run / "model" / "config.json").is_file():
             options = [f"seed={seed}", f"output_dir={run}", "overwrite=true", *args.overrides]
             _align("ppo", f"{args.suite}/ppo", *options)
-    named = ", ".join(f"{name}: {path}" for name, path in models.items())
-    options = [f"models={{{named}}}", f"output_dir={folder / 'eval'}", "overwrite=true"]
-    _align("eval", f"{args.suite}/eval", *options)
-    results = json.loads((folder / "eval" / "eval.json").read_text(encoding="utf-8"))
+    evaluated = folder / "eval" / "eval.json"
+    if not _covers(evaluated, models):
+        named = ", ".join(f"{name}: {path}" for name, path in models.items())
+        options = [f"models={{{named}}}", f"output_dir={folder / 'eval'}", "overwrite=true"]
+        _align("eval", f"{args.suite}/eval", *options, "best_of_n=null", "preferences=null")
+    results = json.loads(evaluated.read_text(encoding="utf-8"))
     found = against_base(results)
     say(table(rows(found), title=f"{args.suite}: PPO of {len(found)} seeds against {BASE}"))
     below = [name for name, gold in found.items() if gold["sample_chrf"]["difference"] < 0]
@@ -59,10 +61,21 @@ def main() -> None:
     raise SystemExit(1 if below else 0)
 
 
+def _covers(evaluated: Path, models: Mapping[str, str]) -> bool:
+    """Whether all of these models were evaluated, as they are now."""
+    if not evaluated.is_file():
+        return False
+    found = json.loads(evaluated.read_text(encoding="utf-8"))["models"]
+    when = evaluated.stat().st_mtime
+    return models.keys() <= {m["name"] for m in found} and all(
+        Path(path, "config.json").stat().st_mtime <= when for path in models.values()
+    )
+
+
 def against_base(results: Mapping[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
     """Model -> gold metric -> its value, the difference to SFT, and p."""
     values = {m["name"]: {"sample_chrf": m["sample_chrf_mean"], "chrf": m["chrf"]}
-              for m in results["models"]}  # fmt: skip
+              for m in results["models"] if "sample_chrf_mean" in m}  # fmt: skip
     found: dict[str, dict[str, dict[str, float]]] = {}
     for c in results["comparisons"]:
         if BASE in (c["a"], c["b"]) and c["metric"] in GOLD and values.keys() >= {c["a"], c["b"]}:

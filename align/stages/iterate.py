@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from align.config import (
+    DataConfig,
     DPORecipe,
     EvalRecipe,
     GenerateRecipe,
@@ -213,6 +214,8 @@ def _row_of(recipe: IterateRecipe, stages: dict[str, Any], now: Round) -> dict[s
         models={"policy": now.policy},
         reference_model=recipe.model,
         reward=stages["generate"].reward,
+        preferences=DataConfig(),  # the round's own reward model is judged where it is trained
+        best_of_n=None,
         output_dir=str(folder),
         seed=recipe.seed,
     )

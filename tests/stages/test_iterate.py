@@ -30,6 +30,8 @@ def run_iterate(
 ) -> Iterate:
     rows = [{"prompt": r["prompt"], "references": [r["completion"]]} for r in demonstrations]
     prompts, held_out = write_rows("p.jsonl", rows[:12]), write_rows("t.jsonl", rows[12:18])
+    pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    pairs = write_rows("pairs.jsonl", [pair, {**pair, "prompt": "d"}])
     generation = {"max_new_tokens": 12, "slots": 16}
     optim = {"lr": 0.01, "schedule": "constant"}
     common = {"model": "unused", "output_dir": "unused", "precision": "fp32"}
@@ -70,6 +72,10 @@ def run_iterate(
             "generation": {**generation, "temperature": 0},
             "sampling": generation,
             "num_resamples": 10,
+            # of an evaluation on its own, as the shipped ones have it; a round leaves these out
+            "reward": {"model": "unused"},
+            "best_of_n": 2,
+            "preferences": {"train": str(pairs), "test_fraction": 0.5},
         },
     }
     for name, tree in stages.items():
