@@ -24,7 +24,7 @@ def main(model: str, data: str, output: str) -> None:
         per_device_train_batch_size=16,
         learning_rate=1e-3,
         lr_scheduler_type="cosine",
-        warmup_ratio=0.05,
+        warmup_steps=0.05,  # a share of all
         weight_decay=0.01,
         max_grad_norm=1.0,
         max_length=None,
