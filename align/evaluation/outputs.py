@@ -158,9 +158,9 @@ class Reference:
             return None
         temperature = options.temperature or 1.0
         ref_logprobs = over_rollout(
-            rollout,
             rollout_groups(rollout, options.samples_per_prompt),
             lambda batch: self._policy(batch, temperature=temperature).logprobs,
+            like=rollout.logprobs,
             tokens_per_microbatch=answerer.tokens_per_microbatch,
         )
         return (rollout.logprobs - ref_logprobs).sum(1).tolist()

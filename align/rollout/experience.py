@@ -52,14 +52,14 @@ def repetition(rollout: Rollout) -> float:
 
 @torch.no_grad()
 def over_rollout(
-    rollout: Rollout,
     groups: Sequence[TokenGroup],
     compute: Callable[[TokenBatch], Tensor],
     *,
+    like: Tensor,
     tokens_per_microbatch: int,
 ) -> Tensor:
-    """``compute`` gives a number for each counted token of a batch; back to ``[B,R]``."""
-    out = torch.zeros_like(rollout.logprobs)
+    """``compute`` gives a number for each counted token of a batch; back to ``[B,R]`` ``like``."""
+    out = torch.zeros_like(like)
     for batch in pack(groups, tokens_per_microbatch=tokens_per_microbatch):
         batch = batch.to(out.device)
         out[counted_coordinates(batch)] = compute(batch).float()

@@ -263,4 +263,8 @@ def _table(rows: list[dict[str, float]]) -> Iterator[list[str]]:
     names = [n for n in ("reward", "gold", "kl", "bleu", "pairs") if any(n in r for r in rows)]
     yield ["round", *names]
     for row in rows:
-        yield [str(row["round"]), *(f"{row[n]:.4g}" if n in row else "" for n in names)]
+        yield [str(row["round"]), *(_figure(row[n]) if n in row else "" for n in names)]
+
+
+def _figure(value: float) -> str:
+    return "0" if abs(value) < 1e-5 else f"{value:.4g}"  # what rounding leaves of a KL of 0

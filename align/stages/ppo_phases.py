@@ -21,7 +21,12 @@ from align.rollout.sampler import sample
 from align.stages.common import Session, policy_end_ids
 from align.stages.data import Split
 from align.stages.ppo_roles import Roles
-from align.training.distributed import gather_rollout, my_share, raise_together
+from align.training.distributed import (
+    add_over_processes,
+    gather_rollout,
+    my_share,
+    raise_together,
+)
 from align.training.loop import seed_step
 from align.types import Experience, NonFiniteError, PromptExample, Rollout, TokenBatch
 
@@ -36,7 +41,7 @@ class Phases:
     def sample(self, split: Split, members: Sequence[int], *, seed: int) -> Rollout:
         """This iteration's responses, those of every process in the prompts' order."""
         accelerator, k = self.session.accelerator, self.recipe.generation.samples_per_prompt
-        numbers = my_share(list(range(len(members))), accelerator)
+        numbers = my_share(range(len(members)), accelerator)
         rollout: Rollout | None = None
         failed: NonFiniteError | None = None
         try:
@@ -102,10 +107,19 @@ class Phases:
         return torch.where(rollout.finished, paid, missing_eos_score)
 
     def _at_tokens(self, rollout: Rollout, compute: Callable[[TokenBatch], Tensor]) -> Tensor:
-        """``compute`` of every sampled token, ``[B,R]``."""
-        groups = rollout_groups(rollout, self.recipe.generation.samples_per_prompt)
-        budget = self.recipe.tokens_per_microbatch
-        return over_rollout(rollout, groups, compute, tokens_per_microbatch=budget)
+        """``compute`` of every sampled token, ``[B,R]``; each process does its share of prompts."""
+        accelerator, k = self.session.accelerator, self.recipe.generation.samples_per_prompt
+        groups = rollout_groups(rollout, k)
+        numbers = my_share(range(len(groups)), accelerator)
+        rows = [number * k + sample for number in numbers for sample in range(k)]
+        found = torch.zeros_like(rollout.logprobs)
+        found[rows] = over_rollout(
+            [groups[number] for number in numbers],
+            compute,
+            like=rollout.logprobs[rows],
+            tokens_per_microbatch=self.recipe.tokens_per_microbatch,
+        )
+        return add_over_processes(found, accelerator)
 
     def evaluate(self, held_out: Split) -> dict[str, float]:
         """Score, KL, length and share that ends, of samples on held-out prompts."""

@@ -52,6 +52,11 @@ def sum_over_processes(numbers: Mapping[str, float], accelerator: Accelerator) -
     return dict(zip(numbers, total.tolist(), strict=True))
 
 
+def add_over_processes(part: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:
+    """The sum of every process's tensor of one shape: parts of a whole, zero where others' are."""
+    return part if accelerator.num_processes == 1 else accelerator.reduce(part, reduction="sum")
+
+
 def max_over_processes(number: float, accelerator: Accelerator) -> float:
     """The largest that any process has."""
     if accelerator.num_processes == 1:

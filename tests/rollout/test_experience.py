@@ -111,6 +111,6 @@ def test_over_rollout_puts_every_number_in_its_place(budget: int) -> None:
 
     groups = rollout_groups(source, 2)
     assert [g.prefix_ids.tolist() for g in groups] == [[1], [2, 3, 4], [5]]
-    found = over_rollout(source, groups, token_ids, tokens_per_microbatch=budget)
+    found = over_rollout(groups, token_ids, like=source.logprobs, tokens_per_microbatch=budget)
     assert torch.equal(found, source.input_ids.float())
     assert (len(batches) > 1) == (budget < 19)  # 14 response tokens and 5 of prompts

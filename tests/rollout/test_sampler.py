@@ -65,9 +65,9 @@ def test_recorded_logprobs_are_the_training_ones(
     assert_complete(rollout, 20)
     assert 0 < rollout.finished.float().mean() < 1
     again = over_rollout(
-        rollout,
         rollout_groups(rollout, 3),
         lambda batch: policy(batch, temperature=0.8).logprobs,
+        like=rollout.logprobs,
         tokens_per_microbatch=100,
     )
     torch.testing.assert_close(again, rollout.logprobs, rtol=0, atol=1e-5)
