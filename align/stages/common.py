@@ -18,7 +18,12 @@ from align.models.locate import is_on_the_hub
 from align.progress import say
 from align.recipes_io import to_yaml
 from align.run_folder import Run
-from align.training.distributed import make_accelerator
+from align.training.distributed import (
+    check_sharding,
+    is_sharded,
+    make_accelerator,
+    whole,
+)
 from align.types import AlignError
 
 
@@ -33,11 +38,12 @@ class Session:
 
 def open_session(recipe: CommonRecipe, stage: str) -> Session:
     """Check the output folder before anything slow, then load the tokenizer."""
+    check_sharding(stage)
     accelerator = make_accelerator(recipe.trackers, recipe.output_dir)
-    if accelerator.distributed_type.value in ("DEEPSPEED", "MEGATRON_LM", "FSDP"):
+    if accelerator.distributed_type.value in ("DEEPSPEED", "MEGATRON_LM"):
         raise AlignError(
-            f"accelerate: {accelerator.distributed_type.value} is not supported yet; launch with "
-            "data parallelism (DDP), as recipes/accelerate/ does"
+            f"accelerate: {accelerator.distributed_type.value} is not supported; launch with DDP "
+            "or FSDP2, as recipes/accelerate/ does"
         )
     # a misspelt file is told at once, before a model is looked for on the hub
     for source in (*recipe.data.train, *recipe.data.test):
@@ -55,7 +61,8 @@ def open_session(recipe: CommonRecipe, stage: str) -> Session:
         resumable=stage != "generate",
         is_main=accelerator.is_main_process,
     )
-    run.describe(processes=accelerator.num_processes)
+    sharded = is_sharded() and accelerator.num_processes > 1
+    run.describe(processes=accelerator.num_processes, sharded=sharded)
     set_seed(recipe.seed)
     if recipe.trackers:
         run.trackers.append(_tracker(accelerator, stage, to_yaml(recipe)))
@@ -82,8 +89,11 @@ def policy_end_ids(policy: Policy, session: Session) -> tuple[int, ...]:
     return end_token_ids(session.tokenizer, policy.inner.generation_config.eos_token_id)
 
 
-def save_policy(policy: Policy, session: Session) -> None:
-    """The trained model in ``output_dir/model``."""
+def save_policy(model: torch.nn.Module, session: Session) -> None:
+    """The trained model in ``output_dir/model``; called by every process."""
+    policy = whole(model, session.accelerator)
+    if policy is None:
+        return
     end_ids = policy_end_ids(policy, session)
     policy.save(session.run.folder / "model", session.tokenizer, end_ids=end_ids)
 

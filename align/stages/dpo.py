@@ -35,6 +35,7 @@ from align.stages.common import (
 from align.stages.data import load_data
 from align.stages.dpo_options import check_options
 from align.stages.reference import ReferenceCache
+from align.training.distributed import prepare, shard
 from align.training.loop import Measure, Measured, evaluate_groups, train
 from align.types import TokenBatch
 
@@ -62,7 +63,9 @@ def run(recipe: DPORecipe) -> None:
     train_groups, test_groups = train_data.groups, test_data.groups
     train_reference = _reference(recipe, session, policy, reference, train_groups)
     test_reference = _reference(recipe, session, policy, reference, test_groups)
-    model = session.accelerator.prepare(policy)
+    model = prepare(policy, session.accelerator)
+    if reference is not None and recipe.dpo.reference == "online":
+        shard(reference, session.accelerator)
 
     def measure_with(reference: Reference) -> Measure:
         def measure(batch: TokenBatch, members: Sequence[int]) -> Measured:
@@ -96,8 +99,7 @@ def run(recipe: DPORecipe) -> None:
         seed=recipe.seed,
         resume=recipe.resume == "auto",
     )
-    if session.accelerator.is_main_process:
-        save_policy(policy, session)
+    save_policy(model, session)
     session.run.finish(change(before, after), held_out=after)
 
 

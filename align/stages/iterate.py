@@ -29,6 +29,7 @@ from align.progress import say, table
 from align.recipes_io import load_recipe, to_yaml
 from align.run_folder import Run
 from align.stages import dpo, generate, ppo, reward_model
+from align.training.distributed import check_sharding
 from align.types import AlignError, DataSource, RewardTerm
 
 KINDS: dict[str, type] = {
@@ -85,6 +86,7 @@ def stage_recipes(recipe: IterateRecipe) -> dict[str, Any]:
 
 def run(recipe: IterateRecipe) -> None:
     """Run the rounds that are left and print one table of all."""
+    check_sharding("iterate")
     stages = stage_recipes(recipe)
     run = Run(
         "iterate",

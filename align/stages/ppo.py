@@ -57,8 +57,8 @@ def run(recipe: PPORecipe) -> None:
         check_length(roles.actor, needed, "a prompt and its response may have")
     stage = _PPO(recipe, session, roles, prompts, held_out)
     before, after = stage.train()
+    save_policy(roles.actor, session)
     if session.accelerator.is_main_process:
-        save_policy(roles.actor, session)
         roles.critic.save(session.run.folder / "critic", session.tokenizer)
     session.run.finish(change(before, after), held_out=after)
 

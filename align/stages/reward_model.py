@@ -26,6 +26,7 @@ from align.models.policy import batch_sequences
 from align.progress import change, say
 from align.stages.common import Session, open_session, trained_parameters
 from align.stages.data import Split, load_data
+from align.training.distributed import prepare, whole
 from align.training.loop import Measure, Measured, evaluate_groups, train
 from align.types import AlignError, TokenBatch, TokenGroup, TokenSequence
 
@@ -46,7 +47,7 @@ def run(recipe: RewardRecipe) -> None:
         trust_remote_code=recipe.trust_remote_code,
     )
     session.run.describe(start_weights=weights_hash(scalar.inner), **trained_parameters(scalar))
-    model = session.accelerator.prepare(scalar)
+    model = prepare(scalar, session.accelerator)
     options = recipe.reward_model
     train_groups, test_groups = train_data.groups, test_data.groups
     if options.use_margin and all(group.margin is None for group in train_groups):
@@ -80,8 +81,10 @@ def run(recipe: RewardRecipe) -> None:
         seed=recipe.seed,
         resume=recipe.resume == "auto",
     )
-    if session.accelerator.is_main_process:
-        _finish(session, scalar, train_data, test_data, recipe)
+    trained = whole(model, session.accelerator)
+    if trained is not None:
+        trained.to(session.accelerator.device)
+        _finish(session, trained, train_data, test_data, recipe)
     baseline = _accuracy_of_longer(test_groups, session)
     after, before = after | baseline, before | baseline
     session.run.finish(change(before, after), held_out=after)

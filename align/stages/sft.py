@@ -16,6 +16,7 @@ from align.models.load import weights_hash
 from align.progress import change
 from align.stages.common import open_session, save_policy, trained_parameters
 from align.stages.data import load_data
+from align.training.distributed import prepare
 from align.training.loop import Measured, evaluate_groups, train
 from align.types import TokenBatch
 
@@ -34,7 +35,7 @@ def run(recipe: SFTRecipe) -> None:
         from_scratch=recipe.from_scratch,
     )
     session.run.describe(start_weights=weights_hash(policy.inner), **trained_parameters(policy))
-    model = session.accelerator.prepare(policy)
+    model = prepare(policy, session.accelerator)
 
     def measure(batch: TokenBatch, members: Sequence[int]) -> Measured:
         loss = nll_loss(model(batch).logprobs, denominator=1)
@@ -67,6 +68,5 @@ def run(recipe: SFTRecipe) -> None:
         seed=recipe.seed,
         resume=recipe.resume == "auto",
     )
-    if session.accelerator.is_main_process:
-        save_policy(policy, session)
+    save_policy(model, session)
     session.run.finish(change(before, after), held_out=after)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection, Mapping
+from collections import deque
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from align.files import fsync, move_into_place, writing
+from align.training.distributed import laid_out_as, own_parameters, whole_tensors
 from align.types import AlignError
 
 Trained = Mapping[str, tuple[torch.nn.Module, torch.optim.Optimizer]]
@@ -39,6 +41,7 @@ def save_checkpoint(
     also_keep: Collection[int] = (),
     part: int = 0,
     in_hand: InHand | None = None,
+    write: bool = True,
 ) -> Path:
     """Write ``folder/step-N`` with weights, moments and ``state``, and drop the oldest.
 
@@ -50,18 +53,21 @@ def save_checkpoint(
         part: How far inside the step after ``step``, where weights have moved on already; the
             place is ``step-N-part-M`` then.
         in_hand: What that unfinished step has made so far.
+        write: False in a process that only takes part: of a sharded model each has a part.
     """
     name = f"step-{step}" + (f"-part-{part}" if part else "")
     place, partial, old = folder / name, folder / f"partial-{name}", folder / f"old-{name}"
+    files = _files(trained)
+    if not write:
+        deque(files, maxlen=0)
+        return place
     for left in folder.glob("partial-*"):  # by a run that was killed
         shutil.rmtree(left, ignore_errors=True)
     try:
         with writing(place, "the checkpoints before it are untouched"):
             partial.mkdir(parents=True)
-            for role, (model, optimizer) in trained.items():
-                _save_tensors(_trained_parameters(model), partial / f"{role}.safetensors")
-                moments = _moments(model, optimizer)
-                _save_tensors(moments, partial / f"{role}.optimizer.safetensors")
+            for file, tensors in files:
+                _save_tensors(tensors, partial / file)
             if in_hand is not None:
                 _save_in_hand(in_hand, partial)
             text = json.dumps({"step": step, **state}, indent=2)
@@ -139,12 +145,19 @@ def _unreadable(place: Path, error: Exception) -> AlignError:
     return AlignError(f"checkpoint {place}: cannot be read: {error}; remove it to use an older one")
 
 
-def _trained_parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+def _files(trained: Trained) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    """File names and what goes in, one at a time: not all of a large model is held at once."""
+    for role, (model, optimizer) in trained.items():
+        yield f"{role}.safetensors", whole_tensors(_trained_parameters(model))
+        yield f"{role}.optimizer.safetensors", whole_tensors(_moments(model, optimizer))
+
+
+def _trained_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    return {name: p for name, p in own_parameters(model).items() if p.requires_grad}
 
 
 def _moments(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    names = {id(p): name for name, p in model.named_parameters()}
+    names = {id(p): name for name, p in own_parameters(model).items()}
     return {
         f"{names[id(p)]}/{key}": torch.as_tensor(value)
         for p, moments in optimizer.state.items()
@@ -173,7 +186,7 @@ def _restore(
     moments: Mapping[str, torch.Tensor],
     place: Path,
 ) -> None:
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    parameters = _trained_parameters(model)
     shapes = {name: p.shape for name, p in parameters.items()}
     if shapes != {name: w.shape for name, w in weights.items()}:
         raise AlignError(f"checkpoint {place}: holds other parameters than this recipe trains")
@@ -186,9 +199,9 @@ def _restore(
         if name not in shapes or not shapes_of_state <= {shapes[name]}:
             raise AlignError(f"checkpoint {place}: holds other moments than this recipe trains")
     for name, parameter in parameters.items():
-        parameter.data.copy_(weights[name])
+        parameter.data.copy_(laid_out_as(parameter, weights[name]))
         if name in states:
             # the step count too: a fused AdamW keeps it beside its parameter
             optimizer.state[parameter] = {
-                key: value.to(parameter.device) for key, value in states[name].items()
+                key: laid_out_as(parameter, value) for key, value in states[name].items()
             }

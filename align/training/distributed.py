@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType, gather_object
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional as F
 
 from align.types import AlignError, NonFiniteError, Rollout
@@ -36,6 +43,155 @@ def make_accelerator(trackers: Sequence[str], output_dir: str) -> Accelerator:
         log_with=list(trackers) or None,
         project_dir=f"{output_dir}/tracking" if trackers else None,
     )
+
+
+# ---------------------------------------------------------------- one model sharded over all
+
+# fsdp_<key> of an accelerate configuration: its default there, what align needs, and why
+FSDP_NEEDS = {
+    "version": ("1", "2", "FSDP1 is not supported"),
+    "offload_params": ("false", "false", "the weights stay on their devices"),
+    "cpu_ram_efficient_loading": ("false", "false", "every process reads the weights"),
+    "activation_checkpointing": ("false", "false", "set gradient_checkpointing in the recipe"),
+}
+
+_OUTLINES: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
+"""Sharded model -> the model that it was, its parameters without their values."""
+
+
+def is_sharded() -> bool:
+    """Whether the launcher asks for FSDP. Accelerate itself takes no notice of that on a CPU."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def check_sharding(stage: str) -> None:
+    """Refuse FSDP where a stage samples, and settings of FSDP that would have no effect."""
+    if not is_sharded():
+        return
+    if stage in ("ppo", "generate", "iterate"):
+        raise AlignError(
+            f"{stage}: FSDP trains sft, rm and dpo only, because sampling runs the model token by "
+            "token, on each process as often as its own responses need; launch it with "
+            "recipes/accelerate/8gpu-ddp.yaml"
+        )
+    for key, (default, needed, why) in FSDP_NEEDS.items():
+        found = os.environ.get(f"FSDP_{key.upper()}", default).lower()
+        if found != needed:
+            raise AlignError(f"accelerate: fsdp_{key}: is {found}; set it to {needed}: {why}")
+
+
+def prepare(model: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """Ready to be trained, before its optimizer is made: wrapped by DDP, or sharded by FSDP2."""
+    if not is_sharded():
+        return accelerator.prepare(model)
+    if accelerator.num_processes > 1:
+        _OUTLINES[model] = copy.deepcopy(model, {id(p): _hollow(p) for p in model.parameters()})
+        shard(model, accelerator)
+    return model
+
+
+def shard(model: nn.Module, accelerator: Accelerator) -> None:
+    """Shard the parameters over the processes in place, layer by layer, where FSDP is asked for.
+
+    From then on every forward pass takes all processes.
+    """
+    if not is_sharded() or accelerator.num_processes == 1:
+        return
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    layers = set(getattr(model, "inner")._no_split_modules or ())  # noqa: B009
+    for module in list(model.modules()):
+        if type(module).__name__ in layers:
+            fully_shard(module, mesh=mesh, reshard_after_forward=_saves_memory())
+    fully_shard(model, mesh=mesh)
+
+
+def _saves_memory() -> bool:
+    """Memory before speed: weights are dropped after use, gradients are never held whole."""
+    return os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() == "true"
+
+
+def _hollow(parameter: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+
+
+def whole(model: nn.Module, accelerator: Accelerator) -> Any:
+    """The trained model as one process would hold it; None in all processes but the main one.
+
+    A sharded model is put together on the CPU, for which all processes are needed.
+    """
+    if not isinstance(model, FSDPModule):
+        return accelerator.unwrap_model(model) if accelerator.is_main_process else None
+    tensors = whole_tensors(own_parameters(model))
+    if not accelerator.is_main_process:
+        return None
+    outline = _OUTLINES[model]
+    filled = {
+        id(p): nn.Parameter(tensors[name], p.requires_grad)
+        for name, p in outline.named_parameters()
+    }
+    return copy.deepcopy(outline, filled).cpu()
+
+
+def own_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters by name as an optimizer holds them: of a sharded model, this process's."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # else those that the last forward pass put together are found
+    return dict(model.named_parameters())
+
+
+def whole_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Sharded tensors put together, on the main process's CPU and nowhere else; others as they are.
+
+    All processes take part, with the same names in the same order.
+    """
+    found = {}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, DTensor):
+            is_main = tensor.device_mesh.get_rank() == 0
+            tensor = tensor.full_tensor().cpu()
+            if not is_main:
+                continue
+        found[name] = tensor.detach()
+    return found
+
+
+def laid_out_as(parameter: Tensor, tensor: Tensor) -> Tensor:
+    """A whole tensor on the parameter's device, sharded as it is; a scalar stays whole."""
+    tensor = tensor.to(parameter.device)
+    if not isinstance(parameter, DTensor) or tensor.ndim == 0:
+        return tensor
+    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
+
+
+def clip_gradients(model: nn.Module, limit: float, accelerator: Accelerator) -> float:
+    """Scale the gradients down to a norm of at most ``limit``; their norm before that."""
+    norm = accelerator.clip_grad_norm_(model.parameters(), limit)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
+def rounds(own: int, model: nn.Module, accelerator: Accelerator) -> int:
+    """Microbatches to visit by a process that has ``own``: of a sharded model all visit as many."""
+    return int(max_over_processes(own, accelerator)) if isinstance(model, FSDPModule) else own
+
+
+def in_step(
+    items: Iterable[T], spare: Callable[[], T], accelerator: Accelerator
+) -> Iterator[tuple[T, float]]:
+    """Each process's own items with weight 1, then spare ones with weight 0 until all are done.
+
+    A forward pass of a sharded model takes all processes, and a sum over processes takes the same
+    keys from each.
+    """
+    own = iter(items)
+    while True:
+        item = next(own, None)
+        if not max_over_processes(float(item is not None), accelerator):
+            return
+        yield (spare(), 0.0) if item is None else (item, 1.0)
+
+
+# ---------------------------------------------------------------- shares, sums and order
 
 
 def my_share(items: Sequence[T], accelerator: Accelerator) -> list[T]:
@@ -94,7 +250,14 @@ def gather_in_order(items: Sequence[T], accelerator: Accelerator) -> list[T]:
 def without_sync(
     accelerator: Accelerator, model: torch.nn.Module, *, last: bool
 ) -> AbstractContextManager[None]:
-    """Gradients are exchanged on the last microbatch of a step only."""
+    """Gradients are exchanged on the last microbatch of a step only.
+
+    Those of a sharded model on each, unless speed goes before memory: until they are exchanged they
+    are held whole.
+    """
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last or _saves_memory())
+        return nullcontext()
     return nullcontext() if last else accelerator.no_sync(model)
 
 

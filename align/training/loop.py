@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,12 +20,19 @@ from accelerate.utils import set_seed
 from torch import Tensor
 
 from align.data.order import EpochOrder, minibatches
-from align.data.packing import longest_of, pack, windows
+from align.data.packing import collate, longest_of, pack, windows
 from align.models.policy import check_length
 from align.options import OptimOptions, TrainOptions
 from align.progress import Progress
 from align.run_folder import Run
-from align.training.distributed import my_share, sum_over_processes, without_sync
+from align.training.distributed import (
+    clip_gradients,
+    in_step,
+    my_share,
+    rounds,
+    sum_over_processes,
+    without_sync,
+)
 from align.training.finite import FiniteGuard
 from align.training.microbatches import Microbatches
 from align.training.optim import make_optimizer, set_lr
@@ -70,7 +77,7 @@ def train(
     """Train ``model`` in place; returns the held-out numbers before and after.
 
     Args:
-        model: Prepared by ``accelerator``; ``measure`` runs it.
+        model: By `distributed.prepare`; ``measure`` runs it.
         units: What a group adds to the loss's denominator: counted tokens (SFT) or 1 (pairs).
         evaluate: Held-out numbers; called before the first step and after the last.
         order: In which order an epoch goes through the groups.
@@ -188,12 +195,13 @@ def _step(
     denominator = max(sum(units(groups[i]) for i in members), 1)
     sums: dict[str, float] = {}
 
-    def visit(batch: TokenBatch, last: bool) -> None:
+    def visit(batch: TokenBatch, last: bool, *, weight: float = 1.0) -> None:
         with without_sync(accelerator, model, last=last):
             measured = measure(batch.to(accelerator.device), mine)
-            # DDP averages over processes; the denominator is already global
-            accelerator.backward(measured.loss * (accelerator.num_processes / denominator))
-        _add(sums, measured.sums)
+            # an average over processes follows; the denominator is already global
+            scale = weight * accelerator.num_processes / denominator
+            accelerator.backward(measured.loss * scale)
+        _add(sums, measured.sums, weight)
 
     def restart() -> None:
         sums.clear()
@@ -201,12 +209,18 @@ def _step(
         reseed()
 
     reseed()
-    tokens = microbatches.accumulate([groups[i] for i in mine], visit, restart)
+    tokens = microbatches.accumulate(
+        [groups[i] for i in mine],
+        visit,
+        restart,
+        rounds=partial(rounds, model=model, accelerator=accelerator),
+        idle=partial(visit, weight=0.0),
+    )
     _add(sums, {"tokens": (float(tokens), 0.0)})
-    norm = accelerator.clip_grad_norm_(model.parameters(), optim.max_grad_norm)
+    norm = clip_gradients(model, optim.max_grad_norm, accelerator)
     # of all processes: every one of them takes the step, or none
     metrics = _means(sum_over_processes(sums, accelerator))
-    metrics["grad_norm"] = float(norm)
+    metrics["grad_norm"] = norm
     must_be_finite = {"loss": metrics["loss"], "gradient": metrics["grad_norm"]}
     if accept(must_be_finite, [groups[i].id for i in members]):
         optimizer.step()
@@ -233,21 +247,33 @@ def evaluate_groups(
     model.eval()
     mine = my_share(list(range(len(groups))), accelerator)
     sums: dict[str, float] = {}
-    with Progress(len(mine), "evaluate", unit="row", shown=accelerator.is_main_process) as bar:
+
+    def batches() -> Iterator[tuple[TokenBatch, Sequence[int]]]:
         for members in windows(mine):
             read = [groups[i] for i in members]
             for batch in pack(read, tokens_per_microbatch=tokens_per_microbatch):
-                _add(sums, measure(batch.to(accelerator.device), members).sums)
+                yield batch, members
                 bar.advance(steps=0, tokens=batch.num_tokens)
             bar.advance(steps=len(members))
+
+    with Progress(len(mine), "evaluate", unit="row", shown=accelerator.is_main_process) as bar:
+        spare = partial(_first_row, groups)
+        for (batch, members), weight in in_step(batches(), spare, accelerator):
+            _add(sums, measure(batch.to(accelerator.device), members).sums, weight)
     return _means(sum_over_processes(sums, accelerator))
 
 
-def _add(sums: dict[str, float], more: Mapping[str, tuple[float, float]]) -> None:
+def _first_row(groups: Sequence[TokenGroup]) -> tuple[TokenBatch, Sequence[int]]:
+    return collate([groups[0]]), [0]
+
+
+def _add(
+    sums: dict[str, float], more: Mapping[str, tuple[float, float]], times: float = 1.0
+) -> None:
     for name, (value, weight) in more.items():
-        sums[name] = sums.get(name, 0.0) + value
+        sums[name] = sums.get(name, 0.0) + times * value
         if weight:
-            sums[f"{name}/weight"] = sums.get(f"{name}/weight", 0.0) + weight
+            sums[f"{name}/weight"] = sums.get(f"{name}/weight", 0.0) + times * weight
 
 
 def _means(sums: Mapping[str, float]) -> dict[str, float]:

@@ -17,6 +17,8 @@ from align.types import AlignError, TokenBatch, TokenGroup
 
 ADVICE = "data.max_tokens, or set gradient_checkpointing=true or lora.r=16"
 
+Visit = Callable[[TokenBatch, bool], None]
+
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Of a GPU, or of torch's allocator for the CPU, which raises a plain RuntimeError."""
@@ -35,21 +37,29 @@ class Microbatches:
     def accumulate(
         self,
         groups: Sequence[TokenGroup],
-        visit: Callable[[TokenBatch, bool], None],
+        visit: Visit,
         restart: Callable[[], None],
+        *,
+        rounds: Callable[[int], int] = int,
+        idle: Visit | None = None,
     ) -> int:
         """``visit(batch, is_last)`` every microbatch of the groups; the tokens that they had.
 
         Args:
             visit: Forward and backward of one microbatch; gradients add up.
             restart: Called before all of it is done again: forget gradients and sums.
+            rounds: Number of microbatches -> number of visits, which may be more: the others are
+                ``idle(batch, is_last)`` with a batch that was visited already.
 
         Raises:
             AlignError: One group alone takes more memory than there is.
         """
         while True:
             batches = pack(groups, tokens_per_microbatch=self.tokens)
-            failed = _first_failing(batches, visit)
+            visits = [(batch, visit) for batch in batches]
+            smallest = min(batches, key=lambda batch: batch.num_tokens)
+            visits += [(smallest, idle or visit)] * (rounds(len(batches)) - len(batches))
+            failed = _first_failing(visits)
             if failed is None:
                 return sum(batch.num_tokens for batch in batches)
             restart()
@@ -78,12 +88,10 @@ class Microbatches:
         self.tokens = fewer
 
 
-def _first_failing(
-    batches: Sequence[TokenBatch], visit: Callable[[TokenBatch, bool], None]
-) -> TokenBatch | None:
-    for number, batch in enumerate(batches):
+def _first_failing(visits: Sequence[tuple[TokenBatch, Visit]]) -> TokenBatch | None:
+    for number, (batch, visit) in enumerate(visits):
         try:
-            visit(batch, number == len(batches) - 1)
+            visit(batch, number == len(visits) - 1)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

@@ -147,18 +147,19 @@ class Saver:
     def _write(
         self, step: int, state: Mapping[str, Any], *, part: int = 0, in_hand: InHand | None = None
     ) -> None:
+        also_keep = [] if self.best is None else [int(self.best["step"])]
+        save_checkpoint(
+            self.folder,
+            step,
+            self.trained,
+            {"best": self.best, "sizes": self.run.sizes(), **state},
+            keep=self.keep,
+            also_keep=also_keep,
+            part=part,
+            in_hand=in_hand,
+            write=self.run.is_main,
+        )
         if self.run.is_main:
-            also_keep = [] if self.best is None else [int(self.best["step"])]
-            save_checkpoint(
-                self.folder,
-                step,
-                self.trained,
-                {"best": self.best, "sizes": self.run.sizes(), **state},
-                keep=self.keep,
-                also_keep=also_keep,
-                part=part,
-                in_hand=in_hand,
-            )
             self.run.keep()
 
     def _agreed(self) -> int:

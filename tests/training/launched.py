@@ -1,0 +1,43 @@
+"""Runs of `align`, one after another, in each of the processes that a launcher started.
+
+    accelerate launch ... tests/training/launched.py RUNS.json
+
+RUNS.json is a list of {"arguments": [...], "env": {...}, "stop": step or null}. At ``stop`` the last
+process, and no other, is told to leave (SIGTERM). Not a test: those of test_fsdp.py read what it
+leaves.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from align.cli import main
+from align.training import loop
+
+TOLD_TO_STOP = 128 + signal.SIGTERM
+
+
+def set_lr_and_stop(original: Any, stop: int) -> Any:
+    """``set_lr``, which the loop calls once before each step, counted from 0."""
+
+    def set_lr(optimizer: Any, peak: float, step: int, *rest: Any) -> float:
+        if step == stop and os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1):
+            signal.raise_signal(signal.SIGTERM)
+        return original(optimizer, peak, step, *rest)
+
+    return set_lr
+
+
+for run in json.loads(Path(sys.argv[1]).read_text("utf-8")):
+    os.environ.update(run.get("env", {}))
+    stop = run.get("stop", -1)
+    with mock.patch.object(loop, "set_lr", set_lr_and_stop(loop.set_lr, stop)):
+        code = main(run["arguments"])
+    wanted = TOLD_TO_STOP if stop >= 0 else 0
+    assert code == wanted, f"{run['arguments']}: exit code {code}, wanted {wanted}"
