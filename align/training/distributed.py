@@ -38,11 +38,18 @@ def check_trackers(trackers: Sequence[str]) -> None:
 def make_accelerator(trackers: Sequence[str], output_dir: str) -> Accelerator:
     """Precision is not set here: `models.precision` is its one place."""
     check_trackers(trackers)
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision="no",
         log_with=list(trackers) or None,
         project_dir=f"{output_dir}/tracking" if trackers else None,
     )
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != started:
+        raise AlignError(
+            f"accelerate: {started} processes were started, and each would run alone, as no GPU was "
+            "found; on a CPU set ACCELERATE_USE_CPU=true"
+        )
+    return accelerator
 
 
 # ---------------------------------------------------------------- one model sharded over all
@@ -87,6 +94,7 @@ def prepare(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     if accelerator.num_processes > 1:
         _OUTLINES[model] = copy.deepcopy(model, {id(p): _hollow(p) for p in model.parameters()})
         shard(model, accelerator)
+        accelerator.wait_for_everyone()  # as DDP does: all have looked at the folder before a run
     return model
 
 

@@ -52,6 +52,7 @@ def launch(runs: Rows, folder: Path) -> None:
     settings = yaml.safe_load(path.read_text("utf-8")) | {"use_cpu": True, "num_processes": 2}
     (folder / "accelerate.yaml").write_text(yaml.safe_dump(settings), "utf-8")
     (folder / "runs.json").write_text(json.dumps(runs), "utf-8")
+    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     command = (sys.executable, "-m", "accelerate.commands.launch")
     done = subprocess.run(
         [
@@ -59,7 +60,7 @@ def launch(runs: Rows, folder: Path) -> None:
             *(ROOT / "tests" / "training" / "launched.py", folder / "runs.json"),
         ],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, **environment},
         capture_output=True,
         text=True,
         timeout=300,
@@ -93,11 +94,12 @@ def both(
 
     for stage in ("sft", "rm", "dpo"):
         rows = demonstrations if stage == "sft" else preferences
-        data = folder / f"{stage}.jsonl"
-        data.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+        data, held_out = folder / f"{stage}.jsonl", folder / f"{stage}-held-out.jsonl"
+        for path, part in ((data, rows[3:]), (held_out, rows[:3])):
+            path.write_text("".join(json.dumps(row) + "\n" for row in part), "utf-8")
         tree = {
             "model": str(tiny_sft),
-            "data": {"train": str(data), "test_fraction": 0.1},
+            "data": {"train": str(data), "test": str(held_out), "test_fraction": 0},
             "precision": "fp32",
             "seed": 1,
         }
