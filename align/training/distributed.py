@@ -46,8 +46,8 @@ def make_accelerator(trackers: Sequence[str], output_dir: str) -> Accelerator:
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != started:
         raise AlignError(
-            f"accelerate: {started} processes were started, and each would run alone, as no GPU was "
-            "found; on a CPU set ACCELERATE_USE_CPU=true"
+            f"accelerate: {started} processes were started, and each would run alone, because there "
+            "is no GPU; on a CPU set ACCELERATE_USE_CPU=true"
         )
     return accelerator
 

@@ -2,15 +2,16 @@
 
     accelerate launch ... tests/training/launched.py RUNS.json
 
-RUNS.json is a list of {"arguments": [...], "env": {...}, "stop": step or null}. At ``stop`` the last
-process, and no other, is told to leave (SIGTERM). Not a test: those of test_fsdp.py read what it
-leaves.
+RUNS.json is a list of {"arguments": [...]}, and where wanted "env": {...}; "stop": a step in which
+the last process, and no other, is told to leave (SIGTERM); "copy": [from, to], when the run is over.
+Not a test: those of test_fsdp.py read what it leaves.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -41,3 +42,5 @@ for run in json.loads(Path(sys.argv[1]).read_text("utf-8")):
         code = main(run["arguments"])
     wanted = TOLD_TO_STOP if stop >= 0 else 0
     assert code == wanted, f"{run['arguments']}: exit code {code}, wanted {wanted}"
+    if "copy" in run and os.environ["RANK"] == "0":
+        shutil.copytree(*run["copy"])
