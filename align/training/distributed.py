@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -46,8 +46,8 @@ def make_accelerator(trackers: Sequence[str], output_dir: str) -> Accelerator:
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != started:
         raise AlignError(
-            f"accelerate: {started} processes were started, and each would run alone, because there "
-            "is no GPU; on a CPU set ACCELERATE_USE_CPU=true"
+            f"accelerate: {started} processes were started, and each would run alone: there is no "
+            "GPU; on a CPU set ACCELERATE_USE_CPU=true"
         )
     return accelerator
 
@@ -184,19 +184,23 @@ def rounds(own: int, model: nn.Module, accelerator: Accelerator) -> int:
 
 
 def in_step(
-    items: Iterable[T], spare: Callable[[], T], accelerator: Accelerator
+    items: Iterable[T], model: nn.Module, accelerator: Accelerator
 ) -> Iterator[tuple[T, float]]:
-    """Each process's own items with weight 1, then spare ones with weight 0 until all are done.
+    """The items, of which each process has one at least, with weight 1.
 
-    A forward pass of a sharded model takes all processes, and a sum over processes takes the same
-    keys from each.
+    A forward pass of a sharded model takes all processes, so there one that is done before the
+    others gets its last item again, with weight 0.
     """
-    own = iter(items)
-    while True:
-        item = next(own, None)
-        if not max_over_processes(float(item is not None), accelerator):
-            return
-        yield (spare(), 0.0) if item is None else (item, 1.0)
+    if not isinstance(model, FSDPModule):
+        yield from ((item, 1.0) for item in items)
+        return
+    own, weight = iter(items), 1.0
+    item = next(own)
+    while max_over_processes(weight, accelerator):
+        yield item, weight
+        following = next(own, None)
+        weight = float(following is not None)
+        item = item if following is None else following
 
 
 # ---------------------------------------------------------------- shares, sums and order

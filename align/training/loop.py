@@ -20,7 +20,7 @@ from accelerate.utils import set_seed
 from torch import Tensor
 
 from align.data.order import EpochOrder, minibatches
-from align.data.packing import collate, longest_of, pack, windows
+from align.data.packing import longest_of, pack, windows
 from align.models.policy import check_length
 from align.options import OptimOptions, TrainOptions
 from align.progress import Progress
@@ -257,14 +257,9 @@ def evaluate_groups(
             bar.advance(steps=len(members))
 
     with Progress(len(mine), "evaluate", unit="row", shown=accelerator.is_main_process) as bar:
-        spare = partial(_first_row, groups)
-        for (batch, members), weight in in_step(batches(), spare, accelerator):
+        for (batch, members), weight in in_step(batches(), model, accelerator):
             _add(sums, measure(batch.to(accelerator.device), members).sums, weight)
     return _means(sum_over_processes(sums, accelerator))
-
-
-def _first_row(groups: Sequence[TokenGroup]) -> tuple[TokenBatch, Sequence[int]]:
-    return collate([groups[0]]), [0]
 
 
 def _add(

@@ -3,8 +3,8 @@
     accelerate launch ... tests/training/launched.py RUNS.json
 
 RUNS.json is a list of {"arguments": [...]}, and where wanted "env": {...}; "stop": a step in which
-the last process, and no other, is told to leave (SIGTERM); "copy": [from, to], when the run is over.
-Not a test: those of test_fsdp.py read what it leaves.
+the last process, and no other, is told to leave (SIGTERM); "copy": [from, to], after
+the run. Not a test: those of test_fsdp.py read what it leaves.
 """
 
 from __future__ import annotations
