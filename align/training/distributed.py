@@ -106,7 +106,8 @@ def shard(model: nn.Module, accelerator: Accelerator) -> None:
     if not is_sharded() or accelerator.num_processes == 1:
         return
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    layers = set(getattr(model, "inner")._no_split_modules or ())  # noqa: B009
+    inner: Any = model.inner
+    layers = set(inner._no_split_modules or ())  # the classes of transformers' decoder layers
     for module in list(model.modules()):
         if type(module).__name__ in layers:
             fully_shard(module, mesh=mesh, reshard_after_forward=_saves_memory())
@@ -114,7 +115,8 @@ def shard(model: nn.Module, accelerator: Accelerator) -> None:
 
 
 def _saves_memory() -> bool:
-    """Memory before speed: weights are dropped after use, gradients are never held whole."""
+    """``fsdp_reshard_after_forward``: a layer's weights are dropped after its forward pass, and its
+    gradients are never held whole. Otherwise both are held, for fewer exchanges."""
     return os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() == "true"
 
 
@@ -155,12 +157,12 @@ def whole_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     found = {}
     for name, tensor in tensors.items():
-        if isinstance(tensor, DTensor):
-            is_main = tensor.device_mesh.get_rank() == 0
-            tensor = tensor.full_tensor().cpu()
-            if not is_main:
-                continue
-        found[name] = tensor.detach()
+        if not isinstance(tensor, DTensor):
+            found[name] = tensor.detach()
+            continue
+        together = tensor.full_tensor()
+        if tensor.device_mesh.get_rank() == 0:
+            found[name] = together.detach().cpu()
     return found
 
 
