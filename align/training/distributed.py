@@ -43,11 +43,11 @@ def make_accelerator(trackers: Sequence[str], output_dir: str) -> Accelerator:
         log_with=list(trackers) or None,
         project_dir=f"{output_dir}/tracking" if trackers else None,
     )
-    started = int(os.environ.get("WORLD_SIZE", "1"))
+    started = int(os.environ.get("WORLD_SIZE") or 1)
     if accelerator.num_processes != started:
         raise AlignError(
-            f"accelerate: {started} processes were started, and each would run alone: there is no "
-            "GPU; on a CPU set ACCELERATE_USE_CPU=true"
+            f"accelerate: {started} processes were started (WORLD_SIZE), but this one knows of "
+            f"{accelerator.num_processes}; on a CPU set ACCELERATE_USE_CPU=true"
         )
     return accelerator
 
