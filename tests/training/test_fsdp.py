@@ -31,17 +31,17 @@ pytestmark = pytest.mark.slow
 
 TRAIN = (
     *("train.max_steps=3", "train.minibatch=5", "train.tokens_per_microbatch=1"),
-    *("train.save_every=1", "train.eval_every=1", "train.log_every=1"),
+    *("train.eval_every=1", "train.log_every=1"),
     *("optim.lr=1e-3", "optim.warmup_fraction=0", "optim.max_grad_norm=0.5"),
 )
 LORA = ("lora.r=4", "optim.lr=1e-2")
 MEMORY, SPEED = ({"FSDP_RESHARD_AFTER_FORWARD": value} for value in ("true", "false"))
 # name -> stage, its overrides, what FSDP saves
 RUNS: dict[str, tuple[str, tuple[str, ...], dict[str, str]]] = {
-    "sft": ("sft", ("gradient_checkpointing=true",), MEMORY),
+    "sft": ("sft", ("train.save_every=1", "gradient_checkpointing=true"), MEMORY),
     "rm": ("rm", ("gradient_checkpointing=true",), SPEED),
     "dpo, online reference": ("dpo", ("dpo.reference=online",), MEMORY),
-    "sft, LoRA": ("sft", (*LORA, "train.keep_best=loss"), MEMORY),
+    "sft, LoRA": ("sft", (*LORA, "train.save_every=1", "train.keep_best=loss"), MEMORY),
     "rm, LoRA": ("rm", LORA, MEMORY),
     "dpo, LoRA, adapter off": ("dpo", (*LORA, "dpo.reference=adapter_off"), SPEED),
 }
@@ -55,18 +55,23 @@ def launch(runs: Rows, folder: Path) -> None:
     (folder / "runs.json").write_text(json.dumps(runs), "utf-8")
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     command = (sys.executable, "-m", "accelerate.commands.launch")
-    done = subprocess.run(
+    with subprocess.Popen(
         [
             *(*command, "--config_file", folder / "accelerate.yaml", "--main_process_port", "0"),
             *(ROOT / "tests" / "training" / "launched.py", folder / "runs.json"),
         ],
         cwd=ROOT,
         env={**os.environ, **environment},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-        timeout=150,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    ) as launcher:
+        try:
+            said, _ = launcher.communicate(timeout=600)
+        except subprocess.TimeoutExpired:
+            launcher.terminate()  # it ends the processes that wait for each other
+            raise
+    assert launcher.returncode == 0, said[-4000:]
 
 
 @dataclass(frozen=True)
