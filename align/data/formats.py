@@ -259,7 +259,7 @@ def _read_parquet(path: Path) -> Iterator[Mapping[str, Any]]:
 
     with _arrow_errors():
         for batch in parquet.ParquetFile(path).iter_batches(BATCH):
-            yield from batch.to_pylist()
+            yield from _values(batch)
 
 
 def _read_arrow(path: Path) -> Iterator[Mapping[str, Any]]:
@@ -275,8 +275,13 @@ def _read_arrow(path: Path) -> Iterator[Mapping[str, Any]]:
         for batch in batches:
             # a broken offset would read memory that is not the file's
             batch.validate(full=True)
-            for start in range(0, batch.num_rows, BATCH):
-                yield from batch.slice(start, BATCH).to_pylist()
+            yield from _values(batch)
+
+
+def _values(batch: Any) -> Iterator[Mapping[str, Any]]:
+    """A few rows at a time: a file may be one batch, and Python's values are larger."""
+    for start in range(0, batch.num_rows, BATCH):
+        yield from batch.slice(start, BATCH).to_pylist()
 
 
 class _Unreadable(Exception):
