@@ -310,7 +310,7 @@ def _turns(completion: Text) -> tuple[Message, ...]:
 
 def _encode_from_start(tokenizer: Tokenizer, text: str) -> list[int]:
     """With the tokenizer's special tokens, but a BOS that the text spells out is not doubled."""
-    ids = list(tokenizer(text, add_special_tokens=True)["input_ids"])
+    ids = encode_text(tokenizer, text, specials=True)
     bos = tokenizer.bos_token_id
     return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
 
