@@ -258,8 +258,10 @@ def _read_parquet(path: Path) -> Iterator[Mapping[str, Any]]:
     from pyarrow import parquet
 
     with _arrow_errors():
-        for batch in parquet.ParquetFile(path).iter_batches(BATCH):
-            yield from _values(batch)
+        file = parquet.ParquetFile(path)
+        for group in range(file.num_row_groups):  # asked for all of them, it keeps what it has read
+            for batch in file.iter_batches(BATCH, row_groups=[group]):
+                yield from _values(batch)
 
 
 def _read_arrow(path: Path) -> Iterator[Mapping[str, Any]]:
