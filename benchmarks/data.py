@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,7 @@ def lengths(rng: np.random.Generator, count: int, mean: float, sigma: float) -> 
 
 def preference_rows(
     tokenizer: PreTrainedTokenizerBase, count: int, *, seed: int, length: int | None = None
-) -> list[dict[str, str]]:
+) -> Iterator[dict[str, str]]:
     """``prompt``, ``chosen``, ``rejected``; ``length`` tokens in all if it is set."""
     text = Text(tokenizer)
     rng = np.random.default_rng(seed)
@@ -53,17 +54,15 @@ def preference_rows(
     if length is not None:
         prompts[:], replies[:] = length // 2, length - length // 2
     starts = rng.integers(0, len(text.words) - 2 * LONGEST, size=(count, 3))
-    return [
-        {
+    for at, prompt, (chosen, rejected) in zip(starts, prompts, replies, strict=True):
+        yield {
             "prompt": text.piece(at[0], prompt) + "\n",
             "chosen": text.piece(at[1], chosen),
             "rejected": text.piece(at[2], rejected),
         }
-        for at, prompt, (chosen, rejected) in zip(starts, prompts, replies, strict=True)
-    ]
 
 
-def write_jsonl(path: Path, rows: list[dict[str, str]]) -> None:
+def write_jsonl(path: Path, rows: Iterable[dict[str, str]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    path.write_text("".join(lines), encoding="utf-8")
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

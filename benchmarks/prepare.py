@@ -74,7 +74,7 @@ def write_prompts(folder: Path, name: str, count: int) -> None:
     """The prompts of every PPO iteration: both sides sample from all of them each time."""
     tokenizer = load_tokenizer(str(folder / "policy"))
     rows = preference_rows(tokenizer, count, seed=SEED)
-    write_jsonl(folder / f"{name}.jsonl", [{"prompt": row["prompt"]} for row in rows])
+    write_jsonl(folder / f"{name}.jsonl", ({"prompt": row["prompt"]} for row in rows))
 
 
 def main() -> None:

@@ -1,8 +1,7 @@
 """How the cost of a token grows: with sequence length, batch, vocabulary; and a start with pairs.
 
 `align` alone, through its command line. The first three train SmolLM2's shapes from random weights,
-fewer layers of them in the short form, on rows of real text; the last starts a reward model on
-1,000 to 100,000 pairs, with the shipped tiny model, and says what reading them takes.
+fewer layers of them in the short form, on rows of real text; the last is `benchmarks.starts`.
 """
 
 from __future__ import annotations
@@ -17,25 +16,29 @@ from align.models import load_tokenizer
 from benchmarks import align_stage
 from benchmarks.data import preference_rows, write_jsonl
 from benchmarks.measure import Job, main
-from benchmarks.plan import TINY
+from benchmarks.starts import starts
 
 
 def measure(job: Job) -> dict[str, Any]:
-    """A point: rows and a model of the wanted shape, then the measurement of any stage."""
-    model = TINY if job.stage == "rm" else _shaped(job)
-    wanted = job.settings["value"] if job.stage == "rm" else job.batch * job.steps
-    rows = preference_rows(load_tokenizer(model), wanted, seed=1, length=job.settings["length"])
-    if job.stage == "sft":
-        rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
+    """A point: starts with so many pairs, or steps of SFT on rows and a model of a shape."""
+    value = job.settings["value"]
+    if job.stage == "rm":
+        found = starts(Path(job.folder), value)
+        return {**found, "value": value, "peak_gib": max(found["gib"])}
+    model = _shaped(job)
+    rows = preference_rows(
+        load_tokenizer(model), job.batch * job.steps, seed=1, length=job.settings["length"]
+    )
     data = Path(job.folder, "rows.jsonl")
-    write_jsonl(data, rows)
-    settings = {"train.tokens_per_microbatch": job.settings["microbatch"]}
-    if job.stage == "sft":
-        settings["from_scratch"] = "true"
+    write_jsonl(data, ({"prompt": r["prompt"], "completion": r["chosen"]} for r in rows))
+    settings = {
+        "train.tokens_per_microbatch": job.settings["microbatch"],
+        "from_scratch": "true",
+    }
     found = align_stage.measure(
         dataclasses.replace(job, model=model, data=str(data), settings=settings)
     )
-    return {**found, "value": job.settings["value"]}
+    return {**found, "value": value}
 
 
 def _shaped(job: Job) -> str:

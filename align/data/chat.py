@@ -64,9 +64,10 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Text) -> np.ndarray:
     if not isinstance(prompt, str):
         return _array(encode_text(tokenizer, render(tokenizer, prompt, open_turn=True)))
     ids = _encode_from_start(tokenizer, prompt)
-    plain = encode_text(tokenizer, prompt)
-    if plain and ids[-1] == tokenizer.eos_token_id and ids[-1 - len(plain) : -1] == plain:
-        ids.pop()  # the tokenizer closes every text with EOS, but this one goes on
+    if ids[-1:] == [tokenizer.eos_token_id]:
+        plain = encode_text(tokenizer, prompt)
+        if plain and ids[-1 - len(plain) : -1] == plain:
+            ids.pop()  # the tokenizer closes every text with EOS, but this one goes on
     return _array(ids)
 
 
@@ -309,7 +310,7 @@ def _turns(completion: Text) -> tuple[Message, ...]:
 
 def _encode_from_start(tokenizer: Tokenizer, text: str) -> list[int]:
     """With the tokenizer's special tokens, but a BOS that the text spells out is not doubled."""
-    ids = list(tokenizer(text, add_special_tokens=True)["input_ids"])
+    ids = encode_text(tokenizer, text, specials=True)
     bos = tokenizer.bos_token_id
     return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
 

@@ -27,6 +27,8 @@ SUFFIXES = (
     ".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet",
     ".arrow",
 )  # fmt: skip
+BATCH = 1024
+"""Rows of a file in Arrow's formats that are Python values at a time."""
 
 
 @dataclass(frozen=True)
@@ -183,10 +185,12 @@ def _read_lines(stream: IO[bytes], path: Path) -> Iterator[Row | BadRow]:
 
 def _read_json(stream: IO[bytes], path: Path) -> Iterator[Row | BadRow]:
     """A JSON array of objects; a file that holds one object a line is read as such."""
-    raw = stream.read()
-    if not raw.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-        yield from _read_lines(io.BytesIO(raw), path)
+    is_array = _first_byte(stream) == b"["
+    stream.seek(0)
+    if not is_array:
+        yield from _read_lines(stream, path)
         return
+    raw = stream.read()
     try:
         values = json.loads(raw.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -202,6 +206,17 @@ def _read_json(stream: IO[bytes], path: Path) -> Iterator[Row | BadRow]:
         raise AlignError(f"{path}: malformed JSON: {_one_line(error)}; mend it") from error
     for number, value in enumerate(values, start=1):
         yield _object(value, f"{path}:row {number}")
+
+
+def _first_byte(stream: IO[bytes]) -> bytes:
+    """The first that is neither a byte order mark nor white space, if any."""
+    text = stream.read(3).removeprefix(b"\xef\xbb\xbf").lstrip()
+    while not text:
+        block = stream.read(1 << 16)
+        if not block:
+            break
+        text = block.lstrip()
+    return text[:1]
 
 
 def _read_csv(stream: IO[bytes], path: Path, separator: str) -> Iterator[Row | BadRow]:
@@ -248,8 +263,10 @@ def _read_parquet(path: Path) -> Iterator[Mapping[str, Any]]:
     from pyarrow import parquet
 
     with _arrow_errors():
-        for batch in parquet.ParquetFile(path).iter_batches():
-            yield from batch.to_pylist()
+        file = parquet.ParquetFile(path)
+        for group in range(file.num_row_groups):  # asked for all of them, it keeps what it has read
+            for batch in file.iter_batches(BATCH, row_groups=[group]):
+                yield from _values(batch)
 
 
 def _read_arrow(path: Path) -> Iterator[Mapping[str, Any]]:
@@ -265,7 +282,13 @@ def _read_arrow(path: Path) -> Iterator[Mapping[str, Any]]:
         for batch in batches:
             # a broken offset would read memory that is not the file's
             batch.validate(full=True)
-            yield from batch.to_pylist()
+            yield from _values(batch)
+
+
+def _values(batch: Any) -> Iterator[Mapping[str, Any]]:
+    """A few rows at a time: a file may be one batch, and Python's values are larger."""
+    for start in range(0, batch.num_rows, BATCH):
+        yield from batch.slice(start, BATCH).to_pylist()
 
 
 class _Unreadable(Exception):

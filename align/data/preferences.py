@@ -1,19 +1,27 @@
-"""The one loader: sources -> examples, bad rows stopped at or counted, prompts split honestly."""
+"""The one loader: sources -> examples, bad rows stopped at or counted, prompts split honestly.
+
+Rows go through one at a time. What is kept of them lies in a list, or in a `Spool` on disk; in
+memory are then a few numbers of each, so that weights, rated rows and the split need no texts.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import random
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Literal, TypeAlias, TypeVar, overload
+
+import numpy as np
 
 from align.data.columns import Example, read_row
 from align.data.fields import NEEDED, Kind, check_names
 from align.data.formats import BadRow, Row, file_sha256, find_files, read_file, read_hub
 from align.data.naming import KIND_NAMES, flags, overrides
 from align.data.rankings import Rated, pairs_of
+from align.data.spool import Spool, Store
 from align.types import AlignError, DataSource, SFTExample, SourceReport, Text
 
 OnBadRow: TypeAlias = Literal["stop", "skip"]
@@ -26,16 +34,67 @@ _NUM_SHOWN = 5  # bad rows that a report tells in full
 class Loaded:
     """Examples of all sources in order, and what became of every file's rows."""
 
-    examples: tuple[Example, ...]
+    examples: Sequence[Example]
     reports: tuple[SourceReport, ...]
 
 
 @dataclass(frozen=True)
-class _Unit:
-    """What a weight keeps or leaves out as a whole: a row, or all rated rows of one prompt."""
+class _Units:
+    """What a weight keeps or leaves out as a whole: a row, or all rated rows of one prompt.
 
-    examples: tuple[Example, ...]
-    num_rows: int = 1
+    Unit u has records ``starts[u]`` to ``stops[u]`` of the store, made of ``num_rows[u]`` rows.
+    """
+
+    store: Store
+    starts: array[int] = field(default_factory=lambda: array("q"))
+    stops: array[int] = field(default_factory=lambda: array("q"))
+    num_rows: array[int] = field(default_factory=lambda: array("q"))
+
+    def add(self, examples: Sequence[Example], num_rows: int = 1) -> None:
+        self.starts.append(len(self.store))
+        for example in examples:
+            self.store.append(example)
+        self.stops.append(len(self.store))
+        self.num_rows.append(num_rows)
+
+
+@dataclass
+class _Bad:
+    """Bad rows by reason, and the first of them in full."""
+
+    reasons: Counter[str] = field(default_factory=Counter)
+    first: list[str] = field(default_factory=list)
+
+    def add(self, row: BadRow) -> None:
+        self.reasons[f"{row.field}: {row.reason}"] += 1
+        if len(self.first) < _NUM_SHOWN:
+            self.first.append(str(row))
+
+
+class _Used(Sequence[Example]):
+    """The records that weights leave, in order, each made when it is asked for."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._records, self._copies = array("q"), array("q")
+
+    def add(self, records: range, copy: int) -> None:
+        self._records.extend(records)
+        self._copies.extend([copy] * len(records))
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        example: Example = self._store[self._records[index]]
+        copy = self._copies[index]
+        return example if copy == 1 else replace(example, id=f"{example.id}#{copy}")
 
 
 def with_columns(
@@ -46,7 +105,12 @@ def with_columns(
 
 
 def load_examples(
-    sources: Sequence[DataSource], *, kind: Kind, on_bad_row: OnBadRow = "stop", seed: int = 0
+    sources: Sequence[DataSource],
+    *,
+    kind: Kind,
+    on_bad_row: OnBadRow = "stop",
+    seed: int = 0,
+    spool: Spool | None = None,
 ) -> Loaded:
     """Read every row of every source.
 
@@ -55,43 +119,47 @@ def load_examples(
         kind: What rows are read as: ``sft``, ``preference`` or ``prompt``.
         on_bad_row: ``stop`` at the first bad row, or ``skip`` it and count it by reason.
         seed: Picks the rows of a source whose weight has a fraction.
+        spool: Where the examples are kept, and read from while it is open; None = in memory, as
+            a tuple.
 
     Raises:
         AlignError: A bad row (``stop``), a file without one good row, a source that is not there.
     """
-    examples: list[Example] = []
+    store: Store = [] if spool is None else spool
+    examples = _Used(store)
     reports: list[SourceReport] = []
     for source in sources:
         check_names(source.columns)
         if source.weight <= 0:
             raise AlignError(f"{source.path}: weight is {source.weight}, must be above 0")
         for path, sha256, rows in _open(source):
-            kept, bad, columns = _read(rows, source, kind, on_bad_row)
-            if not kept:
+            kept, bad, columns = _read(rows, source, kind, on_bad_row, _Units(store))
+            if not kept.num_rows:
                 raise AlignError(_no_row(path, bad, kind, columns))
-            used = _weighted(kept, source.weight, f"{seed} {path}")
-            if not used:
+            num_kept, num_used = sum(kept.num_rows), 0
+            for unit, copy in _weighted(len(kept.num_rows), source.weight, f"{seed} {path}"):
+                examples.add(range(kept.starts[unit], kept.stops[unit]), copy)
+                num_used += kept.num_rows[unit]
+            if not num_used:
                 raise AlignError(
-                    f"{path}: a weight of {source.weight} leaves none of its {len(kept)} rows; "
-                    "raise it, or leave the source out"
+                    f"{path}: a weight of {source.weight} leaves none of its "
+                    f"{len(kept.num_rows)} rows; raise it, or leave the source out"
                 )
-            num_kept = sum(unit.num_rows for unit in kept)
-            num_used = min(num_kept, sum(unit.num_rows for unit in used))
-            dropped = Counter(f"{b.field}: {b.reason}" for b in bad)
+            num_used = min(num_kept, num_used)
+            dropped = dict(bad.reasons)
             if num_used < num_kept:
                 dropped[f"left out by weight {source.weight}"] = num_kept - num_used
-            examples += [example for unit in used for example in unit.examples]
             reports.append(
                 SourceReport(
                     path=path,
                     sha256=sha256,
-                    rows_read=num_kept + len(bad),
+                    rows_read=num_kept + bad.reasons.total(),
                     rows_kept=num_used,
-                    dropped=dict(dropped),
-                    first_dropped=tuple(str(b) for b in bad[:_NUM_SHOWN]),
+                    dropped=dropped,
+                    first_dropped=tuple(bad.first),
                 )
             )
-    return Loaded(tuple(examples), tuple(reports))
+    return Loaded(tuple(examples) if spool is None else examples, tuple(reports))
 
 
 def split_by_prompt(
@@ -102,13 +170,19 @@ def split_by_prompt(
     Rows of one prompt never fall on both sides, and a prompt stays on its side when rows are added
     or reordered. The fraction holds for prompts, on average.
     """
-    train: list[AnyExample] = []
-    test: list[AnyExample] = []
-    for example in examples:
+    is_test = held_out(examples, test_fraction=test_fraction, seed=seed).tolist()
+    train = tuple(e for e, test in zip(examples, is_test, strict=True) if not test)
+    return train, tuple(e for e, test in zip(examples, is_test, strict=True) if test)
+
+
+def held_out(examples: Sequence[Example], *, test_fraction: float, seed: int) -> np.ndarray:
+    """For each example whether `split_by_prompt` puts it on the test side, bool."""
+
+    def is_test(example: Example) -> bool:
         digest = hashlib.sha256(f"{seed} {prompt_key(example)}".encode()).digest()
-        is_test = int.from_bytes(digest[:8], "big") < test_fraction * 2**64
-        (test if is_test else train).append(example)
-    return tuple(train), tuple(test)
+        return int.from_bytes(digest[:8], "big") < test_fraction * 2**64
+
+    return np.fromiter(map(is_test, examples), dtype=bool, count=len(examples))
 
 
 def prompt_key(example: Example) -> str:
@@ -142,16 +216,19 @@ def _open(source: DataSource) -> Iterator[tuple[str, str | None, Iterator[Row | 
 
 
 def _read(
-    rows: Iterator[Row | BadRow], source: DataSource, kind: Kind, on_bad_row: OnBadRow
-) -> tuple[list[_Unit], list[BadRow], list[str]]:
+    rows: Iterator[Row | BadRow],
+    source: DataSource,
+    kind: Kind,
+    on_bad_row: OnBadRow,
+    kept: _Units,
+) -> tuple[_Units, _Bad, list[str]]:
     """What is used, what is not, and the file's columns.
 
     To stop takes a row that can be used, before the bad one or after it: leaving bad rows out is no
     way out for a file that has no other.
     """
-    kept: list[_Unit] = []
-    bad: list[BadRow] = []
-    rated: dict[str, list[Rated]] = {}  # by prompt, in the order in which prompts turn up
+    bad = _Bad()
+    rated: dict[bytes, list[int]] = {}  # by prompt, in the order in which prompts turn up
     columns: dict[str, None] = {}  # in their order
     for row in rows:
         try:
@@ -160,48 +237,49 @@ def _read(
             columns |= dict.fromkeys(map(str, row.values))
             found = read_row(row, kind, columns=source.columns, source=source.path)
             if isinstance(found, Rated):
-                rated.setdefault(_text_key(found.prompt), []).append(found)
+                text = _text_key(found.prompt).encode("utf-8", "surrogatepass")
+                prompt = hashlib.sha256(text).digest()
+                rated.setdefault(prompt, []).append(len(kept.store))
+                kept.store.append(found)
             else:
-                kept.append(_Unit(found))
+                kept.add(found)
         except BadRow as error:
-            bad.append(error)
-        if bad and (kept or rated) and on_bad_row == "stop":
-            raise AlignError(f"{bad[0]}; or set data.on_bad_row=skip")
-    for same_prompt in rated.values():
+            bad.add(error)
+        if bad.first and (kept.num_rows or rated) and on_bad_row == "stop":
+            raise AlignError(f"{bad.first[0]}; or set data.on_bad_row=skip")
+    for records in rated.values():
+        same_prompt = [kept.store[record] for record in records]
         pairs = pairs_of(same_prompt)
         if pairs:
-            kept.append(_Unit(pairs, len(same_prompt)))
+            kept.add(pairs, len(same_prompt))
         else:  # as good as any row; there is nothing to compare it with
             advice = "a pair needs two scores of one prompt"
             reason = "nothing rated otherwise to compare with"
-            bad += [BadRow(row.id, "score", reason, advice) for row in same_prompt]
+            for row in same_prompt:
+                bad.add(BadRow(row.id, "score", reason, advice))
     return kept, bad, list(columns)
 
 
-def _no_row(path: str, bad: Sequence[BadRow], kind: Kind, columns: Sequence[str]) -> str:
-    if not bad:
+def _no_row(path: str, bad: _Bad, kind: Kind, columns: Sequence[str]) -> str:
+    if not bad.first:
         return f"{path}: no row in it; give a file with rows"
     # a name of `data.columns` that is wrong says so itself
-    if flags(kind, columns) and all(b.reason == "missing" for b in bad):
+    if flags(kind, columns) and all(reason.endswith(": missing") for reason in bad.reasons):
         return (
-            f"{path}: none of {len(bad)} rows has the columns of {KIND_NAMES[kind]}: "
+            f"{path}: none of {bad.reasons.total()} rows has the columns of {KIND_NAMES[kind]}: "
             f"{NEEDED[kind]}; its columns: {', '.join(columns) or 'none'}; say which is which: "
             f"{overrides(kind, columns)} (`align data`: --columns {flags(kind, columns)})"
         )
-    return f"{path}: none of {len(bad)} rows can be used; the first: {bad[0]}"
+    return f"{path}: none of {bad.reasons.total()} rows can be used; the first: {bad.first[0]}"
 
 
-def _weighted(kept: list[_Unit], weight: float, seed: str) -> list[_Unit]:
-    """``weight`` copies of the units, a fraction of a copy picked by seed, order kept."""
+def _weighted(num_units: int, weight: float, seed: str) -> Iterator[tuple[int, int]]:
+    """(unit, number of the copy, from 1): ``weight`` copies of all, of the last one a fraction.
 
-    def copied(unit: _Unit, copy: int) -> _Unit:
-        if copy == 1:
-            return unit
-        examples = tuple(replace(e, id=f"{e.id}#{copy}") for e in unit.examples)
-        return replace(unit, examples=examples)
-
+    The fraction is picked by seed, its order kept.
+    """
     whole = int(weight)
-    used = [copied(unit, copy) for copy in range(1, whole + 1) for unit in kept]
-    num_extra = round((weight - whole) * len(kept))
-    extra = sorted(random.Random(seed).sample(range(len(kept)), num_extra))
-    return used + [copied(kept[i], whole + 1) for i in extra]
+    yield from ((unit, copy) for copy in range(1, whole + 1) for unit in range(num_units))
+    num_extra = round((weight - whole) * num_units)
+    extra = random.Random(seed).sample(range(num_units), num_extra)
+    yield from ((unit, whole + 1) for unit in sorted(extra))

@@ -1,9 +1,9 @@
-"""Fewer rows, chosen by seed."""
+"""Fewer rows, chosen by seed or by number."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Generic, TypeVar, overload
 
 import numpy as np
 
@@ -12,7 +12,30 @@ T = TypeVar("T")
 
 def pick(items: Sequence[T], limit: int | None, seed: int) -> tuple[T, ...]:
     """At most ``limit`` items, in their own order; the same ones for the same seed."""
-    if limit is None or limit >= len(items):
-        return tuple(items)
-    chosen = np.random.default_rng([seed, 7]).permutation(len(items))[:limit]
-    return tuple(items[i] for i in sorted(chosen.tolist()))
+    return tuple(items[i] for i in picked(len(items), limit, seed).tolist())
+
+
+def picked(count: int, limit: int | None, seed: int) -> np.ndarray:
+    """The numbers of `pick`'s items among ``count``, int64, ascending."""
+    if limit is None or limit >= count:
+        return np.arange(count)
+    return np.sort(np.random.default_rng([seed, 7]).permutation(count)[:limit])
+
+
+class Subset(Sequence[T], Generic[T]):
+    """Items of a sequence by their numbers, each made when it is asked for."""
+
+    def __init__(self, items: Sequence[T], numbers: np.ndarray) -> None:
+        self._items, self._numbers = items, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[T]: ...
+    def __getitem__(self, index: int | slice) -> T | list[T]:
+        if isinstance(index, slice):
+            return [self._items[i] for i in self._numbers[index].tolist()]
+        return self._items[int(self._numbers[index])]

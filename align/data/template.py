@@ -17,9 +17,15 @@ Tokenizer: TypeAlias = Any
 _PROBE = "alignprobe"  # letters only, so that no template or tokenizer alters it
 
 
-def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Token ids of the text alone: no BOS, no EOS."""
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+def encode_text(tokenizer: Tokenizer, text: str, *, specials: bool = False) -> list[int]:
+    """Token ids of the text; ``specials`` are BOS and EOS where the tokenizer adds them."""
+    found = tokenizer(
+        text,
+        add_special_tokens=specials,
+        return_attention_mask=False,  # lists that nobody reads are an eighth of the time
+        return_token_type_ids=False,
+    )
+    return list(found["input_ids"])
 
 
 def eos_id(tokenizer: Tokenizer) -> int:

@@ -23,6 +23,7 @@ from typing import Any, overload
 import numpy as np
 import pyarrow as pa
 
+from align.data.spool import restored
 from align.data.template import Tokenizer
 from align.types import PromptExample, TokenGroup, TokenSequence
 
@@ -187,10 +188,7 @@ class GroupFile(Sequence[TokenGroup]):
     def example(self, index: int) -> PromptExample:
         """The prompt that the group was made of."""
         batch, row = self._find(index)
-        values = json.loads(batch.column("example")[row].as_py())
-        prompt, references = values["prompt"], tuple(values["references"])
-        prompt = prompt if isinstance(prompt, str) else tuple(prompt)
-        return PromptExample(**{**values, "prompt": prompt, "references": references})
+        return restored(PromptExample, json.loads(batch.column("example")[row].as_py()))
 
     def num_continuations(self) -> np.ndarray:
         """Of each group, int64."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,7 +35,8 @@ class Tally:
 
 
 _work: tuple[Tokenizer, Sequence[Example], dict[str, Any]]
-"""What a forked process finds in its copy of this one's memory: nothing is sent to it."""
+"""What a forked process finds in its copy of this one's memory: nothing is sent to it, and examples
+of a `Spool` it reads itself."""
 
 
 def batches_of(
@@ -81,7 +82,14 @@ def _over(starts: Iterable[int], processes: int) -> Iterator[Any]:
         yield from map(_chunk, starts)
         return
     with multiprocessing.get_context("fork").Pool(processes) as pool:
-        yield from pool.imap(_chunk, starts)
+        # a few at a time: what is done and not yet written lies in memory
+        running: deque[Any] = deque()
+        for start in starts:
+            running.append(pool.apply_async(_chunk, (start,)))
+            if len(running) > 2 * processes:
+                yield running.popleft().get()
+        while running:
+            yield running.popleft().get()
 
 
 def _chunk(start: int) -> tuple[list[pa.RecordBatch], int, Encoded]:

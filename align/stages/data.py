@@ -9,13 +9,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
 
 from align.config import DataConfig
 from align.data.formats import content_of
 from align.data.order import EpochOrder, epoch_order
-from align.data.preferences import Example, load_examples, split_by_prompt, with_columns
-from align.data.subset import pick
+from align.data.preferences import Example, held_out, load_examples, with_columns
+from align.data.spool import Spool
+from align.data.subset import Subset, picked
 from align.data.token_cache import (
     Damaged,
     ExampleFile,
@@ -92,26 +94,11 @@ def _tokenised(
         except Damaged as error:
             say(f"  token cache {folder}: damaged ({error}), so it is made again")
             shutil.rmtree(folder, ignore_errors=True)
-    read, reports = _read(data, kind, seed)
 
     def make(write: Any) -> dict[str, Any]:
-        tallies = {side: Tally() for side in SIDES}
-        for side, tally in tallies.items():
-            rows = batches_of(
-                session.tokenizer,
-                read[side],
-                tally,
-                max_tokens=data.max_tokens,
-                on_bad_row=data.on_bad_row,
-                loss_on=data.loss_on,
-            )
-            write(side, _shown(rows, len(read[side]), session.run.is_main))
-        return {
-            "reports": reports,
-            "rows": {side: tally.rows for side, tally in tallies.items()},
-            "tokens": {side: tally.tokens for side, tally in tallies.items()},
-            "dropped": {side: dict(tally.dropped) for side, tally in tallies.items()},
-        }
+        with Spool(folder.parent) as spool:
+            read, reports = _read(data, kind, seed, spool)
+            return {"reports": reports, **_tokenise(session, data, read, write)}
 
     try:
         write_entry(folder, make)
@@ -121,6 +108,28 @@ def _tokenised(
             "ALIGN_CACHE to a folder with room"
         ) from error
     return open_entry(folder, SIDES)
+
+
+def _tokenise(
+    session: Session, data: DataConfig, read: dict[str, Sequence[Example]], write: Any
+) -> dict[str, Any]:
+    """Write the tokens of both sides; how many there are of what, and what was dropped."""
+    tallies = {side: Tally() for side in SIDES}
+    for side, tally in tallies.items():
+        rows = batches_of(
+            session.tokenizer,
+            read[side],
+            tally,
+            max_tokens=data.max_tokens,
+            on_bad_row=data.on_bad_row,
+            loss_on=data.loss_on,
+        )
+        write(side, _shown(rows, len(read[side]), session.run.is_main))
+    return {
+        "rows": {side: tally.rows for side, tally in tallies.items()},
+        "tokens": {side: tally.tokens for side, tally in tallies.items()},
+        "dropped": {side: dict(tally.dropped) for side, tally in tallies.items()},
+    }
 
 
 def _key(session: Session, data: DataConfig, kind: Kind, seed: int) -> str:
@@ -136,27 +145,31 @@ def _key(session: Session, data: DataConfig, kind: Kind, seed: int) -> str:
 
 
 def _read(
-    data: DataConfig, kind: Kind, seed: int
+    data: DataConfig, kind: Kind, seed: int, spool: Spool
 ) -> tuple[dict[str, Sequence[Example]], dict[str, list[dict[str, Any]]]]:
     """The examples of both sides, and what became of every file's rows."""
-    train, reports = _read_side(data.train, data, kind, seed)
+    train, reports = _read_side(data.train, data, kind, seed, spool)
+    numbers = np.arange(len(train))
     if data.test:
-        test, test_reports = _read_side(data.test, data, kind, seed)
+        test, test_reports = _read_side(data.test, data, kind, seed, spool)
+        sides = [(train, numbers), (test, np.arange(len(test)))]
     else:
-        train, test = split_by_prompt(train, test_fraction=data.test_fraction, seed=seed)
-        test_reports = []
+        is_test = held_out(train, test_fraction=data.test_fraction, seed=seed)
+        sides, test_reports = [(train, numbers[~is_test]), (train, numbers[is_test])], []
+    limits = (data.max_train_rows, data.max_test_rows)
     read: dict[str, Sequence[Example]] = {
-        "train": pick(train, data.max_train_rows, seed),
-        "test": pick(test, data.max_test_rows, seed),
+        side: Subset(examples, rows[picked(len(rows), limit, seed)])
+        for side, (examples, rows), limit in zip(SIDES, sides, limits, strict=True)
     }
+    spool.flush()
     return read, {"train": reports, "test": test_reports}
 
 
 def _read_side(
-    sources: Sequence[DataSource], data: DataConfig, kind: Kind, seed: int
-) -> tuple[tuple[Example, ...], list[dict[str, Any]]]:
+    sources: Sequence[DataSource], data: DataConfig, kind: Kind, seed: int, spool: Spool
+) -> tuple[Sequence[Example], list[dict[str, Any]]]:
     named = with_columns(sources, data.columns)
-    loaded = load_examples(named, kind=kind, on_bad_row=data.on_bad_row, seed=seed)
+    loaded = load_examples(named, kind=kind, on_bad_row=data.on_bad_row, seed=seed, spool=spool)
     return loaded.examples, [asdict(report) for report in loaded.reports]
 
 

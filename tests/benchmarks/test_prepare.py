@@ -16,7 +16,7 @@ TINY = Path(__file__).parents[2] / "models" / "tiny"
 
 def test_rows_have_the_lengths_of_dialogues() -> None:
     tokenizer = load_tokenizer(str(TINY))
-    rows = preference_rows(tokenizer, 1000, seed=0)
+    rows = list(preference_rows(tokenizer, 1000, seed=0))
     count = {
         key: np.array([len(tokenizer(row[key])["input_ids"]) for row in rows]) for key in rows[0]
     }
@@ -24,8 +24,8 @@ def test_rows_have_the_lengths_of_dialogues() -> None:
     assert count["prompt"].mean() == pytest.approx(120, rel=0.06)
     assert replies.mean() == pytest.approx(64, rel=0.06)
     assert 300 < replies.max() <= 510
-    assert rows == preference_rows(tokenizer, 1000, seed=0)
-    assert rows != preference_rows(tokenizer, 1000, seed=1)
+    assert rows == list(preference_rows(tokenizer, 1000, seed=0))
+    assert rows != list(preference_rows(tokenizer, 1000, seed=1))
 
 
 def test_a_piece_costs_what_was_asked_for() -> None:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import csv
 import gzip
 import hashlib
+import io
 import json
+import random
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from align.data import formats
 from align.data.formats import BadRow, Row, file_sha256, find_files, read_rows
 from align.types import AlignError, DataSource
 
@@ -254,3 +258,80 @@ def test_a_file_of_another_kind_is_refused(tmp_path) -> None:
 def test_sha256_is_the_files_own(tmp_path) -> None:
     path = write(tmp_path / "d.jsonl", ROWS)
     assert file_sha256(path) == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+# ---------------------------------------------------------------- rows one at a time
+
+
+def test_a_json_file_of_lines_is_read_a_line_at_a_time() -> None:
+    """Behind a byte order mark and more white space than is looked at in one go."""
+    line = b'{"prompt": "x"}\n'
+    stream = io.BytesIO(b"\xef\xbb\xbf" + b" " * 70_000 + b"\n" + line * 1000)
+    first = next(formats._read_json(stream, Path("a.json")))
+    assert isinstance(first, Row)
+    assert first.where == "a.json:2"
+    assert stream.tell() == 3 + 70_000 + 1 + len(line)
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_arrows_rows_become_values_a_few_at_a_time(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = pa.table({"prompt": [f"p{n}" for n in range(100)]})
+    if name == "a.parquet":
+        pq.write_table(table, tmp_path / name)
+    else:
+        with pa.ipc.new_file(str(tmp_path / name), table.schema) as file:
+            file.write_table(table)
+    made: list[int] = []
+
+    class Counted:
+        """A batch that says how many rows of it are asked for."""
+
+        def __init__(self, batch: pa.RecordBatch) -> None:
+            self.batch, self.num_rows = batch, batch.num_rows
+
+        def slice(self, start: int, count: int) -> Counted:
+            return Counted(self.batch.slice(start, count))
+
+        def to_pylist(self) -> list[dict[str, str]]:
+            made.append(self.num_rows)
+            return self.batch.to_pylist()
+
+    original = formats._values
+    monkeypatch.setattr(formats, "BATCH", 7)
+    monkeypatch.setattr(formats, "_values", lambda batch: original(Counted(batch)))
+    found = read(tmp_path / name)
+    assert [row.values["prompt"] for row in found] == [f"p{n}" for n in range(100)]
+    assert found[99].where.endswith(":row 100")
+    assert max(made) == 7
+
+
+def test_of_a_parquet_file_one_row_group_is_in_memory(tmp_path: Path) -> None:
+    """Of 40 groups, 8 MB; pyarrow counts what it holds."""
+    rng = random.Random(0)
+    table = pa.table({"prompt": [rng.randbytes(1000).hex() for _ in range(4000)]})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=100)
+    size = table.nbytes
+    del table
+    before = pa.total_allocated_bytes()
+    most = 0
+    for row in formats.read_file(tmp_path / "a.parquet"):
+        assert isinstance(row, Row)
+        most = max(most, pa.total_allocated_bytes() - before)
+    assert most < size / 8
+
+
+def test_a_hub_set_is_gone_through_and_never_a_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+
+    class Mapped:
+        def __iter__(self) -> Any:
+            return (taken.append(n) or {"prompt": f"p{n}"} for n in range(10))
+
+    monkeypatch.setattr("align.data.formats.require_on_the_hub", lambda *_: None)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: Mapped())
+    found = read_rows(DataSource(path="org/name"))
+    for number in range(3):
+        next(found)
+        assert len(taken) == number + 1

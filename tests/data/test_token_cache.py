@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from align.data import tokenise
 from align.data.chat import encode_examples
 from align.data.packing import longest_of, longest_sequence
 from align.data.token_cache import (
@@ -233,6 +234,21 @@ def test_the_first_bad_row_stops_and_a_chunk_of_bad_rows_does_not(
     assert run([2, 3]).groups == 6
     with pytest.raises(AlignError, match=r"no usable row among 8; the first: f:0: prompt has"):
         run(range(8))
+
+
+def _same(start: int) -> int:
+    return start
+
+
+def test_processes_do_not_run_ahead_of_what_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenise, "_chunk", _same)
+    started: list[int] = []
+    probe = (started.append(n) or n for n in range(40))
+    done = tokenise._over(probe, 2)
+    for number in range(40):
+        assert next(done) == number
+        assert len(started) <= number + 5
+    assert next(done, None) is None
 
 
 def test_the_tokenizers_hash_is_of_what_it_does(

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
+from transformers import AutoTokenizer
 
+import align.data.preferences as loader
 from align.config import PPORecipe, RewardRecipe, SFTRecipe
+from align.data import chat, fields, formats, spool, tokenise
+from align.data.chat import encode_examples
+from align.data.preferences import load_examples, split_by_prompt
+from align.data.subset import pick
 from align.stages import data
 from align.stages.common import open_session
 from align.stages.data import load_data
-from align.types import AlignError
+from align.types import AlignError, TokenGroup
+from tests.data.ragged import write_ragged
 
 Row = dict[str, Any]
 KINDS = {"sft": SFTRecipe, "preference": RewardRecipe, "prompt": PPORecipe}
@@ -44,9 +53,10 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def load(tiny: Path, tmp_path: Path, make_recipe: Any, cache: Path) -> Callable[..., Any]:
     """``load("preference", rows_file, "key=value", ...)`` -> (train, test, manifest)."""
 
-    def load(kind: str, rows: Path | str, *overrides: str) -> Any:
+    def load(kind: str, rows: Path | str | list[Any], *overrides: str) -> Any:
         tree = {"model": str(tiny), "output_dir": str(tmp_path / "run"), "overwrite": True}
-        tree |= {"data": {"train": str(rows), "test_fraction": 0.2}}
+        train = rows if isinstance(rows, list) else str(rows)
+        tree |= {"data": {"train": train, "test_fraction": 0.2}}
         tree |= {"reward": {"metric": "chrf"}} if kind == "prompt" else {}
         recipe = make_recipe(KINDS[kind], tree, *overrides)
         session = open_session(recipe, "test")
@@ -185,3 +195,87 @@ def test_a_cache_that_cannot_be_written_is_one_line(
     monkeypatch.setenv("ALIGN_CACHE", str(tmp_path / "file"))
     with pytest.raises(AlignError, match=r"token cache .*: cannot be written: .*set ALIGN_CACHE"):
         load("preference", pairs, SKIP)
+
+
+# ---------------------------------------------------------------- at scale
+
+
+def tokens_of(group: TokenGroup) -> Any:
+    answers = [(c.input_ids.tolist(), c.loss_mask.tolist()) for c in group.continuations]
+    return group.id, group.margin, group.prefix_ids.tolist(), answers
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_streamed_rows_are_those_of_the_whole_in_memory(
+    processes: int,
+    load: Callable[..., Any],
+    tmp_path: Path,
+    tiny: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ragged files of several weights, read at once, split, cut down and tokenised in one piece."""
+    sources = write_ragged(tmp_path)
+    loaded = load_examples(sources, kind="preference", on_bad_row="skip", seed=3)
+    sides = split_by_prompt(loaded.examples, test_fraction=0.2, seed=3)
+    picked = [pick(side, limit, 3) for side, limit in zip(sides, (300, 40), strict=True)]
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    want = [encode_examples(tokenizer, p, max_tokens=64, on_bad_row="skip") for p in picked]
+    monkeypatch.setattr(tokenise, "CHUNK", 7)
+    monkeypatch.setattr(tokenise, "_processes", lambda rows: processes)
+    given = [{"path": s.path, "weight": s.weight} for s in sources]
+    limits = ("data.max_train_rows=300", "data.max_test_rows=40")
+    *got, manifest = load("preference", given, SKIP, "data.max_tokens=64", "seed=3", *limits)
+    for split, (groups, _, _) in zip(got, want, strict=True):
+        assert [tokens_of(g) for g in split.groups] == [tokens_of(g) for g in groups]
+    late = manifest["dropped_when_tokenised"]
+    assert [late["train"], late["test"]] == [dropped for _, _, dropped in want]
+    assert late["train"]["longer than data.max_tokens"] > 0
+    reports = json.loads(json.dumps([asdict(r) for r in loaded.reports]))
+    assert manifest["data"]["train"] == reports
+    assert sum(sum(r["dropped"].values()) for r in reports) > 50
+    assert manifest["train_rows"] == len(set(want[0][1]))
+
+
+@pytest.mark.parametrize("kind", ["pairs", "ratings", "bad"])
+def test_few_rows_are_alive_at_once(
+    kind: str, load: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 2,000 rows no more than two chunks, as rows, examples or token groups."""
+    alive, most, made = 0, 0, 0
+
+    def watched(make: Callable[..., Any]) -> Callable[..., Any]:
+        def watching(*args: Any, **options: Any) -> Any:
+            nonlocal alive, most, made
+            found = make(*args, **options)
+            for each in found if isinstance(found, tuple) else (found,):
+                alive, made = alive + 1, made + 1
+                most = max(most, alive)
+                weakref.finalize(each, gone)
+            return found
+
+        return watching
+
+    def gone() -> None:
+        nonlocal alive
+        alive -= 1
+
+    for room, name in (
+        (formats, "Row"), (fields, "BadRow"), (loader, "read_row"), (loader, "pairs_of"),
+        (spool, "restored"), (chat, "encode_example"),
+    ):  # fmt: skip
+        monkeypatch.setattr(room, name, watched(getattr(room, name)))
+    monkeypatch.setattr(tokenise, "CHUNK", 50)
+    rows = {
+        "pairs": [{"prompt": f"cat {n}", "chosen": "sun", "rejected": "sea"} for n in range(2000)],
+        "ratings": [
+            {"prompt": f"cat {n // 4}", "response": "sun" * (n % 4 + 1), "score": n}
+            for n in range(2000)
+        ],
+        "bad": [{"prompt": f"cat {n}", "chosen": "sun", "rejected": "sun"} for n in range(2000)],
+    }[kind]
+    good = {"prompt": "cat", "chosen": "sun", "rejected": "sea"}
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [good, *rows]))
+    load("preference", path, SKIP, "data.test_fraction=0.5")
+    assert made > 2000
+    assert most <= 2 * 50 + 10
