@@ -19,7 +19,7 @@ from align.types import PromptExample
 
 CHUNK = 2048
 """Rows that a process tokenises at a time."""
-MANY = 20_000
+MANY = 5_000
 """Rows from which on starting processes pays."""
 
 

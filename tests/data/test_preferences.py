@@ -99,6 +99,8 @@ def test_weights_are_copies(tmp_path) -> None:
     assert (half.rows_read, half.rows_kept) == (10, 5)
     assert half.dropped == {"left out by weight 0.5": 5}
     assert (more.rows_read, more.rows_kept, more.dropped) == (4, 4, {})
+    lines = [int(e.id.rpartition(":")[2]) for e in loaded.examples[:5]]
+    assert lines == sorted(lines)
     assert len({e.id for e in loaded.examples}) == 15  # copies are told apart: ...:3#2
     assert loaded.examples == load_examples(sources, kind="prompt", seed=1).examples
     others = [load_examples(sources, kind="prompt", seed=s).examples for s in range(2, 6)]
