@@ -66,10 +66,18 @@ class Spool:
     def __getitem__(self, index: int, /) -> Record:
         self.flush()
         start, stop = self._ends[index], self._ends[index + 1]
-        line = os.pread(self._file.fileno(), stop - start, start)
+        line = self._read(start, stop - start)
         kind, values = json.loads(line.decode("utf-8", "surrogatepass"))
         record: Record = restored(_KINDS[kind], values)
         return record
+
+    def _read(self, start: int, count: int) -> bytes:
+        if hasattr(os, "pread"):  # leaves the position, which forked processes share, as it is
+            return os.pread(self._file.fileno(), count, start)
+        self._file.seek(start)  # Windows, where there is no fork
+        line = self._file.read(count)
+        self._file.seek(0, os.SEEK_END)
+        return line
 
     def flush(self) -> None:
         """To be done before a fork: each process would write what lies in the buffer."""

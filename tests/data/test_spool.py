@@ -46,6 +46,18 @@ def test_records_come_back_as_they_were(
         assert [spool[i] for i in range(len(spool))] == records
 
 
+def test_a_system_without_pread_reads_and_appends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("os.pread")
+    records = [SFTExample(id=f"a:{n}", text="x" * n) for n in range(5)]
+    with Spool(tmp_path) as spool:
+        for number, record in enumerate(records):
+            spool.append(record)
+            assert spool[number // 2] == records[number // 2]
+        assert [spool[i] for i in range(len(spool))] == records
+
+
 def test_nothing_is_left_in_the_folder(tmp_path: Path) -> None:
     with Spool(tmp_path / "new") as spool:
         spool.append(SFTExample(id="a:1", text="x"))
