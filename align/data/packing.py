@@ -59,10 +59,10 @@ WINDOW = 4096
 """Groups that are packed together where a whole data set is gone through."""
 
 
-def windows(items: Sequence[T]) -> Iterator[Sequence[T]]:
+def windows(items: Sequence[T], size: int = WINDOW) -> Iterator[Sequence[T]]:
     """Parts of a long list, in order: not all batches of a data set at once."""
-    for start in range(0, len(items), WINDOW):
-        yield items[start : start + WINDOW]
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
 
 
 def counted_coordinates(batch: TokenBatch) -> tuple[Tensor, Tensor]:

@@ -56,16 +56,17 @@ def run(recipe: DPORecipe) -> None:
         gradient_checkpointing=recipe.gradient_checkpointing,
         trust_remote_code=recipe.trust_remote_code,
     )
-    reference = _frozen(recipe, session)
-    models = [policy] if reference is None else [policy, reference]
+    train_groups, test_groups = train_data.groups, test_data.groups
+    frozen = _frozen(recipe, session)
+    models = [policy] if frozen is None else [policy, frozen]
     hashes = [weights_hash(model.inner) for model in models]
     session.run.describe(start_weights=hashes, **trained_parameters(policy))
-    train_groups, test_groups = train_data.groups, test_data.groups
-    train_reference = _reference(recipe, session, policy, reference, train_groups)
-    test_reference = _reference(recipe, session, policy, reference, test_groups)
+    train_reference = _reference(recipe, session, policy, frozen, train_groups)
+    test_reference = _reference(recipe, session, policy, frozen, test_groups)
     model = prepare(policy, session.accelerator)
-    if reference is not None and recipe.dpo.reference == "online":
-        shard(reference, session.accelerator)
+    if frozen is not None and recipe.dpo.reference == "online":
+        shard(frozen, session.accelerator)
+    del models, frozen  # what is cached is not needed any more
 
     def measure_with(reference: Reference) -> Measure:
         def measure(batch: TokenBatch, members: Sequence[int]) -> Measured:
@@ -188,9 +189,8 @@ def _reference(
         online,
         folder=session.run.folder.parent / "reference_cache",
         tokens_per_microbatch=recipe.train.tokens_per_microbatch,
-        is_main=session.accelerator.is_main_process,
+        accelerator=session.accelerator,
     )
-    session.accelerator.wait_for_everyone()
     return cache.lookup
 
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+
 from align.config import (
     DataConfig,
     DPORecipe,
@@ -24,12 +26,13 @@ from align.config import (
     StopRules,
 )
 from align.evaluation import harness
+from align.losses.dpo import LOSSES_WITHOUT_REFERENCE
 from align.models.average import average_models
 from align.progress import say, table
 from align.recipes_io import load_recipe, to_yaml
 from align.run_folder import Run
 from align.stages import dpo, generate, ppo, reward_model
-from align.training.distributed import check_sharding
+from align.stages.dpo_options import check_options
 from align.types import AlignError, DataSource, RewardTerm
 
 KINDS: dict[str, type] = {
@@ -74,6 +77,10 @@ def stage_recipes(recipe: IterateRecipe) -> dict[str, Any]:
         raise AlignError(f"generate: {recipe.generate} makes no pairs; set generate.pairs.choose")
     if "ppo" in loaded and not any(term.model for term in loaded["ppo"].reward):
         raise AlignError(f"ppo: {recipe.ppo} has no reward model, which each round would refresh")
+    if "dpo" in loaded:  # as the first round runs it, and as a later one may
+        check_options(_against(loaded["dpo"], None))
+        if recipe.reference != "refresh" and recipe.rounds > 1:
+            check_options(_against(loaded["dpo"], recipe.model))
     measured = loaded["eval"]
     sampled = measured.sampling is not None or measured.generation.temperature > 0
     if recipe.stop.max_kl is not None and not sampled:
@@ -86,8 +93,9 @@ def stage_recipes(recipe: IterateRecipe) -> dict[str, Any]:
 
 def run(recipe: IterateRecipe) -> None:
     """Run the rounds that are left and print one table of all."""
-    check_sharding("iterate")
     stages = stage_recipes(recipe)
+    if PartialState().num_processes > 1:
+        raise AlignError("iterate: runs in one process; start it without `accelerate launch`")
     run = Run(
         "iterate",
         recipe.output_dir,
@@ -143,7 +151,11 @@ def _next(recipe: IterateRecipe, last: Round) -> Round:
 def _play(recipe: IterateRecipe, stages: dict[str, Any], now: Round) -> None:
     """Sample and label, refresh the reward model, improve the policy."""
     # another seed each round, so that other prompts and samples are taken
-    common = {"seed": recipe.seed + now.number, "resume": "never", "overwrite": False}
+    common: dict[str, Any] = {
+        "seed": recipe.seed + now.number,
+        "resume": "never",
+        "overwrite": False,
+    }
     sampled = replace(
         stages["generate"], model=now.policy, output_dir=str(now.pairs.parent), **common
     )
@@ -171,18 +183,21 @@ def _play(recipe: IterateRecipe, stages: dict[str, Any], now: Round) -> None:
         )
         _run_once(policy, ppo.run)
     else:
-        options = replace(
-            stages["dpo"].dpo,
-            reference_model=None if now.reference == now.policy else now.reference,
-        )
+        reference = None if now.reference == now.policy else now.reference
         policy = replace(
-            stages["dpo"],
+            _against(stages["dpo"], reference),
             model=now.policy,
-            dpo=options,
             output_dir=str(now.folder / "dpo"),
             **common,
         )
         _run_once(_trained_on(policy, [now.pairs]), dpo.run)
+
+
+def _against(recipe: DPORecipe, reference: str | None) -> DPORecipe:
+    """DPO against another model than the policy it starts from, if its loss has a reference."""
+    if recipe.dpo.loss_type in LOSSES_WITHOUT_REFERENCE:
+        reference = None
+    return replace(recipe, dpo=replace(recipe.dpo, reference_model=reference))
 
 
 def _trained_on(recipe: Any, pairs: list[Path]) -> Any:

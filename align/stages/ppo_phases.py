@@ -23,6 +23,7 @@ from align.stages.data import Split
 from align.stages.ppo_roles import Roles
 from align.training.distributed import (
     add_over_processes,
+    gather_in_order,
     gather_rollout,
     my_share,
     raise_together,
@@ -67,16 +68,26 @@ class Phases:
     def score(
         self, examples: Sequence[PromptExample], rollout: Rollout, responses: Sequence[str]
     ) -> Tensor:
-        """The raw scores ``[B]``, one per row of the rollout."""
-        k = self.recipe.generation.samples_per_prompt
-        repeated = [example for example in examples for _ in range(k)]
+        """The raw scores ``[B]``, one per row; each process asks for its share of the prompts."""
+        accelerator, k = self.session.accelerator, self.recipe.generation.samples_per_prompt
+        rows = self._my_rows(len(examples))
+        mine = [examples[row // k] for row in rows]
+        scores: Sequence[float] = ()
+        failed: NonFiniteError | None = None
         try:
-            scores = self.roles.reward(
-                [e.prompt for e in repeated], responses, [e.references for e in repeated]
-            )
+            if rows:
+                scores = self.roles.reward(
+                    [e.prompt for e in mine],
+                    [responses[row] for row in rows],
+                    [e.references for e in mine],
+                )
         except NonFiniteError as error:
-            raise error.having(responses=[responses[row] for row in error.rows]) from error
-        return torch.tensor(scores, dtype=torch.float32, device=rollout.logprobs.device)
+            named = [rows[row] for row in error.rows]
+            failed = error.having(rows=named, responses=[responses[row] for row in named])
+        raise_together(failed, accelerator)
+        by_prompt = [scores[start : start + k] for start in range(0, len(scores), k)]
+        every = [score for part in gather_in_order(by_prompt, accelerator) for score in part]
+        return torch.tensor(every, dtype=torch.float32, device=rollout.logprobs.device)
 
     def experience(self, rollout: Rollout, scores: Tensor, kl_coef: float) -> Experience:
         """Reference log-probs and values, then shaped rewards and advantages."""
@@ -110,16 +121,21 @@ class Phases:
         """``compute`` of every sampled token, ``[B,R]``; each process does its share of prompts."""
         accelerator, k = self.session.accelerator, self.recipe.generation.samples_per_prompt
         groups = rollout_groups(rollout, k)
-        numbers = my_share(range(len(groups)), accelerator)
-        rows = [number * k + sample for number in numbers for sample in range(k)]
+        rows = self._my_rows(len(groups))
         found = torch.zeros_like(rollout.logprobs)
         found[rows] = over_rollout(
-            [groups[number] for number in numbers],
+            [groups[row // k] for row in rows[::k]],
             compute,
             like=rollout.logprobs[rows],
             tokens_per_microbatch=self.recipe.tokens_per_microbatch,
         )
         return add_over_processes(found, accelerator)
+
+    def _my_rows(self, num_prompts: int) -> list[int]:
+        """This process's rows of a rollout: all samples of its share of the prompts."""
+        k = self.recipe.generation.samples_per_prompt
+        numbers = my_share(range(num_prompts), self.session.accelerator)
+        return [number * k + sample for number in numbers for sample in range(k)]
 
     def evaluate(self, held_out: Split) -> dict[str, float]:
         """Score, KL, length and share that ends, of samples on held-out prompts."""

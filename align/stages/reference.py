@@ -13,14 +13,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
-from align.data.packing import pack, windows
+from align.data.packing import WINDOW, pack, windows
 from align.data.token_cache import GroupFile
 from align.models.load import fingerprint
 from align.models.policy import Policy, batch_sequences
-from align.progress import Progress
+from align.progress import Progress, warn
+from align.training.distributed import gather_in_order, max_over_processes, my_share
 from align.types import TokenBatch
 
 
@@ -41,16 +44,25 @@ class ReferenceCache:
         *,
         folder: Path,
         tokens_per_microbatch: int,
-        is_main: bool,
+        accelerator: Accelerator,
     ) -> ReferenceCache:
-        """Read the log-probs of all groups from ``folder``, or compute and write them."""
+        """Read the log-probs of all groups from ``folder``, or compute and write them.
+
+        Each process computes its share.
+        """
         path = folder / f"{_key(reference, groups)}.safetensors"
-        if path.is_file():
-            return cls(groups, load_file(path)["logprobs"])
-        parts = [np.zeros(0, dtype=np.float32)]
+        kept = _read(path)
+        missing = max_over_processes(float(kept is None), accelerator)  # to any: all go one way
+        if kept is not None and not missing:
+            return cls(groups, kept)
+        is_main = accelerator.is_main_process
+        size = min(WINDOW, -(-len(groups) // accelerator.num_processes) or 1)
+        mine = my_share(list(windows(range(len(groups)), size)), accelerator)
+        parts: list[np.ndarray] = []
         reference.eval()
-        with Progress(len(groups), "reference", unit="row", shown=is_main) as bar:
-            for part in windows(groups):
+        with Progress(sum(map(len, mine)), "reference", unit="row", shown=is_main) as bar:
+            for members in mine:
+                part = [groups[i] for i in members]
                 found = np.zeros(sum(len(g.continuations) for g in part), dtype=np.float32)
                 for batch in pack(part, tokens_per_microbatch=tokens_per_microbatch):
                     computed = logprobs_of(batch.to(reference.device), range(len(part)))
@@ -58,7 +70,8 @@ class ReferenceCache:
                     bar.advance(steps=0, tokens=batch.num_tokens)
                 parts.append(found)
                 bar.advance(steps=len(part))
-        logprobs = np.concatenate(parts)
+        every = gather_in_order(parts, accelerator)
+        logprobs = np.concatenate([np.zeros(0, dtype=np.float32), *every])
         if is_main and len(logprobs):
             folder.mkdir(parents=True, exist_ok=True)
             partial = path.with_suffix(f".{os.getpid()}.partial")
@@ -71,6 +84,17 @@ class ReferenceCache:
         mine = np.concatenate([np.arange(self._first[i], self._first[i + 1]) for i in members])
         found = self._logprobs[mine[batch_sequences(batch)]]
         return torch.from_numpy(found).to(batch.input_ids.device)
+
+
+def _read(path: Path) -> np.ndarray | None:
+    """None where nothing is kept, or what is kept was damaged."""
+    try:
+        return load_file(path)["logprobs"]
+    except FileNotFoundError:
+        return None
+    except (OSError, SafetensorError, KeyError) as error:
+        warn(f"{path}: cannot be read ({error}); computing it again")
+        return None
 
 
 def _key(reference: Policy, groups: GroupFile) -> str:

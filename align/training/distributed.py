@@ -6,13 +6,14 @@ import copy
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType, gather_object
+from accelerate.utils import InitProcessGroupKwargs, LoggerType, gather_object
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -22,6 +23,9 @@ from torch.nn import functional as F
 from align.types import AlignError, NonFiniteError, Rollout
 
 T = TypeVar("T")
+
+PATIENCE = timedelta(hours=6)
+"""How long processes wait for one another: while the main one tokenises a large data set."""
 
 
 def check_trackers(trackers: Sequence[str]) -> None:
@@ -42,6 +46,7 @@ def make_accelerator(trackers: Sequence[str], output_dir: str) -> Accelerator:
         mixed_precision="no",
         log_with=list(trackers) or None,
         project_dir=f"{output_dir}/tracking" if trackers else None,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
     started = int(os.environ.get("WORLD_SIZE") or 1)
     if accelerator.num_processes != started:
@@ -75,7 +80,7 @@ def check_sharding(stage: str) -> None:
     """Refuse FSDP where a stage samples, and settings of FSDP that would have no effect."""
     if not is_sharded():
         return
-    if stage in ("ppo", "generate", "iterate"):
+    if stage in ("ppo", "generate"):
         raise AlignError(
             f"{stage}: FSDP trains sft, rm and dpo only, because sampling runs the model token by "
             "token, on each process as often as its own responses need; launch it with "
@@ -108,6 +113,11 @@ def shard(model: nn.Module, accelerator: Accelerator) -> None:
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     inner: Any = model.inner
     layers = set(inner._no_split_modules or ())  # the classes of transformers' decoder layers
+    if not any(type(module).__name__ in layers for module in model.modules()):
+        raise AlignError(
+            f"accelerate: FSDP: {type(inner).__name__} does not say what its layers are, by which "
+            "it would be sharded; launch it with recipes/accelerate/8gpu-ddp.yaml"
+        )
     for module in list(model.modules()):
         if type(module).__name__ in layers:
             fully_shard(module, mesh=mesh, reshard_after_forward=_saves_memory())
@@ -246,7 +256,9 @@ def raise_together(error: NonFiniteError | None, accelerator: Accelerator) -> No
         found = gather_object([error])
     failed = [e for e in found if e is not None]
     if failed:
-        raise failed[0].having(rows=sorted(row for e in failed for row in e.rows))
+        texts = {row: t for e in failed for row, t in zip(e.rows, e.responses, strict=False)}
+        rows = sorted(row for e in failed for row in e.rows)
+        raise failed[0].having(rows=rows, responses=[texts[row] for row in rows if row in texts])
 
 
 def gather_in_order(items: Sequence[T], accelerator: Accelerator) -> list[T]:

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import gc
 import json
 import math
 import shutil
+import weakref
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -217,6 +219,42 @@ def test_cache_is_read(
     shifted = first_step(run_dpo("c", *options), read_jsonl)
     # -log sigmoid(.1 * -10) = log(1 + e) = 1.313262
     assert shifted["loss"] == pytest.approx(1.313262, abs=1e-4)
+
+
+def test_a_damaged_cache_is_made_again(
+    run_dpo: RunDPO, read_jsonl: ReadJsonl, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("data.test_fraction=0", "train.max_steps=1")
+    folder = run_dpo("a", *options)
+    (path,) = (folder.parent / "reference_cache").iterdir()
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-8])
+    again = run_dpo("b", *options)
+    assert first_step(again, read_jsonl)["loss"] == first_step(folder, read_jsonl)["loss"]
+    assert "cannot be read" in capsys.readouterr().err
+    assert path.read_bytes() == whole
+
+
+def test_a_reference_that_is_cached_does_not_stay_in_memory(
+    run_dpo: RunDPO, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, alive = [], []
+    load, train = dpo.load_policy, dpo.train
+
+    def loading(*args: Any, **options: Any) -> Policy:
+        policy = load(*args, **options)
+        loaded.append(weakref.ref(policy))
+        return policy
+
+    def training(*args: Any, **options: Any) -> Any:
+        gc.collect()
+        alive.extend(reference() is not None for reference in loaded)
+        return train(*args, **options)
+
+    monkeypatch.setattr(dpo, "load_policy", loading)
+    monkeypatch.setattr(dpo, "train", training)
+    run_dpo("a", f"dpo.reference_model={tiny}", "train.max_steps=1")
+    assert alive == [True, False]  # the policy; the reference
 
 
 # ---------------------------------------------------------------- losses and options

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -138,6 +139,27 @@ def test_references_of_online_dpo(run_iterate: Iterate, tiny_sft: Path, referenc
     average = str(folder / "rounds/2" / "reference")
     assert used == {"fixed": str(tiny_sft), "refresh": None, "average": average}[reference]
     assert config(folder / "rounds/2" / "dpo")["model"] == first
+
+
+def test_a_loss_without_reference_is_given_none(run_iterate: Iterate) -> None:
+    loss = "set=[dpo.dpo.loss_type=simpo,dpo.dpo.beta=2]"
+    folder = run_iterate("run", "dpo", loss, "reference=fixed")
+    assert config(folder / "rounds/2" / "dpo").get("dpo.reference_model") is None
+
+
+def test_options_that_a_later_round_cannot_have_are_refused_before_the_first(
+    run_iterate: Iterate,
+) -> None:
+    with pytest.raises(AlignError, match="adapter_off has no other reference_model"):
+        run_iterate("run", "dpo", "set=[dpo.lora.r=4,dpo.dpo.reference=adapter_off]")
+
+
+def test_several_processes_are_refused(
+    run_iterate: Iterate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(iterate, "PartialState", lambda: SimpleNamespace(num_processes=2))
+    with pytest.raises(AlignError, match="iterate: runs in one process"):
+        run_iterate("run", "dpo")
 
 
 def test_a_run_that_is_there_is_refused_and_a_rule_stops(run_iterate: Iterate) -> None:

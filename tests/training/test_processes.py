@@ -36,7 +36,8 @@ def launch(processes: int, *arguments: str, timeout: float = 600) -> None:
     if processes == 1:
         assert main(list(arguments)) == 0
         return
-    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
@@ -135,3 +136,44 @@ def test_nan_on_one_process_is_known_to_both(
     assert left_out[0] == left_out[1] != []
     bad = {f"prompts.jsonl:{i + 1}" for i, own in enumerate(ids) if token in own}
     assert all(bad <= names for names in named)
+
+
+REWARD = """
+import os
+
+def reward(prompts, responses, references):
+    with open(os.environ["ALIGN_TEST_SCORED"], "a") as file:
+        file.writelines(f"{prompt!r}\\n" for prompt in prompts)
+    pairs = zip(prompts, responses)
+    return [float("nan") if prompt == BAD else float(len(response)) for prompt, response in pairs]
+"""
+
+
+def test_processes_share_the_scoring_and_know_of_each_others_nan(
+    tiny_sft: Path,
+    demonstrations: list[dict[str, str]],
+    write_rows: WriteRows,
+    tmp_path: Path,
+    read_jsonl: Callable[[Path], list[dict[str, Any]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The reward of one prompt is NaN: only the process that scored it sees that by itself."""
+    prompts = list(dict.fromkeys(row["prompt"] for row in demonstrations))[:16]
+    data = write_rows("prompts.jsonl", [{"prompt": prompt} for prompt in prompts])
+    recipe = {"model": str(tiny_sft), "data": {"train": str(data), "test_fraction": 0}}
+    (tmp_path / "ppo.yaml").write_text(json.dumps(recipe), "utf-8")
+    (tmp_path / "counted.py").write_text(f"BAD = {prompts[3]!r}\n{REWARD}", "utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    options = [o for o in PPO if not o.startswith("reward=")] + ["reward=counted:reward"]
+    left_out, scored = [], []
+    for processes in (1, 2):
+        folder = tmp_path / f"by-{processes}"
+        monkeypatch.setenv("ALIGN_TEST_SCORED", str(folder) + ".txt")
+        arguments = (str(tmp_path / "ppo.yaml"), f"output_dir={folder}", "seed=1", *options)
+        launch(processes, "ppo", *arguments, "on_nonfinite=skip", "precision=fp32", timeout=240)
+        rows = read_jsonl(folder / "nonfinite.jsonl")
+        left_out.append([(r["step"], r["ids"], r["responses"]) for r in rows])
+        scored.append(sorted(Path(f"{folder}.txt").read_text("utf-8").splitlines()))
+    assert left_out[0] == left_out[1] != []
+    assert scored[0] == scored[1] != []  # each response once
