@@ -21,8 +21,10 @@ from align.stages.common import Session
 from align.stages.ppo_hand import Hand
 from align.stages.ppo_roles import Roles
 from align.training.distributed import (
+    clip_gradients,
     max_over_processes,
     my_share,
+    prepare,
     sum_over_processes,
     without_sync,
 )
@@ -46,8 +48,8 @@ class Update:
         self.microbatches = Microbatches(
             recipe.tokens_per_microbatch, num_processes=self.accelerator.num_processes
         )
-        self.actor = self.accelerator.prepare(roles.actor)
-        self.critic = self.accelerator.prepare(roles.critic)
+        self.actor = prepare(roles.actor, self.accelerator)
+        self.critic = prepare(roles.critic, self.accelerator)
         self.actor_lr = recipe.optim.lr
         self.critic_lr = recipe.optim.lr if recipe.critic.lr is None else recipe.critic.lr
         self.actor_optimizer = make_optimizer(roles.actor, recipe.optim, lr=self.actor_lr)
@@ -152,7 +154,7 @@ class Update:
             stepping = {"grad_norm": (self.actor, self.actor_optimizer)} | stepping
         for name, (model, _) in stepping.items():
             limit = self.recipe.optim.max_grad_norm
-            metrics[name] = float(self.accelerator.clip_grad_norm_(model.parameters(), limit))
+            metrics[name] = clip_gradients(model, limit, self.accelerator)
             must_be_finite[name] = metrics[name]
         accepted = accept(must_be_finite, members)
         for _, optimizer in stepping.values():

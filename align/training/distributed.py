@@ -1,4 +1,4 @@
-"""The only file that knows that there may be several processes."""
+"""What processes tell one another: shares, sums, order, errors; DDP, and FSDP2."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def is_sharded() -> bool:
 
 
 def check_sharding(stage: str) -> None:
-    """Refuse FSDP where a stage samples, and settings of FSDP that would have no effect."""
+    """Refuse FSDP where a stage samples, and those of its settings that would change something."""
     if not is_sharded():
         return
     if stage in ("ppo", "generate"):
