@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import errno
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +256,82 @@ def test_processes_do_not_run_ahead_of_what_is_written(monkeypatch: pytest.Monke
         assert next(done) == number
         assert len(started) <= number + 5
     assert next(done, None) is None
+
+
+def _killed_at_3(start: int) -> int:
+    if start == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return start
+
+
+@pytest.fixture
+def _no_waiting() -> Iterator[None]:
+    def stop(*_: Any) -> None:
+        raise TimeoutError("waited for ever")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.usefixtures("_no_waiting")
+def test_a_process_that_is_killed_ends_the_run_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenise, "_chunk", _killed_at_3)
+    with pytest.raises(AlignError, match=r"^data: one of the .* killed, .*memory.*; free") as got:
+        list(tokenise._over(range(40), 2))
+    assert "\n" not in str(got.value)
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.usefixtures("_no_waiting")
+def test_a_process_that_cannot_be_started_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenise, "_chunk", _same)
+    fork, calls = os.fork, []
+
+    def failing() -> int:
+        calls.append(1)
+        if len(calls) == 2:
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        return fork()
+
+    monkeypatch.setattr(os, "fork", failing)
+    with pytest.raises(AlignError, match=r"cannot be started: Cannot allocate memory; free"):
+        list(tokenise._over(range(40), 2))
+    for child in multiprocessing.active_children():  # the first: it would wait for work for ever
+        child.join(20)
+        assert not child.is_alive()
+
+
+ORPHANS = """
+import os, sys, time
+from align.data import tokenise
+def wait(start):
+    sys.stdout.write(f"{os.getpid()}\\n"); sys.stdout.flush()
+    time.sleep(600)
+tokenise._chunk = wait
+list(tokenise._over(range(2), 2))
+"""
+
+
+def test_a_run_that_is_killed_leaves_no_process() -> None:
+    with subprocess.Popen([sys.executable, "-c", ORPHANS], stdout=subprocess.PIPE) as run:
+        assert run.stdout is not None
+        workers = [int(run.stdout.readline()) for _ in range(2)]
+        run.kill()
+    stop = time.monotonic() + 20
+    while any(_runs(pid) for pid in workers):
+        assert time.monotonic() < stop
+        time.sleep(0.05)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
 
 
 def test_the_tokenizers_hash_is_of_what_it_does(
