@@ -23,7 +23,7 @@ from typing import Any, overload
 import numpy as np
 import pyarrow as pa
 
-from align.data.spool import restored
+from align.data.spool import restored, writing_cache
 from align.data.template import Tokenizer
 from align.types import PromptExample, TokenGroup, TokenSequence
 
@@ -100,28 +100,51 @@ def write_entry(
     """Let ``make`` write its sides and give its facts, and put the whole in place at once.
 
     Another run may have put its own there meanwhile: it holds the same, so it stays.
+
+    Raises:
+        AlignError: The disk cannot be written.
     """
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    with writing_cache(folder.parent):
+        partial.mkdir(parents=True)
     counts: dict[str, int] = {}
 
     def write(side: str, batches: Iterable[pa.RecordBatch]) -> int:
-        with pa.ipc.new_file(str(partial / f"{side}.arrow"), SCHEMA) as file:
-            for batch in batches:
-                file.write_batch(batch)
-                counts[side] = counts.get(side, 0) + batch.num_rows
-        return counts.setdefault(side, 0)
+        counts[side] = _write_file(partial / f"{side}.arrow", batches, folder.parent)
+        return counts[side]
 
     try:
         facts = {**make(write), "groups": counts}
-        (partial / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+        with writing_cache(folder.parent):
+            (partial / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+            _put_in_place(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_file(path: Path, batches: Iterable[pa.RecordBatch], cache: Path) -> int:
+    """How many rows were written; an error of what makes the batches stays what it is."""
+    rows = 0
+    with writing_cache(cache):
+        file = pa.ipc.new_file(str(path), SCHEMA)
+    try:
+        for batch in batches:
+            with writing_cache(cache):
+                file.write_batch(batch)
+            rows += batch.num_rows
+    finally:
+        with writing_cache(cache):
+            file.close()
+    return rows
+
+
+def _put_in_place(partial: Path, folder: Path) -> None:
+    try:
         partial.rename(folder)
     except OSError:
         if not (folder / "facts.json").is_file():
             raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def to_batches(

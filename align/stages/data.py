@@ -100,13 +100,7 @@ def _tokenised(
             read, reports = _read(data, kind, seed, spool)
             return {"reports": reports, **_tokenise(session, data, read, write)}
 
-    try:
-        write_entry(folder, make)
-    except OSError as error:
-        raise AlignError(
-            f"token cache {folder.parent}: cannot be written: {error.strerror or error}; set "
-            "ALIGN_CACHE to a folder with room"
-        ) from error
+    write_entry(folder, make)
     return open_entry(folder, SIDES)
 
 
