@@ -1,10 +1,10 @@
 """Token groups on disk, in Arrow files that are mapped into memory: tokenised once, read lazily.
 
 A cache entry is a folder named by the hash of all that decides its content: the rows' files, the
-tokenizer, the options, and the code of this package's `data` room. A second run opens it at once,
-and a group is made when it is asked for, so the rows of a large data set never lie in memory.
-An entry is written beside its place and renamed into it, so runs may race; one that is damaged is
-made again.
+tokenizer, the options, the code that makes rows into tokens, and the libraries under it. A second
+run opens it at once, and a group is made when it is asked for, so the rows of a large data set
+never lie in memory. An entry is written beside its place and renamed into it, so runs may race; one
+that is damaged is made again.
 """
 
 from __future__ import annotations
@@ -17,18 +17,23 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
 
+from align import types
 from align.data.spool import restored, writing_cache
 from align.data.template import Tokenizer
 from align.types import PromptExample, TokenGroup, TokenSequence
 
 PER_BATCH = 1024
 """Groups of one Arrow batch: what is held while writing."""
+
+LIBRARIES = ("transformers", "tokenizers", "jinja2", "datasets", "pyarrow", "numpy")
+"""They render, tokenise, read, and draw the rows that are picked."""
 
 SCHEMA = pa.schema(
     [
@@ -62,11 +67,16 @@ def tokenizer_hash(tokenizer: Tokenizer) -> str:
 
 
 @cache
-def code_hash() -> str:
-    """Of this room's own source: rows that other code made are not to be trusted."""
+def code_hash(*more: str) -> str:
+    """Of this room's source, the records' and ``more`` files, and of `LIBRARIES`' versions.
+
+    Rows that other code made are not to be trusted.
+    """
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
+    for path in [*sorted(Path(__file__).parent.glob("*.py")), types.__file__, *more]:
+        digest.update(Path(path).read_bytes())
+    for name in LIBRARIES:
+        digest.update(f"{name} {version(name)}\n".encode())
     return digest.hexdigest()
 
 

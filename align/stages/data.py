@@ -134,7 +134,7 @@ def _key(session: Session, data: DataConfig, kind: Kind, seed: int) -> str:
     }
     options = asdict(data)
     del options["order"]  # of steps, not of what is kept
-    parts = [code_hash(), tokenizer_hash(session.tokenizer), options, content, kind, seed]
+    parts = [code_hash(__file__), tokenizer_hash(session.tokenizer), options, content, kind, seed]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 

@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from align.data import tokenise
+from align.data import token_cache, tokenise
 from align.data.chat import encode_examples
 from align.data.packing import longest_of, longest_sequence
 from align.data.token_cache import (
@@ -306,7 +306,7 @@ def test_a_process_that_cannot_be_started_is_one_line(monkeypatch: pytest.Monkey
 
 ORPHANS = """
 import os, sys, time
-from align.data import tokenise
+from align.data import token_cache, tokenise
 def wait(start):
     sys.stdout.write(f"{os.getpid()}\\n"); sys.stdout.flush()
     time.sleep(600)
@@ -332,6 +332,28 @@ def _runs(pid: int) -> bool:
     except FileNotFoundError:
         return False
     return state != "Z"
+
+
+def test_the_codes_hash_is_of_all_that_makes_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hashed(*more: Path) -> str:
+        token_cache.code_hash.cache_clear()
+        return token_cache.code_hash(*map(str, more))
+
+    stage, other = tmp_path / "stage.py", tmp_path / "other.py"
+    stage.write_text("1")
+    other.write_text("2")
+    assert hashed(stage) == hashed(stage)
+    found = [hashed(), hashed(stage), hashed(other)]
+    for library in ("transformers", "tokenizers", "jinja2"):
+        with monkeypatch.context() as newer:
+            newer.setattr(token_cache, "version", lambda n, of=library: "9" if n == of else "1")
+            found.append(hashed(stage))
+    monkeypatch.setattr(token_cache.types, "__file__", str(other))
+    found.append(hashed(stage))
+    assert len(set(found)) == len(found)
+    token_cache.code_hash.cache_clear()
 
 
 def test_the_tokenizers_hash_is_of_what_it_does(

@@ -124,7 +124,7 @@ def test_other_content_model_or_code_is_another_entry(
     load("sft", pairs.with_name("pairs.jsonl"), SKIP, "data.columns={completion: chosen}")
     assert len(reads) == 3
     with monkeypatch.context() as other:
-        other.setattr(data, "code_hash", lambda: "another")
+        other.setattr(data, "code_hash", lambda *_: "another")
         load("preference", pairs, SKIP)
     assert len(reads) == 4
     load("preference", pairs, SKIP)
