@@ -13,6 +13,8 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
+import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
@@ -34,6 +36,11 @@ PER_BATCH = 1024
 
 LIBRARIES = ("transformers", "tokenizers", "jinja2", "datasets", "pyarrow", "numpy")
 """They render, tokenise, read, and draw the rows that are picked."""
+
+PARTIAL = ".partial"
+"""What the name of a folder ends with in which an entry is being made."""
+ABANDONED_SECONDS = 24 * 3600.0
+"""A folder of that kind to which nothing was written for so long is nobody's."""
 
 SCHEMA = pa.schema(
     [
@@ -114,10 +121,13 @@ def write_entry(
     Raises:
         AlignError: The disk cannot be written.
     """
-    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     with writing_cache(folder.parent):
-        partial.mkdir(parents=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(folder.parent)
+        # a name that no process of another container has; inside it a folder that others may read
+        outer = tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=PARTIAL, dir=folder.parent)
+        partial = Path(outer) / "entry"
+        partial.mkdir()
     counts: dict[str, int] = {}
 
     def write(side: str, batches: Iterable[pa.RecordBatch]) -> int:
@@ -130,7 +140,22 @@ def write_entry(
             (partial / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
             _put_in_place(partial, folder)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(outer, ignore_errors=True)
+
+
+def _remove_abandoned(cache: Path) -> None:
+    """What runs have left that were killed while they wrote."""
+    for outer in cache.glob(f"*{PARTIAL}"):
+        times = [_changed(path) for path in (outer, *outer.rglob("*"))]
+        if max(times) < time.time() - ABANDONED_SECONDS:
+            shutil.rmtree(outer, ignore_errors=True)
+
+
+def _changed(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:  # put into its place meanwhile, or of another user
+        return time.time()
 
 
 def _write_file(path: Path, batches: Iterable[pa.RecordBatch], cache: Path) -> int:

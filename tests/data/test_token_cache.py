@@ -182,6 +182,38 @@ def test_of_two_runs_that_race_the_first_stays(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["entry"]
 
 
+def test_runs_do_not_remove_one_anothers_folders_and_old_ones_go(tmp_path: Path) -> None:
+    old, young, busy = (tmp_path / f"{name}.partial" for name in ("old", "entry.7", "busy"))
+    for folder in (old, young, busy):
+        folder.mkdir()
+        (folder / "train.arrow").write_text("")
+    for path in (old / "train.arrow", old, busy):
+        os.utime(path, (0, time.time() - 25 * 3600))
+
+    def inner(write: Any) -> dict[str, Any]:
+        write("train", to_batches([pair(1, 2, 3)], [None]))
+        return {"by": "inner"}
+
+    def outer(write: Any) -> dict[str, Any]:
+        write_entry(tmp_path / "entry", inner)  # the same entry, by a process of the same number
+        write("train", to_batches([pair(1, 2, 3)], [None]))
+        return {"by": "outer"}
+
+    write_entry(tmp_path / "entry", outer)
+    assert open_entry(tmp_path / "entry", ["train"])[0]["by"] == "inner"
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "busy.partial",
+        "entry",
+        "entry.7.partial",
+    ]
+
+
+def test_others_may_read_an_entry(tmp_path: Path) -> None:
+    file_of(tmp_path, [pair(1, 2, 3)])
+    (tmp_path / "made").mkdir()
+    assert (tmp_path / "entry0").stat().st_mode == (tmp_path / "made").stat().st_mode
+
+
 # ---------------------------------------------------------------- tokenising
 
 
