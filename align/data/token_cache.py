@@ -80,8 +80,9 @@ def code_hash(*more: str) -> str:
     Rows that other code made are not to be trusted.
     """
     digest = hashlib.sha256()
-    for path in [*sorted(Path(__file__).parent.glob("*.py")), types.__file__, *more]:
-        digest.update(Path(path).read_bytes())
+    room = sorted(Path(__file__).parent.glob("*.py"))
+    for path in [*room, Path(types.__file__), *map(Path, more)]:
+        digest.update(path.read_bytes())
     for name in LIBRARIES:
         digest.update(f"{name} {version(name)}\n".encode())
     return digest.hexdigest()
