@@ -267,7 +267,11 @@ VOLATILE = (
     "resume", "overwrite", "trackers", "save_every", "eval_every", "keep_checkpoints", "log_every",
     "output_dir", "on_nonfinite", "timeout",
 )  # fmt: skip
-"""Keys that may change when a run is resumed: they change nothing of what is learnt."""
+"""Keys that may change when a run is resumed: every step stays what it was.
+
+With ``keep_best``, `save_every` and `eval_every` say after which steps the held-out number is
+measured, and so from which of them the saved model is chosen: after a change, from other ones.
+"""
 
 
 def lasting(config_yaml: str) -> dict[str, Any]:
