@@ -62,7 +62,7 @@ def check(command: str, recipe: Any) -> Iterator[str]:
     sample: list[Any] = []
     for name in ("train", "test"):
         for source in getattr(recipe.data, name):
-            examples, line = _read_rows(source, recipe.data, KINDS[command])
+            examples, line = _read_as_the_run(source, recipe.data, KINDS[command])
             _check_references(recipe, examples)
             if name == "train":
                 rows += len(examples)
@@ -105,7 +105,7 @@ SAMPLED = 2000
 """Rows of a source, at most, that are tokenised to know how long rows are and what is dropped."""
 
 
-def _read_rows(source: DataSource, data: DataConfig, kind: Kind) -> tuple[Sequence[Any], str]:
+def _read_as_the_run(source: DataSource, data: DataConfig, kind: Kind) -> tuple[Sequence[Any], str]:
     """Rows of one source, read and checked as the run will do it."""
     from align.data.preferences import load_examples, with_columns
     from align.models.locate import looks_like_hub_id

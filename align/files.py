@@ -60,7 +60,7 @@ def fsync(path: Path) -> None:
         os.close(handle)
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
+def read_logged(path: Path) -> list[dict[str, Any]]:
     """Rows of a JSONL file that a run has written; a last line that was cut short is left out."""
     if not path.is_file():
         return []

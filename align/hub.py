@@ -1,24 +1,30 @@
 """Is a hub id there? One question with a bound of a few seconds, before the libraries ask.
 
 They ask with retries: for nearly a minute, where there is no network. Only a definite no is an
-error here. Where the hub answers slowly, or not well, they go on as ever.
+error here: no such id, no access, no connection (refused, no route, none within `CONNECT_SECONDS`).
+Where the hub answers slowly or not well, or breaks a connection off, they go on as ever; where
+nothing has come within `PATIENCE_SECONDS`, so they do after a warning.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from queue import Empty, Queue
 from threading import Thread
 from typing import Literal
 
+from align.progress import warn
 from align.types import AlignError
 
 CONNECT_SECONDS = 5.0
 """To connect, and then to answer."""
 PATIENCE_SECONDS = 12.0
-"""For all of it: the time in which a name is resolved has no bound of its own."""
+"""For all of it: the time in which a name is resolved has no bound of its own. Then we go on."""
 UNREACHABLE = {"ConnectError", "ConnectTimeout", "ConnectionError", "ProxyError"}
 """Errors by their names: the library under huggingface_hub is not always the same."""
+BROKEN_OFF = (ConnectionResetError, ConnectionAbortedError, BrokenPipeError)
+"""Somebody was there, though these, or what a library makes of them, are named ConnectionError."""
 
 
 @functools.cache
@@ -39,7 +45,11 @@ def require_on_the_hub(name: str, kind: Literal["model", "dataset"], file: str) 
     try:
         error = answers.get(timeout=PATIENCE_SECONDS)
     except Empty:
-        error = TimeoutError(f"no answer within {PATIENCE_SECONDS:g} s")
+        warn(
+            f"{name}: no answer from the hub within {PATIENCE_SECONDS:g} s; asking on (with "
+            "HF_HUB_OFFLINE=1 only what the hub's cache holds is used)"
+        )
+        return
     reason = None if error is None else _definite_no(error)
     if reason:
         key = {"model": "model", "dataset": "data"}[kind]
@@ -63,10 +73,17 @@ def _definite_no(error: Exception) -> str:
         return "gated on the hub: ask for access on its page, then set HF_TOKEN"
     if "RepositoryNotFoundError" in names:
         return "the hub has no such id (if it is private, set HF_TOKEN); correct it"
-    if isinstance(error, TimeoutError) or names & UNREACHABLE:
+    if names & UNREACHABLE and not any(isinstance(e, BROKEN_OFF) for e in _chain(error)):
         said = " ".join(str(error).split())[:120]
         return (
             f"the hub cannot be reached ({said}); give a local folder, or set HF_HUB_OFFLINE=1 to "
             "use only what the hub's cache holds"
         )
     return ""
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what it came from."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

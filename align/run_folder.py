@@ -20,7 +20,7 @@ import yaml
 
 from align import doctor
 from align.doctor_rules import FEWEST
-from align.files import read_rows, write_whole, writing
+from align.files import read_logged, write_whole, writing
 from align.machine import hardware, versions
 from align.model_card import write_cards
 from align.progress import duration, say, table, warn
@@ -204,7 +204,7 @@ class Run:
 
     def _look(self) -> None:
         """Ask the doctor, and tell the user of each kind of trouble once."""
-        rows = read_rows(self.folder / "metrics.jsonl")
+        rows = read_logged(self.folder / "metrics.jsonl")
         for finding in doctor.diagnose(self.stage, rows, self._manifest):
             if finding.kind not in self._told:
                 self._told.add(finding.kind)
@@ -251,7 +251,7 @@ class Run:
             say(f"  -> {self.folder}")
 
     def _tell_findings(self) -> None:
-        logged = read_rows(self.folder / "metrics.jsonl")
+        logged = read_logged(self.folder / "metrics.jsonl")
         findings = doctor.diagnose(self.stage, logged, self._manifest)
         self.describe(doctor=[asdict(finding) for finding in findings])
         for line in doctor.closing_lines(self.stage, logged, findings):
@@ -267,7 +267,11 @@ VOLATILE = (
     "resume", "overwrite", "trackers", "save_every", "eval_every", "keep_checkpoints", "log_every",
     "output_dir", "on_nonfinite", "timeout",
 )  # fmt: skip
-"""Keys that may change when a run is resumed: they change nothing of what is learnt."""
+"""Keys that may change when a run is resumed: every step stays what it was.
+
+With ``keep_best``, `save_every` and `eval_every` say after which steps the held-out number is
+measured, and so from which of them the saved model is chosen: after a change, from other ones.
+"""
 
 
 def lasting(config_yaml: str) -> dict[str, Any]:

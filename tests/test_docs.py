@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import itertools
 import json
 import re
 import shlex
@@ -30,6 +31,8 @@ from align.types import DataSource, TokenGroup, TokenSequence
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+LINKING = [*PAGES, *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md"))]
+LINKING += [ROOT / "benchmarks" / "README.md"]
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -206,10 +209,44 @@ def test_make_targets_exist() -> None:
                 assert {w for w in words[1:] if "=" not in w} <= targets, f"{page.name}: {line}"
 
 
-def test_linked_files_exist() -> None:
-    for page in PAGES:
-        for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
-            assert (page.parent / link).exists(), f"{page.name} links to {link}"
+def anchors(page: Path) -> set[str]:
+    """What GitHub calls the headings of a page, `-1` behind the second of a name."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    found: set[str] = set()
+    for heading in re.findall(r"^#+ +(.*)$", text, re.M):
+        words = re.sub(r"\]\([^)]*\)", "", heading).lower()
+        name = re.sub(r"[^\w\- ]", "", words).strip().replace(" ", "-")
+        again = (f"{name}-{n}" for n in itertools.count(1))
+        found.add(name if name not in found else next(a for a in again if a not in found))
+    return found
+
+
+def broken_links(page: Path) -> list[str]:
+    """Links of a page to files that are not there, or to headings that their page has not."""
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        if "://" in link:
+            continue
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            broken.append(link)
+    return broken
+
+
+@pytest.mark.parametrize("page", LINKING, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    assert broken_links(page) == []
+
+
+def test_a_wrong_link_is_noticed(tmp_path: Path) -> None:
+    other = tmp_path / "other.md"
+    other.write_text("# A `b`, c\n## Twice\n## Twice\n```\n# no heading\n```\n", "utf-8")
+    page = tmp_path / "page.md"
+    right = ["other.md", "other.md#a-b-c", "other.md#twice-1", "https://a.b/c#d", "#here"]
+    wrong = ["gone.md", "other.md#gone", "other.md#no-heading", "#gone", "other.md#twice-2"]
+    page.write_text("# Here\n" + "".join(f"[x]({link})\n" for link in right + wrong), "utf-8")
+    assert broken_links(page) == wrong
 
 
 # ---------------------------------------------------------------- data, recipes, drawing

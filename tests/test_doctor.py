@@ -13,7 +13,7 @@ import pytest
 from align.cli import main
 from align.doctor import closing_lines, diagnose
 from align.doctor_rules import FEWEST, LIMITS, Finding
-from align.files import read_rows
+from align.files import read_logged
 from tests.trust import Trust
 
 ROOT = Path(__file__).parents[1]
@@ -263,4 +263,4 @@ def test_what_is_no_run_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_a_row_that_a_crash_cut_short_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st', encoding="utf-8")
-    assert read_rows(tmp_path / "metrics.jsonl") == [{"step": 1}]
+    assert read_logged(tmp_path / "metrics.jsonl") == [{"step": 1}]

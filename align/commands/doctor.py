@@ -19,7 +19,7 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     from align.doctor import closing_lines, diagnose
     from align.doctor_rules import RULES
-    from align.files import read_rows, reason
+    from align.files import read_logged, reason
     from align.run_files import status_of
     from align.types import AlignError
 
@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         stage = manifest["stage"]
-        rows = read_rows(folder / "metrics.jsonl")
+        rows = read_logged(folder / "metrics.jsonl")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise AlignError(
             f"doctor: {folder} holds no run that can be read: {reason(error)}"

@@ -64,9 +64,9 @@ def run(args: argparse.Namespace) -> None:
 def read_responses(file: str) -> Iterator[tuple[Any, str, str | None]]:
     """(prompt, text, model) of every response of a file."""
     from align.data.fields import Fields
-    from align.data.formats import BadRow, Row, read_rows
+    from align.data.formats import BadRow, Row, read_source
 
-    for row in read_rows(DataSource(path=file)):
+    for row in read_source(DataSource(path=file)):
         try:
             if not isinstance(row, Row):
                 raise row

@@ -7,8 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from align.files import read_rows as rows_of
-from align.files import reason
+from align.files import read_logged, reason
 from align.progress import warn
 from align.run_files import NONFINITE
 from align.types import AlignError
@@ -24,7 +23,7 @@ def add_parser(actions: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     folder = Path(args.folder)
-    ids, lengths, manifest = read_rows(folder)
+    ids, lengths, manifest = read_trained_rows(folder)
     members = list(range(len(ids)))
     if args.step is not None:
         _require_done(folder, args.step)
@@ -36,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
         print(ids[i])
 
 
-def read_rows(folder: Path) -> tuple[list[str], list[int], dict[str, Any]]:
+def read_trained_rows(folder: Path) -> tuple[list[str], list[int], dict[str, Any]]:
     """(ids, tokens, manifest): an id is ``file:line``, ``#2`` behind it for a second copy."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
@@ -52,10 +51,11 @@ def read_rows(folder: Path) -> tuple[list[str], list[int], dict[str, Any]]:
 
 def _require_done(folder: Path, step: int) -> None:
     """Refuse a step that was not taken, and say of one that was left out that it was."""
-    done = int(max((row.get("step", 0) for row in rows_of(folder / "metrics.jsonl")), default=0))
+    logged = read_logged(folder / "metrics.jsonl")
+    done = int(max((row.get("step", 0) for row in logged), default=0))
     if not 1 <= step <= done:
         raise AlignError(f"data trace: --step {step}: the run has logged steps 1 to {done}")
-    if step in {row.get("step") for row in rows_of(folder / NONFINITE)}:
+    if step in {row.get("step") for row in read_logged(folder / NONFINITE)}:
         warn(f"data trace: step {step} was left out, or a part of it was: see {folder / NONFINITE}")
 
 

@@ -47,7 +47,7 @@ class BadRow(Exception):
         self.where, self.field, self.reason, self.advice = where, field, reason, advice
 
 
-def read_rows(source: DataSource) -> Iterator[Row | BadRow]:
+def read_source(source: DataSource) -> Iterator[Row | BadRow]:
     """All rows of a source, in the order of its files."""
     files = find_files(source)
     if not files:

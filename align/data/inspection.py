@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from align.data.columns import Example, format_name, kind_of
 from align.data.fields import Kind
 from align.data.findings import Finding, Level, findings_of, plain, texts_of
-from align.data.formats import BadRow, Row, read_rows
+from align.data.formats import BadRow, Row, read_source
 from align.data.lengths import longer_wins
 from align.data.oddities import oddities, script
 from align.data.preferences import load_examples, prompt_key
@@ -98,7 +98,7 @@ def kind_of_sources(sources: Sequence[DataSource]) -> Kind:
 
 def _first(source: DataSource) -> Row:
     bad: BadRow | None = None
-    for row in read_rows(source):
+    for row in read_source(source):
         if isinstance(row, Row):
             return row
         bad = bad or row

@@ -10,18 +10,31 @@ import json
 import os
 import tempfile
 from array import array
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, TypeAlias, TypeVar
 
 from align.data.rankings import Rated
-from align.types import PreferencePair, PromptExample, SFTExample
+from align.types import AlignError, PreferencePair, PromptExample, SFTExample
 
 Record: TypeAlias = SFTExample | PreferencePair | PromptExample | Rated
 R = TypeVar("R")
 
 _KINDS: tuple[type[Any], ...] = (SFTExample, PreferencePair, PromptExample, Rated)
+
+
+@contextmanager
+def writing_cache(folder: Path) -> Iterator[None]:
+    """A disk that is full, or gone, is one line; to stand around what writes, and nothing else."""
+    try:
+        yield
+    except OSError as error:
+        raise AlignError(
+            f"token cache {folder}: cannot be written: {error.strerror or error}; set ALIGN_CACHE "
+            "to a folder with room"
+        ) from error
 
 
 class Store(Protocol):
@@ -36,8 +49,10 @@ class Spool:
     """Records in a temporary file of ``folder``; in memory are eight bytes of each."""
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed on leaving)
+        with writing_cache(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed on leaving)
+        self._folder = folder
         self._ends = array("q", [0])
         self._pending = False
 
@@ -50,13 +65,15 @@ class Spool:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._file.close()
+        with suppress(OSError):  # a full disk, which was told when it filled
+            self._file.close()
 
     def append(self, record: Record, /) -> None:
         values = [_KINDS.index(type(record)), vars(record)]
         # surrogates are kept as they are: only what a model reads has been checked for them
         line = json.dumps(values, ensure_ascii=False).encode("utf-8", "surrogatepass")
-        self._file.write(line)
+        with writing_cache(self._folder):
+            self._file.write(line)
         self._ends.append(self._ends[-1] + len(line))
         self._pending = True
 
@@ -82,7 +99,8 @@ class Spool:
     def flush(self) -> None:
         """To be done before a fork: each process would write what lies in the buffer."""
         if self._pending:
-            self._file.flush()
+            with writing_cache(self._folder):
+                self._file.flush()
             self._pending = False
 
 

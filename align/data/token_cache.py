@@ -1,10 +1,10 @@
 """Token groups on disk, in Arrow files that are mapped into memory: tokenised once, read lazily.
 
 A cache entry is a folder named by the hash of all that decides its content: the rows' files, the
-tokenizer, the options, and the code of this package's `data` room. A second run opens it at once,
-and a group is made when it is asked for, so the rows of a large data set never lie in memory.
-An entry is written beside its place and renamed into it, so runs may race; one that is damaged is
-made again.
+tokenizer, the options, the code that makes rows into tokens, and the libraries under it. A second
+run opens it at once, and a group is made when it is asked for, so the rows of a large data set
+never lie in memory. An entry is written beside its place and renamed into it, so runs may race; one
+that is damaged is made again.
 """
 
 from __future__ import annotations
@@ -13,22 +13,34 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
+import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
 
-from align.data.spool import restored
+from align import types
+from align.data.spool import restored, writing_cache
 from align.data.template import Tokenizer
 from align.types import PromptExample, TokenGroup, TokenSequence
 
 PER_BATCH = 1024
 """Groups of one Arrow batch: what is held while writing."""
+
+LIBRARIES = ("transformers", "tokenizers", "jinja2", "datasets", "pyarrow", "numpy")
+"""They render, tokenise, read, and draw the rows that are picked."""
+
+PARTIAL = ".partial"
+"""What the name of a folder ends with in which an entry is being made."""
+ABANDONED_SECONDS = 24 * 3600.0
+"""A folder of that kind to which nothing was written for so long is nobody's."""
 
 SCHEMA = pa.schema(
     [
@@ -62,11 +74,17 @@ def tokenizer_hash(tokenizer: Tokenizer) -> str:
 
 
 @cache
-def code_hash() -> str:
-    """Of this room's own source: rows that other code made are not to be trusted."""
+def code_hash(*more: str) -> str:
+    """Of this room's source, the records' and ``more`` files, and of `LIBRARIES`' versions.
+
+    Rows that other code made are not to be trusted.
+    """
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    room = sorted(Path(__file__).parent.glob("*.py"))
+    for path in [*room, Path(types.__file__), *map(Path, more)]:
         digest.update(path.read_bytes())
+    for name in LIBRARIES:
+        digest.update(f"{name} {version(name)}\n".encode())
     return digest.hexdigest()
 
 
@@ -100,28 +118,69 @@ def write_entry(
     """Let ``make`` write its sides and give its facts, and put the whole in place at once.
 
     Another run may have put its own there meanwhile: it holds the same, so it stays.
+
+    Raises:
+        AlignError: The disk cannot be written.
     """
-    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    with writing_cache(folder.parent):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(folder.parent)
+        # a name that no process of another container has; inside it a folder that others may read
+        outer = tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=PARTIAL, dir=folder.parent)
+        partial = Path(outer) / "entry"
+        partial.mkdir()
     counts: dict[str, int] = {}
 
     def write(side: str, batches: Iterable[pa.RecordBatch]) -> int:
-        with pa.ipc.new_file(str(partial / f"{side}.arrow"), SCHEMA) as file:
-            for batch in batches:
-                file.write_batch(batch)
-                counts[side] = counts.get(side, 0) + batch.num_rows
-        return counts.setdefault(side, 0)
+        counts[side] = _write_file(partial / f"{side}.arrow", batches, folder.parent)
+        return counts[side]
 
     try:
         facts = {**make(write), "groups": counts}
-        (partial / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+        with writing_cache(folder.parent):
+            (partial / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+            _put_in_place(partial, folder)
+    finally:
+        shutil.rmtree(outer, ignore_errors=True)
+
+
+def _remove_abandoned(cache: Path) -> None:
+    """What runs have left that were killed while they wrote."""
+    for outer in cache.glob(f"*{PARTIAL}"):
+        times = [_changed(path) for path in (outer, *outer.rglob("*"))]
+        if max(times) < time.time() - ABANDONED_SECONDS:
+            shutil.rmtree(outer, ignore_errors=True)
+
+
+def _changed(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:  # put into its place meanwhile, or of another user
+        return time.time()
+
+
+def _write_file(path: Path, batches: Iterable[pa.RecordBatch], cache: Path) -> int:
+    """How many rows were written; an error of what makes the batches stays what it is."""
+    rows = 0
+    with writing_cache(cache):
+        file = pa.ipc.new_file(str(path), SCHEMA)
+    try:
+        for batch in batches:
+            with writing_cache(cache):
+                file.write_batch(batch)
+            rows += batch.num_rows
+    finally:
+        with writing_cache(cache):
+            file.close()
+    return rows
+
+
+def _put_in_place(partial: Path, folder: Path) -> None:
+    try:
         partial.rename(folder)
     except OSError:
         if not (folder / "facts.json").is_file():
             raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def to_batches(

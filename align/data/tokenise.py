@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from threading import Thread
 from typing import Any
 
 import pyarrow as pa
@@ -15,12 +19,13 @@ import pyarrow as pa
 from align.data.chat import Encoded, Example, encode_some, require_usable
 from align.data.template import Tokenizer
 from align.data.token_cache import to_batches
-from align.types import PromptExample
+from align.types import AlignError, PromptExample
 
 CHUNK = 2048
 """Rows that a process tokenises at a time."""
 MANY = 5_000
 """Rows from which on starting processes pays."""
+CURE = "free memory, or use fewer processors: taskset -c 0 align ..."
 
 
 @dataclass
@@ -54,8 +59,8 @@ def batches_of(
         options: Of `encode_some`.
 
     Raises:
-        AlignError: The first bad row under ``on_bad_row=stop``, whichever process meets it; or no
-            usable row at all.
+        AlignError: The first bad row under ``on_bad_row=stop``, whichever process meets it; no
+            usable row at all; or a process that cannot be started, or was killed.
     """
     global _work
     _work = (tokenizer, examples, options)
@@ -81,15 +86,52 @@ def _over(starts: Iterable[int], processes: int) -> Iterator[Any]:
     if processes == 1:
         yield from map(_chunk, starts)
         return
-    with multiprocessing.get_context("fork").Pool(processes) as pool:
-        # a few at a time: what is done and not yet written lies in memory
-        running: deque[Any] = deque()
+    others = multiprocessing.active_children()
+    fork = multiprocessing.get_context("fork")
+    pool = ProcessPoolExecutor(processes, fork, initializer=_begin_worker)
+    # a few at a time: what is done and not yet written lies in memory
+    running: deque[Future[Any]] = deque()
+    try:
         for start in starts:
-            running.append(pool.apply_async(_chunk, (start,)))
+            running.append(_submit(pool, start, others))
             if len(running) > 2 * processes:
-                yield running.popleft().get()
+                yield running.popleft().result()
         while running:
-            yield running.popleft().get()
+            yield running.popleft().result()
+    except BrokenProcessPool as error:
+        raise AlignError(
+            "data: one of the processes that tokenise was killed, most likely because memory ran "
+            f"out; {CURE}"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _submit(pool: ProcessPoolExecutor, start: int, others: Sequence[Any]) -> Future[Any]:
+    try:
+        return pool.submit(_chunk, start)
+    except OSError as error:
+        # those that were forked before it failed would wait for work, and Python's end for them
+        for child in multiprocessing.active_children():
+            if child not in others:
+                child.kill()
+        raise AlignError(
+            f"data: processes that tokenise cannot be started: {error.strerror or error}; {CURE}"
+        ) from error
+
+
+def _begin_worker() -> None:
+    """Ctrl-C is the parent's matter, and a parent that was killed leaves nobody behind."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+    os._exit(1)
 
 
 def _chunk(start: int) -> tuple[list[pa.RecordBatch], int, Encoded]:

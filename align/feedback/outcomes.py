@@ -15,7 +15,7 @@ from itertools import combinations
 from typing import Any
 
 from align.data.fields import Fields
-from align.data.formats import BadRow, Row, read_rows
+from align.data.formats import BadRow, Row, read_source
 from align.feedback.ranking import Comparison
 from align.types import AlignError, DataSource, Text
 
@@ -48,7 +48,7 @@ def read_judgements(files: Sequence[str]) -> list[Judgement]:
     """
     found = []
     for file in files:
-        for row in read_rows(DataSource(path=file)):
+        for row in read_source(DataSource(path=file)):
             try:
                 if isinstance(row, BadRow):
                     raise row

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from align.files import read_rows
+from align.files import read_logged
 from align.run_files import status_of
 from align.types import AlignError
 
@@ -77,7 +77,7 @@ def read_run(folder: Path, root: Path) -> RunRecord:
     manifest = _read_json(folder / "manifest.json")
     manifest["status"] = status_of(folder, manifest)
     evaluation = _read_json(folder / "eval.json") if (folder / "eval.json").is_file() else None
-    outputs = {p.stem: read_rows(p) for p in sorted((folder / "outputs").glob("*.jsonl"))}
+    outputs = {p.stem: read_logged(p) for p in sorted((folder / "outputs").glob("*.jsonl"))}
     if evaluation is not None:  # in the recipe's order
         named = [m["name"] for m in evaluation["models"]]
         outputs = {name: outputs[name] for name in named if name in outputs}
@@ -92,10 +92,10 @@ def read_run(folder: Path, root: Path) -> RunRecord:
         stage=str(manifest.get("stage", "?")),
         manifest=manifest,
         config=config,
-        metrics=read_rows(folder / "metrics.jsonl"),
+        metrics=read_logged(folder / "metrics.jsonl"),
         evaluation=evaluation,
         outputs=outputs,
-        samples=read_rows(folder / "samples.jsonl"),
+        samples=read_logged(folder / "samples.jsonl"),
     )
 
 

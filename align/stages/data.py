@@ -100,13 +100,7 @@ def _tokenised(
             read, reports = _read(data, kind, seed, spool)
             return {"reports": reports, **_tokenise(session, data, read, write)}
 
-    try:
-        write_entry(folder, make)
-    except OSError as error:
-        raise AlignError(
-            f"token cache {folder.parent}: cannot be written: {error.strerror or error}; set "
-            "ALIGN_CACHE to a folder with room"
-        ) from error
+    write_entry(folder, make)
     return open_entry(folder, SIDES)
 
 
@@ -140,7 +134,7 @@ def _key(session: Session, data: DataConfig, kind: Kind, seed: int) -> str:
     }
     options = asdict(data)
     del options["order"]  # of steps, not of what is kept
-    parts = [code_hash(), tokenizer_hash(session.tokenizer), options, content, kind, seed]
+    parts = [code_hash(__file__), tokenizer_hash(session.tokenizer), options, content, kind, seed]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 

@@ -17,14 +17,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from align.data import formats
-from align.data.formats import BadRow, Row, file_sha256, find_files, read_rows
+from align.data.formats import BadRow, Row, file_sha256, find_files, read_source
 from align.types import AlignError, DataSource
 
 ROWS = [{"prompt": "a", "completion": "b"}, {"prompt": "ç, \n", "completion": "d"}]
 
 
 def read(path: Path) -> list[Row | BadRow]:
-    return list(read_rows(DataSource(path=str(path))))
+    return list(read_source(DataSource(path=str(path))))
 
 
 def write(path: Path, rows: list[dict]) -> Path:
@@ -91,7 +91,7 @@ def test_folders_written_by_datasets(tmp_path) -> None:
     datasets.DatasetDict(train=saved, test=saved.select([0])).save_to_disk(tmp_path / "two")
     assert [row.values for row in read(tmp_path / "one")] == ROWS
     assert [row.values for row in read(tmp_path / "two")] == ROWS
-    test = read_rows(DataSource(path=str(tmp_path / "two"), split="test"))
+    test = read_source(DataSource(path=str(tmp_path / "two"), split="test"))
     assert [row.values for row in test] == ROWS[:1]
 
 
@@ -156,7 +156,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path) -> None:
 
 def test_tabs_are_for_tsv(tmp_path) -> None:
     (tmp_path / "a.tsv").write_text("prompt\tcompletion\none, two\tthree\n", encoding="utf-8")
-    (row,) = read_rows(DataSource(path=str(tmp_path / "a.tsv")))
+    (row,) = read_source(DataSource(path=str(tmp_path / "a.tsv")))
     assert row.values == {"prompt": "one, two", "completion": "three"}
 
 
@@ -167,7 +167,7 @@ def test_a_stray_quote_swallows_no_line(tmp_path, name: str) -> None:
     text = "".join(separator.join(line) + "\n" for line in lines)
     (tmp_path / name).write_text(text, encoding="utf-8")
     with pytest.raises(AlignError, match=rf"{name}:3: .* a cell that begins with a quote"):
-        list(read_rows(DataSource(path=str(tmp_path / name))))
+        list(read_source(DataSource(path=str(tmp_path / name))))
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_a_stray_quote_swallows_no_line(tmp_path, name: str) -> None:
 def test_another_separator_is_named(tmp_path, name: str, header: str, told: str) -> None:
     (tmp_path / name).write_text(f"{header}\na;b\n", encoding="utf-8")
     with pytest.raises(AlignError, match=told):
-        list(read_rows(DataSource(path=str(tmp_path / name))))
+        list(read_source(DataSource(path=str(tmp_path / name))))
 
 
 def test_a_csv_row_with_a_cell_too_many_is_bad(tmp_path) -> None:
@@ -232,7 +232,7 @@ def test_a_hub_set_that_cannot_be_loaded_is_one_line(monkeypatch) -> None:
     monkeypatch.setattr("align.data.formats.require_on_the_hub", lambda *_: None)
     monkeypatch.setattr(datasets, "load_dataset", offline)
     with pytest.raises(AlignError, match=r"^org/name: no such file, and not loaded .*no network"):
-        list(read_rows(DataSource(path="org/name")))
+        list(read_source(DataSource(path="org/name")))
 
 
 def test_rows_of_a_hub_set_are_named_by_split(monkeypatch) -> None:
@@ -244,7 +244,7 @@ def test_rows_of_a_hub_set_are_named_by_split(monkeypatch) -> None:
 
     monkeypatch.setattr("align.data.formats.require_on_the_hub", lambda *_: None)
     monkeypatch.setattr(datasets, "load_dataset", load)
-    rows = list(read_rows(DataSource(path="org/set", name="en", split="train[:2]")))
+    rows = list(read_source(DataSource(path="org/set", name="en", split="train[:2]")))
     assert asked == [(("org/set", "en"), {"split": "train[:2]"})]
     assert [row.where for row in rows] == ["org/set/train[:2]:row 1", "org/set/train[:2]:row 2"]
 
@@ -331,7 +331,7 @@ def test_a_hub_set_is_gone_through_and_never_a_list(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr("align.data.formats.require_on_the_hub", lambda *_: None)
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: Mapped())
-    found = read_rows(DataSource(path="org/name"))
+    found = read_source(DataSource(path="org/name"))
     for number in range(3):
         next(found)
         assert len(taken) == number + 1

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import errno
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from align.data import tokenise
+from align.data import token_cache, tokenise
 from align.data.chat import encode_examples
 from align.data.packing import longest_of, longest_sequence
 from align.data.token_cache import (
@@ -175,6 +182,38 @@ def test_of_two_runs_that_race_the_first_stays(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["entry"]
 
 
+def test_runs_do_not_remove_one_anothers_folders_and_old_ones_go(tmp_path: Path) -> None:
+    old, young, busy = (tmp_path / f"{name}.partial" for name in ("old", "entry.7", "busy"))
+    for folder in (old, young, busy):
+        folder.mkdir()
+        (folder / "train.arrow").write_text("")
+    for path in (old / "train.arrow", old, busy):
+        os.utime(path, (0, time.time() - 25 * 3600))
+
+    def inner(write: Any) -> dict[str, Any]:
+        write("train", to_batches([pair(1, 2, 3)], [None]))
+        return {"by": "inner"}
+
+    def outer(write: Any) -> dict[str, Any]:
+        write_entry(tmp_path / "entry", inner)  # the same entry, by a process of the same number
+        write("train", to_batches([pair(1, 2, 3)], [None]))
+        return {"by": "outer"}
+
+    write_entry(tmp_path / "entry", outer)
+    assert open_entry(tmp_path / "entry", ["train"])[0]["by"] == "inner"
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "busy.partial",
+        "entry",
+        "entry.7.partial",
+    ]
+
+
+def test_others_may_read_an_entry(tmp_path: Path) -> None:
+    file_of(tmp_path, [pair(1, 2, 3)])
+    (tmp_path / "made").mkdir()
+    assert (tmp_path / "entry0").stat().st_mode == (tmp_path / "made").stat().st_mode
+
+
 # ---------------------------------------------------------------- tokenising
 
 
@@ -249,6 +288,104 @@ def test_processes_do_not_run_ahead_of_what_is_written(monkeypatch: pytest.Monke
         assert next(done) == number
         assert len(started) <= number + 5
     assert next(done, None) is None
+
+
+def _killed_at_3(start: int) -> int:
+    if start == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return start
+
+
+@pytest.fixture
+def _no_waiting() -> Iterator[None]:
+    def stop(*_: Any) -> None:
+        raise TimeoutError("waited for ever")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.usefixtures("_no_waiting")
+def test_a_process_that_is_killed_ends_the_run_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenise, "_chunk", _killed_at_3)
+    with pytest.raises(AlignError, match=r"^data: one of the .* killed, .*memory.*; free") as got:
+        list(tokenise._over(range(40), 2))
+    assert "\n" not in str(got.value)
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.usefixtures("_no_waiting")
+def test_a_process_that_cannot_be_started_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenise, "_chunk", _same)
+    fork, calls = os.fork, []
+
+    def failing() -> int:
+        calls.append(1)
+        if len(calls) == 2:
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        return fork()
+
+    monkeypatch.setattr(os, "fork", failing)
+    with pytest.raises(AlignError, match=r"cannot be started: Cannot allocate memory; free"):
+        list(tokenise._over(range(40), 2))
+    for child in multiprocessing.active_children():  # the first: it would wait for work for ever
+        child.join(20)
+        assert not child.is_alive()
+
+
+ORPHANS = """
+import os, sys, time
+from align.data import token_cache, tokenise
+def wait(start):
+    sys.stdout.write(f"{os.getpid()}\\n"); sys.stdout.flush()
+    time.sleep(600)
+tokenise._chunk = wait
+list(tokenise._over(range(2), 2))
+"""
+
+
+def test_a_run_that_is_killed_leaves_no_process() -> None:
+    with subprocess.Popen([sys.executable, "-c", ORPHANS], stdout=subprocess.PIPE) as run:
+        assert run.stdout is not None
+        workers = [int(run.stdout.readline()) for _ in range(2)]
+        run.kill()
+    stop = time.monotonic() + 20
+    while any(_runs(pid) for pid in workers):
+        assert time.monotonic() < stop
+        time.sleep(0.05)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def test_the_codes_hash_is_of_all_that_makes_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hashed(*more: Path) -> str:
+        token_cache.code_hash.cache_clear()
+        return token_cache.code_hash(*map(str, more))
+
+    stage, other = tmp_path / "stage.py", tmp_path / "other.py"
+    stage.write_text("1")
+    other.write_text("2")
+    assert hashed(stage) == hashed(stage)
+    found = [hashed(), hashed(stage), hashed(other)]
+    for library in ("transformers", "tokenizers", "jinja2"):
+        with monkeypatch.context() as newer:
+            newer.setattr(token_cache, "version", lambda n, of=library: "9" if n == of else "1")
+            found.append(hashed(stage))
+    monkeypatch.setattr(token_cache.types, "__file__", str(other))
+    found.append(hashed(stage))
+    assert len(set(found)) == len(found)
+    token_cache.code_hash.cache_clear()
 
 
 def test_the_tokenizers_hash_is_of_what_it_does(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import importlib
 import json
 import weakref
 from collections.abc import Callable
@@ -122,7 +124,7 @@ def test_other_content_model_or_code_is_another_entry(
     load("sft", pairs.with_name("pairs.jsonl"), SKIP, "data.columns={completion: chosen}")
     assert len(reads) == 3
     with monkeypatch.context() as other:
-        other.setattr(data, "code_hash", lambda: "another")
+        other.setattr(data, "code_hash", lambda *_: "another")
         load("preference", pairs, SKIP)
     assert len(reads) == 4
     load("preference", pairs, SKIP)
@@ -195,6 +197,65 @@ def test_a_cache_that_cannot_be_written_is_one_line(
     monkeypatch.setenv("ALIGN_CACHE", str(tmp_path / "file"))
     with pytest.raises(AlignError, match=r"token cache .*: cannot be written: .*set ALIGN_CACHE"):
         load("preference", pairs, SKIP)
+
+
+NO_ROOM = OSError(errno.ENOSPC, "No space left on device")
+
+
+class Full:
+    """A file, of Python or Arrow, on a disk that has no room for what ``method`` writes."""
+
+    def __init__(self, file: Any, method: str) -> None:
+        self._file, self._method = file, method
+
+    def __getattr__(self, name: str) -> Any:
+        if name == self._method:
+            raise NO_ROOM
+        return getattr(self._file, name)
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "method"),
+    [
+        ("tempfile", "TemporaryFile", "write"),
+        ("tempfile", "TemporaryFile", "flush"),
+        ("tempfile", "TemporaryFile", "close"),
+        ("pyarrow.ipc", "new_file", "write_batch"),
+        ("pyarrow.ipc", "new_file", "close"),
+    ],
+)
+def test_a_full_disk_is_a_matter_of_the_cache(
+    module: str,
+    name: str,
+    method: str,
+    load: Callable[..., Any],
+    pairs: Path,
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    original = getattr(importlib.import_module(module), name)
+    monkeypatch.setattr(f"{module}.{name}", lambda *a, **k: Full(original(*a, **k), method))
+    if (name, method) == ("TemporaryFile", "close"):  # nothing of it is needed any more
+        load("preference", pairs, SKIP)
+        return
+    with pytest.raises(AlignError, match=r"^token cache .*: cannot be written: No space left .*;"):
+        load("preference", pairs, SKIP)
+    assert not list(cache.iterdir())
+
+
+@pytest.mark.parametrize(
+    "where", ["align.stages.data.load_examples", "align.data.tokenise.encode_some"]
+)
+def test_what_cannot_be_read_or_made_is_no_matter_of_the_cache(
+    where: str, load: Callable[..., Any], pairs: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(where, failing)
+    with pytest.raises(OSError, match="Input/output error"):
+        load("preference", pairs, SKIP)
+    assert not list(cache.iterdir())
 
 
 # ---------------------------------------------------------------- at scale
