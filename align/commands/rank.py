@@ -74,7 +74,8 @@ def print_tables(found: dict[str, Any]) -> None:
         names = f"{k['a']} and {k['b']}"
         print(f"  Cohen's kappa {_number(k['kappa'])}: {names}, {k['common']} in common")
     for name, r in a["reliability"].items():
-        print(f"  reliability {_number(r['slope'])} +- {_number(r['error'])}: {name}")
+        error = "" if r["slope"] is None else f" +- {_number(r['error'])}"
+        print(f"  reliability {_number(r['slope'])}{error}: {name}")
     if "pairs" in found:
         print(f"{found['pairs']['file']}: {found['pairs']['rows']} pairs")
         for reason, count in found["pairs"]["left_out"].items():

@@ -86,6 +86,9 @@ def read_file(path: Path) -> Iterator[Row | BadRow]:
             yield from _numbered(rows, str(path))
             return
         with _open(path) as stream:
+            if stream.read(2) in (b"\xff\xfe", b"\xfe\xff"):
+                raise AlignError(f"{path}: is UTF-16, not UTF-8; save it as UTF-8")
+            stream.seek(0)
             if kind in (".csv", ".tsv"):
                 yield from _read_csv(stream, path, "," if kind == ".csv" else "\t")
             elif kind == ".json":

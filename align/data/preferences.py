@@ -60,14 +60,15 @@ class _Units:
 
 @dataclass
 class _Bad:
-    """Bad rows by reason, and the first of them in full."""
+    """Bad rows by reason, and the first of them in full: of each reason one at least."""
 
     reasons: Counter[str] = field(default_factory=Counter)
     first: list[str] = field(default_factory=list)
 
     def add(self, row: BadRow) -> None:
-        self.reasons[f"{row.field}: {row.reason}"] += 1
-        if len(self.first) < _NUM_SHOWN:
+        reason = f"{row.field}: {row.reason}"
+        self.reasons[reason] += 1
+        if len(self.first) < _NUM_SHOWN or self.reasons[reason] == 1:
             self.first.append(str(row))
 
 

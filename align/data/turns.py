@@ -25,7 +25,9 @@ def read_turns(value: Any) -> tuple[Message, ...]:
     """Messages of a list of turns, or of one, with ``role``/``content`` or ``from``/``value``."""
     turns = [value] if isinstance(value, Mapping) else value
     if not isinstance(turns, Sequence) or isinstance(turns, str):
-        raise NotTurns("not a list of turns")
+        is_json = isinstance(turns, str) and turns.lstrip().startswith(("[", "{"))
+        as_text = ", but text that may hold one (a CSV has no lists: save it as JSONL or Parquet)"
+        raise NotTurns("not a list of turns" + (as_text if is_json else ""))
     if not turns:
         raise NotTurns("empty")
     return tuple(_read_turn(t) for t in turns)

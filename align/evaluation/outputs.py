@@ -253,8 +253,8 @@ def read_outputs(path: str, examples: Sequence[PromptExample]) -> Outputs:
     if missing:
         raise AlignError(
             f"{path}: no response to {len(missing)} of {len(examples)} prompts; the first is "
-            f"{missing[0].id}: {_key(missing[0].prompt)[:60]}; `prompt` has to be word for word "
-            "that of `data`"
+            f"{missing[0].id}: {_key(missing[0].prompt)[:60]}...; `prompt` has to be word for word "
+            "that of `data`, and `data` may not have more prompts than were answered"
         )
     return Outputs([answers[_key(e.prompt)] for e in examples])
 

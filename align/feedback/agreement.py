@@ -79,7 +79,8 @@ def reliability(
             continue
         strengths = bradley_terry(others, num_items, prior=PRIOR).values
         gaps = np.array([(strengths[i] - strengths[j]) * (2 * o - 1) for i, j, o in decided])
-        found[name] = _slope(gaps)
+        told = bool(np.any(np.abs(gaps) > 1e-6))  # else the others never saw any of these items
+        found[name] = _slope(gaps) if told else (float("nan"), float("nan"))
     return found
 
 

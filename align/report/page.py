@@ -127,6 +127,7 @@ def _facts(run: RunRecord) -> dict[str, Any]:
     return {
         "models": {name: model for name, model in models.items() if model},
         "files": files,
+        "used": _used(manifest),
         "config": yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True),
         "manifest": json.dumps(
             {k: v for k, v in manifest.items() if k not in ("recipe", "data")},
@@ -134,6 +135,15 @@ def _facts(run: RunRecord) -> dict[str, Any]:
             ensure_ascii=False,
         ),
     }
+
+
+def _used(manifest: dict[str, Any]) -> str:
+    """How many of the files' rows the run took."""
+    if "train_rows" not in manifest:
+        return ""
+    held_out = manifest.get("test_rows")
+    more = f", {held_out:,} held out" if held_out else ""
+    return f"{manifest['train_rows']:,} rows trained on{more}"
 
 
 def _evaluation(run: RunRecord) -> dict[str, Any]:

@@ -275,6 +275,7 @@ def test_content_in_text_parts_is_joined() -> None:
         ({"messages": [user("q")]}, "messages: no assistant turn to learn from; "),
         ({"messages": [user("q"), assistant("")]}, "messages: empty; "),
         ({"messages": "q"}, "messages: not a list of turns; "),
+        ({"messages": '[{"role": "user"}]'}, "messages: not a list of turns, but text "),
         ({"messages": [user("q"), assistant("a")], "images": ["x.png"]}, "images: not supported;"),
         (
             {"messages": [user("q"), {**assistant("a"), "tool_calls": [{}]}]},

@@ -141,6 +141,15 @@ def test_bytes_that_are_not_utf8_spoil_their_row_only(tmp_path, name: str) -> No
     assert bad.reason == "not UTF-8"
 
 
+@pytest.mark.parametrize("name", ["d.jsonl", "d.csv", "d.json", "d.tsv"])
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf16_is_named(tmp_path, name: str, encoding: str) -> None:
+    path = tmp_path / name
+    path.write_bytes("\ufefftext\nx\n".encode(encoding))
+    with pytest.raises(AlignError, match=f"{name}: is UTF-16, not UTF-8; save it as UTF-8"):
+        read(path)
+
+
 def test_a_json_array_that_is_not_utf8_is_an_error(tmp_path) -> None:
     path = tmp_path / "d.json"
     path.write_bytes(b'[\n{"text": "caf\xe9"}]')

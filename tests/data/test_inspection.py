@@ -63,6 +63,17 @@ def test_contradictions_duplicates_and_bad_rows(tmp_path) -> None:
     assert duplicate.places == (f"{source.path}:10 repeats {source.path}:2",)
 
 
+def test_every_reason_of_bad_rows_has_a_place(tmp_path) -> None:
+    same = {"prompt": "q", "chosen": "same", "rejected": "same"}
+    odd = [{"prompt": 5, "chosen": "a", "rejected": "b"}, {"prompt": "q", "chosen": "a"}]
+    source = write(tmp_path / "d.jsonl", [*CLEAN, *[same] * 6, *odd])
+    bad = [f for f in inspect([source]).findings if f.what.startswith("bad rows")]
+    assert [f.count for f in bad] == [6, 1, 1]
+    last = len(CLEAN) + 8
+    assert bad[2].places[0].startswith(f"{source.path}:{last}: rejected")
+    assert bad[1].places[0].startswith(f"{source.path}:{last - 1}: prompt")
+
+
 def test_a_conversation_that_ends_in_a_question_is_noted(tmp_path) -> None:
     asked, answered = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
     rows = [

@@ -67,3 +67,5 @@ def test_reliability_without_others_or_without_decisions_is_unknown() -> None:
     assert math.isnan(reliability({"alone": [(0, 1, 1.0)]}, 2)["alone"][0])
     found = reliability({"a": [(0, 1, 1.0)], "ties": [(0, 1, 0.5)]}, 2)
     assert math.isnan(found["ties"][0])
+    apart = reliability({"a": [(0, 1, 1.0)] * 3, "b": [(2, 3, 1.0)] * 3}, 4)  # no item in common
+    assert all(math.isnan(slope) for slope, _ in apart.values())

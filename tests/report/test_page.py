@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from align.report.page import interval, number, write_report
+from align.report.page import _used, interval, number, write_report
 from align.report.samples import MAX_SHOWN, difference
 from align.report.verdicts import capital, turned
 from align.types import AlignError
@@ -63,6 +63,12 @@ def test_the_verdict_comes_first_and_says_what_is_wrong(text: str) -> None:
     assert "1.60 nats of KL per response" in verdict
     assert "not shown to be better than chance and than length" in verdict
     assert "prefers repeated answers on 70%" in verdict
+
+
+def test_rows_that_were_used_are_told() -> None:
+    assert _used({"train_rows": 1600, "test_rows": 16}) == "1,600 rows trained on, 16 held out"
+    assert _used({"train_rows": 5, "test_rows": 0}) == "5 rows trained on"
+    assert _used({"prompts": 400}) == ""
 
 
 def test_it_is_one_file_without_a_network(text: str) -> None:
