@@ -1,4 +1,4 @@
-"""A test's outcome in words, and how many prompts would have settled it."""
+"""A test's outcome in words, and what would have settled it: so many prompts, or more seeds."""
 
 from __future__ import annotations
 
@@ -36,9 +36,15 @@ def prompts_needed(difference: float, paired_std: float) -> int | None:
 
 
 def verdict(
-    metric: str, difference: float, p: float, *, num_prompts: int, needed: int | None
+    metric: str,
+    difference: float,
+    p: float,
+    *,
+    num_prompts: int,
+    needed: int | None,
+    num_seeds: tuple[int, int] = (1, 1),
 ) -> str:
-    """``better, p = .003`` of a against b, or what these prompts cannot show."""
+    """``better, p = .003`` of a against b, or what these prompts or seeds cannot show."""
     if difference == 0:
         return "no difference"
     if p < ALPHA:
@@ -47,6 +53,12 @@ def verdict(
         else:
             word = "better" if (difference > 0) != (metric in LOWER_IS_BETTER) else "worse"
         return f"{word}, {p_in_words(p)}"
+    if max(num_seeds) > 1:
+        of_a, of_b = num_seeds
+        return (
+            f"no difference that {of_a} against {of_b} seeds can show, {p_in_words(p)}; "
+            "more seeds, not prompts, would tell"
+        )
     if needed is None or needed <= num_prompts:
         # by the power formula they would have sufficed: the difference is at the edge
         return f"no difference that {num_prompts} prompts can show, {p_in_words(p)}"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from align.evaluation.compare import compare_values
-from align.evaluation.intervals import student_t_975
+from align.evaluation.intervals import student_t_quantile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +131,7 @@ def length_controlled_difference(
     residual = y - design @ np.array([difference, slope])
     freedom = len(y) - 2
     covariance = residual @ residual / freedom * np.linalg.inv(design.T @ design)
-    half_width = student_t_975(freedom) * math.sqrt(covariance[0, 0])
+    half_width = student_t_quantile(0.975, freedom) * math.sqrt(covariance[0, 0])
     return EqualLength(
         difference=float(difference),
         ci95=(float(difference - half_width), float(difference + half_width)),

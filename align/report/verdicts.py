@@ -135,15 +135,24 @@ def turned(test: dict[str, Any]) -> dict[str, Any]:
     found = test | {"a": test["b"], "b": test["a"]} | _negated(test)
     if test.get("at_equal_length"):
         found["at_equal_length"] = test["at_equal_length"] | _negated(test["at_equal_length"])
+    if "num_seeds" in test:
+        found["num_seeds"] = test["num_seeds"][::-1]
     if "verdict" in test:
         found["verdict"] = verdict(
             test["metric"],
             -test["difference"],
-            test["p_randomization"],
+            deciding_p(test),
             num_prompts=test["num_prompts"],
             needed=test["num_prompts_needed"],
+            num_seeds=tuple(found.get("num_seeds", (1, 1))),
         )
     return found
+
+
+def deciding_p(test: dict[str, Any]) -> float:
+    """The p that a verdict goes by: over seeds where there are several, else two-sided."""
+    by_seeds = test.get("p_seeds")
+    return float(test.get("p_randomization", test["p"]) if by_seeds is None else by_seeds)
 
 
 def _negated(figures: dict[str, Any]) -> dict[str, Any]:
