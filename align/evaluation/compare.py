@@ -157,6 +157,8 @@ def compare_values(
     test: PairedTest = "randomization",
     num_resamples: int = 1000,
     seed: int = DEFAULT_SEED,
+    num_seeds: tuple[int, int] | None = None,
+    over_seeds: SeedError | None = None,
 ) -> Comparison:
     """Compare the means of per-prompt numbers: rewards, sentence scores, lengths, wins.
 
@@ -169,6 +171,8 @@ def compare_values(
             are two-sided.
         num_resamples: Resamplings of the tests and of the interval.
         seed: Same seed, same result.
+        num_seeds: Behind numbers that are means over seeds already.
+        over_seeds: And what reruns move their difference by.
     """
     seeds_a, seeds_b = _by_seed(a[1], a[0]), _by_seed(b[1], b[0])
     differences = seeds_a.mean(0) - seeds_b.mean(0)
@@ -192,8 +196,8 @@ def compare_values(
         resampled=resampled,
         num_prompts=len(differences),
         paired_std=float(differences.std(ddof=1)) if len(differences) > 1 else 0.0,
-        num_seeds=(len(seeds_a), len(seeds_b)),
-        over_seeds=seed_error(seeds_a.mean(1), seeds_b.mean(1)),
+        num_seeds=num_seeds or (len(seeds_a), len(seeds_b)),
+        over_seeds=over_seeds or seed_error(seeds_a.mean(1), seeds_b.mean(1)),
     )
 
 

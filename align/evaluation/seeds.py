@@ -60,3 +60,11 @@ def seed_error(of_a: np.ndarray, of_b: np.ndarray) -> SeedError | None:
         return SeedError(0.0, least)
     squares = sum(part**2 / (len(x) - 1) for part, x in zip(parts, several, strict=True))
     return SeedError(sum(parts), max(least, sum(parts) ** 2 / squares))
+
+
+def seed_error_of_pairs(differences: np.ndarray, num_seeds: tuple[int, int]) -> SeedError | None:
+    """The same where seeds meet in pairs, one difference for each pair."""
+    least = min(num_seeds)
+    if least == 1:
+        return seed_error(differences, np.zeros(1))
+    return SeedError(float(differences.var(ddof=1)) / least, least - 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 from align.evaluation.verdict import ALPHA, p_in_words, verdict
@@ -56,8 +57,8 @@ class Verdict:
 def verdicts(run: RunRecord) -> list[Verdict]:
     """Every model of one evaluation against its reference, and what is known of the reward."""
     evaluation = run.evaluation or {}
-    models = {m["name"]: m for m in evaluation.get("models", [])}
-    baseline = baseline_of(run)
+    models = _over_seeds(evaluation.get("models", []))
+    baseline = (baseline_of(run) or "").partition("#")[0] or None
     found = []
     for name in models:
         if name != baseline:
@@ -67,6 +68,22 @@ def verdicts(run: RunRecord) -> list[Verdict]:
     if reward:
         found.append(_of_reward(reward))
     return found
+
+
+def _over_seeds(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """``ppo#0`` and ``ppo#1`` as one ppo, with the means of what all of them have."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row["name"].partition("#")[0], []).append(row)
+    keys = ("kl", "kl_per_token", "length_mean")
+    return {
+        name: {
+            key: fmean(row[key] for row in seeds)
+            for key in keys
+            if all(row.get(key) is not None for row in seeds)
+        }
+        for name, seeds in groups.items()
+    }
 
 
 def baseline_of(run: RunRecord) -> str | None:
@@ -81,7 +98,7 @@ def _against(
     evaluation: dict[str, Any], models: dict[str, Any], name: str, baseline: str | None
 ) -> Verdict:
     told = Verdict(f"{name} against {baseline}")
-    pair = name.partition("#")[0], (baseline or "").partition("#")[0]
+    pair = name, baseline
     listed = evaluation.get("comparisons", [])
     tests = {c["metric"]: turned(c) for c in listed if (c["b"], c["a"]) == pair}
     tests |= {c["metric"]: c for c in listed if (c["a"], c["b"]) == pair}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -197,6 +198,20 @@ def test_a_comparison_turned_round() -> None:
     assert found["at_equal_length"]["ci95"] == [-3.0, -0.5]
     assert turned(found) == test
     assert [capital(t) for t in ("gold reward", "chrF", "BLEU")] == ["Gold reward", "chrF", "BLEU"]
+
+
+def test_seeds_of_one_model_have_one_verdict(suite: Path, tmp_path: Path) -> None:
+    place = suite / "eval" / "eval.json"
+    results = json.loads(place.read_text())
+    (ppo,) = [m for m in results["models"] if m["name"] == "ppo"]
+    results["models"] = [m for m in results["models"] if m["name"] == "sft"]
+    results["models"] += [ppo | {"name": f"ppo#{i}", "kl": 3.0 + 87 * i} for i in (0, 1)]
+    place.write_text(json.dumps(results))
+    text = write_report([str(suite)], str(tmp_path / "p.html")).read_text(encoding="utf-8")
+    verdict = text.partition('<section id="verdict"')[2].partition("</section>")[0]
+    assert verdict.count("<h3>ppo") == 1
+    assert "<h3>ppo against sft</h3>" in verdict
+    assert "for 46.50 nats" in verdict
 
 
 def test_the_doctors_findings_are_told(make_run, tmp_path: Path) -> None:
