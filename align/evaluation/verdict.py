@@ -79,6 +79,12 @@ def verdict(
     )
 
 
+def short_verdict(metric: str, difference: float, p: float) -> str:
+    """For a table that says elsewhere how many prompts and seeds there were."""
+    word = outcome(metric, difference, p)
+    return "no difference" if difference == 0 else f"{word or 'none shown'}, {p_in_words(p)}"
+
+
 def p_in_words(p: float) -> str:
     """``p = .003``; never 0, because a resampling test cannot say so."""
     return "p < .001" if p < 0.0005 else f"p = {p:.3f}".replace("0.", ".")

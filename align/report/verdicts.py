@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
-from align.evaluation.verdict import ALPHA, p_in_words, verdict
+from align.evaluation.verdict import ALPHA, outcome, p_in_words, short_verdict, verdict
 from align.report.runs import RunRecord
 
 NAMES = {
@@ -30,17 +30,13 @@ TRUSTED = ("sample_gold", "gold", "sample_chrf", "chrf", "bleu", "sample_reward"
 
 @dataclass(frozen=True)
 class Evidence:
-    """One paired difference of a verdict; ``outcome`` is better, worse, more, less or empty."""
+    """One paired difference; ``says`` in words; ``outcome``: better, worse, more, less or empty."""
 
     name: str
     difference: float
     ci95: tuple[float, float]
     says: str = ""
-
-    @property
-    def outcome(self) -> str:
-        word = self.says.partition(",")[0]
-        return word if " " not in word else ""
+    outcome: str = ""
 
 
 @dataclass
@@ -48,6 +44,7 @@ class Verdict:
     """One model against its baseline; ``warnings`` are reasons to doubt what looks good."""
 
     title: str
+    baseline: str | None = None
     headline: str = ""
     evidence: list[Evidence] = field(default_factory=list)
     sentences: list[str] = field(default_factory=list)
@@ -97,7 +94,7 @@ def baseline_of(run: RunRecord) -> str | None:
 def _against(
     evaluation: dict[str, Any], models: dict[str, Any], name: str, baseline: str | None
 ) -> Verdict:
-    told = Verdict(f"{name} against {baseline}")
+    told = Verdict(f"{name} against {baseline}", baseline)
     pair = name, baseline
     listed = evaluation.get("comparisons", [])
     tests = {c["metric"]: turned(c) for c in listed if (c["b"], c["a"]) == pair}
@@ -105,10 +102,15 @@ def _against(
     told.headline = _headline(tests, models[name])
     for metric in (m for m in EVIDENCE if m in tests):
         test = tests[metric]
-        says = test.get("verdict") or p_in_words(test["p"])
-        shown = says.replace(f" that {test.get('num_prompts')} prompts can show", " shown")
+        found = metric, test["difference"], deciding_p(test)
         told.evidence.append(
-            Evidence(capital(NAMES[metric]), test["difference"], tuple(test["ci95"]), shown)
+            Evidence(
+                capital(NAMES[metric]),
+                test["difference"],
+                tuple(test["ci95"]),
+                short_verdict(*found),
+                outcome(*found),
+            )
         )
         controlled = test.get("at_equal_length")
         if controlled:
@@ -139,12 +141,12 @@ def _headline(tests: dict[str, dict[str, Any]], model: dict[str, Any]) -> str:
     if metric is None:
         return ""
     test, name = tests[metric], NAMES[metric]
-    said = test.get("verdict") or p_in_words(test["p"])
-    word, _, p = said.partition(", ")
+    p = deciding_p(test)
+    word = outcome(metric, test["difference"], p)
     cost = "" if model.get("kl") is None else f" for {model['kl']:.2f} nats"
-    if word in ("better", "worse"):
-        return f"{capital(word)} by {name}: {test['difference']:+.3g}{cost}, {p}"
-    return f"{capital(name)}: {said}"
+    if word:
+        return f"{capital(word)} by {name}: {test['difference']:+.3g}{cost}, {p_in_words(p)}"
+    return f"{capital(name)}: {test.get('verdict') or p_in_words(p)}"
 
 
 def turned(test: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from align.evaluation.verdict import (
     p_in_words,
     prompts_needed,
     rounded,
+    short_verdict,
     verdict,
 )
 
@@ -69,6 +70,12 @@ def test_that_many_prompts_have_power_80() -> None:
 )
 def test_words(metric: str, difference: float, p: float, needed: int | None, words: str) -> None:
     assert verdict(metric, difference, p, num_prompts=200, needed=needed) == words
+
+
+def test_the_short_form_has_no_numbers_of_prompts() -> None:
+    assert short_verdict("ter", -3.0, 0.01) == "better, p = .010"
+    assert short_verdict("reward", 0.1, 0.3) == "none shown, p = .300"
+    assert short_verdict("reward", 0.0, 1.0) == "no difference"
 
 
 def test_every_metric_of_ours_has_a_better_end() -> None:

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from align.report.page import interval, number, write_report
+from align.report.runs import read_run
 from align.report.samples import MAX_SHOWN, difference
-from align.report.verdicts import capital, turned
+from align.report.verdicts import capital, turned, verdicts
 from align.types import AlignError
 
 VOID = {"meta", "link", "br", "input", "img", "hr"}
@@ -59,6 +60,7 @@ def test_the_verdict_comes_first_and_says_what_is_wrong(text: str) -> None:
     words = " ".join(re.sub("<[^>]*>", " ", verdict).split())
     assert "Reward +0.200 0.100 to 0.300 better, p = .001" in words
     assert '<td class="worse">worse, p = .002</td>' in verdict
+    assert '<th scope="col">against sft</th>' in verdict
     assert "not certain at equal length" in verdict
     assert "over-optimised" in verdict
     assert "1.60 nats of KL per response" in verdict
@@ -198,6 +200,13 @@ def test_a_comparison_turned_round() -> None:
     assert found["at_equal_length"]["ci95"] == [-3.0, -0.5]
     assert turned(found) == test
     assert [capital(t) for t in ("gold reward", "chrF", "BLEU")] == ["Gold reward", "chrF", "BLEU"]
+
+
+def test_evidence_has_its_outcome_in_a_field(suite: Path) -> None:
+    run = read_run(suite / "eval", suite)
+    (ppo, *_) = [v for v in verdicts(run) if v.title.startswith("ppo")]
+    assert ppo.baseline == "sft"
+    assert [x.outcome for x in ppo.evidence] == ["better", "", "worse"]
 
 
 def test_seeds_of_one_model_have_one_verdict(suite: Path, tmp_path: Path) -> None:
