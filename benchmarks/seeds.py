@@ -20,14 +20,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from align.evaluation.verdict import outcome
 from align.progress import say, table
 from tests.trust import Trust
 
 ROOT = Path(__file__).parents[1]
 GOLD = {"sample_chrf": "chrF of samples", "chrf": "chrF, greedy"}
 BASE = "sft"
-SURE = 0.05
-"""p below which a difference counts as one."""
 
 
 def main() -> None:
@@ -37,7 +36,7 @@ def main() -> None:
     for seed in args.seeds:
         run = folder / f"ppo-{seed}"
         models[f"ppo-{seed}"] = str(run / "model")
-        if not (run / "model" / "config.json").is_file():
+        if not _is_done(run, models[BASE]):
             options = [f"seed={seed}", f"output_dir={run}", "overwrite=true", *args.overrides]
             _align("ppo", f"{args.suite}/ppo", *options)
     evaluated = folder / "eval" / "eval.json"
@@ -47,6 +46,13 @@ def main() -> None:
         _align("eval", f"{args.suite}/eval", *options, "best_of_n=null", "preferences=null")
     results = json.loads(evaluated.read_text(encoding="utf-8"))
     found = against_base(results)
+    found = {name: found[name] for name in models if name in found}
+    unmeasured = [n for n in models if n != BASE and found.get(n, {}).keys() != GOLD.keys()]
+    if unmeasured:
+        raise SystemExit(
+            f"benchmarks.seeds: {evaluated}: {', '.join(unmeasured)} not measured by "
+            f"{' and '.join(GOLD)}; {args.suite}/eval needs sampling, references and chrf"
+        )
     say(table(rows(found), title=f"{args.suite}: PPO of {len(found)} seeds against {BASE}"))
     below = [name for name, gold in found.items() if gold["sample_chrf"]["difference"] < 0]
     say(f"  below {BASE} in chrF of samples: {', '.join(below) or 'none'}")
@@ -59,6 +65,12 @@ def main() -> None:
             wanted=f"not below {BASE}",
         )
     raise SystemExit(1 if below else 0)
+
+
+def _is_done(run: Path, base: str) -> bool:
+    """Whether this seed was trained, and from the SFT model as it is now."""
+    made, start = run / "model" / "config.json", Path(base) / "config.json"
+    return made.is_file() and (not start.is_file() or start.stat().st_mtime <= made.stat().st_mtime)
 
 
 def _covers(evaluated: Path, models: Mapping[str, str]) -> bool:
@@ -86,10 +98,9 @@ def against_base(results: Mapping[str, Any]) -> dict[str, dict[str, dict[str, fl
     return found
 
 
-def verdict(difference: float, p: float) -> str:
-    if p >= SURE:
-        return "as good"
-    return "better" if difference > 0 else "BELOW"
+def verdict(metric: str, difference: float, p: float) -> str:
+    words = {"better": "better", "worse": "BELOW", "": "as good"}
+    return words[outcome(metric, difference, p)]
 
 
 def rows(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[list[str]]:
@@ -99,7 +110,7 @@ def rows(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[list[st
         [
             name,
             *(_told(gold[metric]) for metric in GOLD),
-            *(verdict(gold[metric]["difference"], gold[metric]["p"]) for metric in GOLD),
+            *(verdict(metric, gold[metric]["difference"], gold[metric]["p"]) for metric in GOLD),
         ]
         for name, gold in found.items()
     ]

@@ -125,13 +125,18 @@ def spearman(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray) -
 
 
 def kendall(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray) -> float | None:
-    """Kendall's tau-b: (concordant - discordant) / sqrt(pairs untied in x * pairs untied in y)."""
-    a, b = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
-    above = np.triu_indices(len(a), k=1)
-    signs_a = np.sign(a[:, None] - a[None, :])[above]
-    signs_b = np.sign(b[:, None] - b[None, :])[above]
-    untied = float(np.abs(signs_a).sum() * np.abs(signs_b).sum())
-    return float((signs_a * signs_b).sum() / math.sqrt(untied)) if untied else None
+    """Kendall's tau-b: (concordant - discordant) / sqrt(pairs untied in x * pairs untied in y).
+
+    Source: Knight 1966: sorted by x, then y, the discordant pairs are the inversions of y.
+    """
+    a, b = np.unique(x, return_inverse=True)[1], np.unique(y, return_inverse=True)[1]
+    pairs = math.comb(len(a), 2)
+    tied_a, tied_b = _tied_pairs(a), _tied_pairs(b)
+    tied_both = _tied_pairs(a * len(b) + b)
+    discordant = _inversions(b[np.lexsort((b, a))])
+    untied = (pairs - tied_a) * (pairs - tied_b)
+    difference = pairs - tied_a - tied_b + tied_both - 2 * discordant
+    return difference / math.sqrt(untied) if untied else None
 
 
 def best_of_n(proxy: np.ndarray, gold: np.ndarray) -> list[float]:
@@ -159,6 +164,28 @@ def best_of_n_kl(n: int) -> float:
 
 def _confidence(gaps: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-np.abs(gaps)))
+
+
+def _tied_pairs(values: np.ndarray) -> int:
+    counts = np.unique(values, return_counts=True)[1]
+    return int((counts * (counts - 1) // 2).sum())
+
+
+def _inversions(ranks: np.ndarray) -> int:
+    """Pairs in which the larger comes first, counted while runs of 1, 2, 4, ... are merged."""
+    found, width, span = 0, 1, len(ranks) + 1
+    places = np.arange(len(ranks))
+    while width < len(ranks):
+        run, right = places // (2 * width), places // width % 2 == 1
+        # each run's values are sorted, and runs lie apart by ``span``: one search serves all
+        keys = ranks + run * span
+        left_keys = keys[~right]
+        up_to = np.searchsorted(left_keys, keys[right], side="right")
+        # every left half before this run is full; of its own so many are not larger
+        found += int(((run[right] + 1) * width - up_to).sum())
+        ranks = np.sort(keys) - run * span
+        width *= 2
+    return found
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:

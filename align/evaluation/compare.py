@@ -1,8 +1,9 @@
 """Is A better than B? Paired tests over the same prompts, all fixed by a seed.
 
 Pairing matters: two systems stumble over the same hard prompts, so that their difference is known
-far better than either score. A system may be given as several training seeds: prompts are then
-compared by their means over seeds, and intervals resample seeds as well as prompts.
+far better than either score. A system may be given as several training seeds: the verdict and the
+interval are then by Student's t over seeds (``align.evaluation.seeds``), and the paired tests speak
+of these very runs only.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from align.evaluation.intervals import (
     finite_values,
     percentiles,
 )
+from align.evaluation.seeds import SeedError, seed_error
 from align.evaluation.verdict import prompts_needed, verdict
 
 PairedTest: TypeAlias = Literal["bootstrap", "randomization"]
@@ -39,12 +41,18 @@ class Comparison:
         b: Name of the other.
         metric: What was compared.
         difference: a minus b, in the metric's unit; positive = a scores higher.
-        p: Probability of a difference this large if there were none, by the test asked for.
-        ci95: Percentile interval of the difference over bootstrap resamples of the prompts.
-        p_bootstrap: p by the paired bootstrap.
-        p_randomization: p by paired approximate randomisation, two-sided; the verdict's.
+        p: Probability of a difference this large if there were none: ``p_seeds`` with several
+            seeds, else by the test asked for.
+        ci95: Percentile interval of the difference over bootstrap resamples of the prompts; with
+            several seeds Student's t over seeds.
+        p_seeds: p by Student's t over seeds, two-sided; the verdict's. None with one on each side.
+        p_bootstrap: p by the paired bootstrap over prompts.
+        p_randomization: p by paired approximate randomisation over prompts, two-sided; the
+            verdict's with one seed on each side.
+        num_seeds: Of a and of b.
         num_prompts: How many prompts both answered.
-        num_prompts_needed: That a difference of this size needs for power .8; None without one.
+        num_prompts_needed: That a difference of this size needs for power .8; None without one, and
+            with several seeds, where more prompts are not what settles it.
         verdict: The outcome of a against b in words.
     """
 
@@ -54,8 +62,10 @@ class Comparison:
     difference: float
     p: float
     ci95: tuple[float, float]
+    p_seeds: float | None
     p_bootstrap: float
     p_randomization: float
+    num_seeds: tuple[int, int]
     num_prompts: int
     num_prompts_needed: int | None
     verdict: str
@@ -118,9 +128,6 @@ def compare_statistics(
     # float32 because sacreBLEU resamples in it: rounding could tip a p otherwise
     floats_a, floats_b = stats_a.astype(np.float32), stats_b.astype(np.float32)
     resampled = np.array([score(floats_a[r].sum(0)) - score(floats_b[r].sum(0)) for r in rows])
-    interval = resampled
-    if max(len(seeds_a), len(seeds_b)) > 1:
-        interval = _resampled_with_seeds(seeds_a, seeds_b, rows, score, seed)
     spread = np.abs(resampled) - np.abs(resampled).mean()
     swapped = _swapped_differences(stats_a, stats_b, score, num_resamples, seed)
     ps = (_share_beyond(spread, difference), _share_beyond(swapped, difference))
@@ -131,10 +138,14 @@ def compare_statistics(
         difference,
         ps=(1.0, 1.0) if difference == 0 else ps,
         test=test,
-        interval=interval,
+        resampled=resampled,
         num_prompts=len(stats_a),
         # of a mean: here of a score that is no mean, by the spread of its resamples
         paired_std=float(resampled.std()) * math.sqrt(len(stats_a)),
+        num_seeds=(len(seeds_a), len(seeds_b)),
+        over_seeds=seed_error(
+            *(np.array([score(one.sum(0)) for one in side]) for side in (seeds_a, seeds_b))
+        ),
     )
 
 
@@ -146,6 +157,8 @@ def compare_values(
     test: PairedTest = "randomization",
     num_resamples: int = 1000,
     seed: int = DEFAULT_SEED,
+    num_seeds: tuple[int, int] | None = None,
+    over_seeds: SeedError | None = None,
 ) -> Comparison:
     """Compare the means of per-prompt numbers: rewards, sentence scores, lengths, wins.
 
@@ -158,17 +171,14 @@ def compare_values(
             are two-sided.
         num_resamples: Resamplings of the tests and of the interval.
         seed: Same seed, same result.
+        num_seeds: Behind numbers that are means over seeds already.
+        over_seeds: And what reruns move their difference by.
     """
     seeds_a, seeds_b = _by_seed(a[1], a[0]), _by_seed(b[1], b[0])
     differences = seeds_a.mean(0) - seeds_b.mean(0)
     difference = float(differences.mean())
     rows = bootstrap_rows(len(differences), num_resamples, seed)
     resampled = differences[rows].mean(axis=1)
-    interval = resampled
-    if max(len(seeds_a), len(seeds_b)) > 1:
-        drawn_a, drawn_b = _drawn_seeds(len(seeds_a), len(seeds_b), num_resamples, seed)
-        drawn = drawn_a @ seeds_a - drawn_b @ seeds_b
-        interval = np.take_along_axis(drawn, rows, axis=1).mean(axis=1)
     swap = np.random.default_rng(seed).integers(2, size=rows.shape, dtype=bool)
     swapped = np.where(swap, -differences, differences).mean(axis=1)
 
@@ -183,9 +193,11 @@ def compare_values(
         difference,
         ps=(p_of(resampled - difference), p_of(swapped)),
         test=test,
-        interval=interval,
+        resampled=resampled,
         num_prompts=len(differences),
         paired_std=float(differences.std(ddof=1)) if len(differences) > 1 else 0.0,
+        num_seeds=num_seeds or (len(seeds_a), len(seeds_b)),
+        over_seeds=over_seeds or seed_error(seeds_a.mean(1), seeds_b.mean(1)),
     )
 
 
@@ -197,54 +209,42 @@ def _comparison(
     *,
     ps: tuple[float, float],
     test: PairedTest,
-    interval: np.ndarray,
+    resampled: np.ndarray,
     num_prompts: int,
     paired_std: float,
+    num_seeds: tuple[int, int],
+    over_seeds: SeedError | None,
 ) -> Comparison:
     by_bootstrap, by_swaps = ps
-    needed = prompts_needed(difference, paired_std)
+    by_seeds, interval, needed = None, percentiles(resampled), None
+    if over_seeds is None:
+        needed = prompts_needed(difference, paired_std)
+    else:
+        by_seeds, interval = over_seeds.test(difference, paired_std**2 / num_prompts)
+    by_prompts = by_bootstrap if test == "bootstrap" else by_swaps
+    # a two-sided test, where sacreBLEU's bootstrap is about one-sided
+    decides = by_swaps if by_seeds is None else by_seeds
     return Comparison(
         a=a,
         b=b,
         metric=metric,
         difference=difference,
-        p=by_bootstrap if test == "bootstrap" else by_swaps,
-        ci95=percentiles(interval),
+        p=by_prompts if by_seeds is None else by_seeds,
+        ci95=interval,
+        p_seeds=by_seeds,
         p_bootstrap=by_bootstrap,
         p_randomization=by_swaps,
+        num_seeds=num_seeds,
         num_prompts=num_prompts,
         num_prompts_needed=needed,
-        # a two-sided test, where sacreBLEU's bootstrap is about one-sided
-        verdict=verdict(metric, difference, by_swaps, num_prompts=num_prompts, needed=needed),
-    )
-
-
-def _resampled_with_seeds(
-    seeds_a: np.ndarray,
-    seeds_b: np.ndarray,
-    rows: np.ndarray,
-    score: Callable[[np.ndarray], float],
-    seed: int,
-) -> np.ndarray:
-    """Differences ``[resamples]`` where training seeds are drawn as well as prompts."""
-    drawn_a, drawn_b = _drawn_seeds(len(seeds_a), len(seeds_b), len(rows), seed)
-    return np.array(
-        [
-            score(np.tensordot(of_a, seeds_a[:, r].sum(1), 1))
-            - score(np.tensordot(of_b, seeds_b[:, r].sum(1), 1))
-            for of_a, of_b, r in zip(drawn_a, drawn_b, rows, strict=True)
-        ]
-    )
-
-
-def _drawn_seeds(
-    num_a: int, num_b: int, num_resamples: int, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """How often each training seed is drawn in each resample, as shares ``[resamples, seeds]``."""
-    rng = np.random.default_rng([seed, 1])
-    return (
-        rng.multinomial(num_a, [1 / num_a] * num_a, size=num_resamples) / num_a,
-        rng.multinomial(num_b, [1 / num_b] * num_b, size=num_resamples) / num_b,
+        verdict=verdict(
+            metric,
+            difference,
+            decides,
+            num_prompts=num_prompts,
+            needed=needed,
+            num_seeds=num_seeds,
+        ),
     )
 
 

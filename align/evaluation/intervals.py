@@ -5,6 +5,7 @@ All of it is fixed by a seed.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from statistics import NormalDist
@@ -17,6 +18,9 @@ from align.evaluation.bleu import CORPUS_METRICS
 # sacreBLEU's own default, so that our p is what its command line prints
 DEFAULT_SEED = 12345
 
+# Gauss and Legendre's, for an integral over [-1, 1]
+NODES, WEIGHTS = np.polynomial.legendre.leggauss(100)
+
 
 def mean_ci95(values: Sequence[float]) -> tuple[float, tuple[float, float] | None]:
     """Mean and its 95% interval by Student's t; no interval for a single value."""
@@ -25,7 +29,7 @@ def mean_ci95(values: Sequence[float]) -> tuple[float, tuple[float, float] | Non
     if len(numbers) == 1:
         return mean, None
     standard_error = float(numbers.std(ddof=1)) / math.sqrt(len(numbers))
-    half_width = student_t_975(len(numbers) - 1) * standard_error
+    half_width = student_t_quantile(0.975, len(numbers) - 1) * standard_error
     return mean, (mean - half_width, mean + half_width)
 
 
@@ -46,20 +50,27 @@ def proportion_ci95(share: float, count: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def student_t_975(df: int) -> float:
-    """97.5th percentile of Student's t: exact for 1 and 2, else Fisher's expansion (< 1% off)."""
-    if df == 1:
-        return math.tan(0.475 * math.pi)
-    if df == 2:
-        return 0.95 * math.sqrt(2 / (1 - 0.95**2))
-    z = NormalDist().inv_cdf(0.975)
-    terms = [
-        z,
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-    ]
-    return sum(term / df**power for power, term in enumerate(terms))
+def student_t_p(t: float, df: float) -> float:
+    """P(|T| >= |t|) for Student's t, ``df`` >= 1.
+
+    T = sqrt(df) tan(angle), where angle has density cos(angle)^(df - 1) up to a constant
+    """
+    start = math.atan2(abs(t), math.sqrt(df))
+    half = (math.pi / 2 - start) / 2
+    tail = half * float(WEIGHTS @ np.cos(start + half * (1 + NODES)) ** (df - 1))
+    whole = math.sqrt(math.pi) / 2 * math.exp(math.lgamma(df / 2) - math.lgamma((df + 1) / 2))
+    return min(1.0, tail / whole)
+
+
+@functools.cache
+def student_t_quantile(share: float, df: float) -> float:
+    """Above 0 for ``share`` above one half; halving, on the angle of ``student_t_p``."""
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        angle = (low + high) / 2
+        too_low = student_t_p(math.sqrt(df) * math.tan(angle), df) > 2 * (1 - share)
+        low, high = (angle, high) if too_low else (low, angle)
+    return math.sqrt(df) * math.tan((low + high) / 2)
 
 
 def corpus_scorer(metric: str) -> Callable[[np.ndarray], float]:

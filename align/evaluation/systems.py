@@ -67,16 +67,18 @@ def comparisons(systems: Sequence[System], num_resamples: int) -> list[dict[str,
                 test = compare_values(
                     (a, values[a]), (b, values[b]), metric=metric, num_resamples=num_resamples
                 )
-                found.append(asdict(test) | _at_equal_length(test, groups[a][0], groups[b][0]))
+                found.append(asdict(test) | _at_equal_length(test, groups[a], groups[b]))
     return found
 
 
-def _at_equal_length(test: Comparison, a: System, b: System) -> dict[str, Any]:
-    """For rewards of the answers themselves; of a model's first seed."""
+def _at_equal_length(test: Comparison, a: list[System], b: list[System]) -> dict[str, Any]:
+    """For rewards of the answers themselves; scores and lengths are means over seeds."""
     if test.metric not in ("reward", "gold"):
         return {}
     controlled = length_controlled_difference(
-        a.values[test.metric], b.values[test.metric], characters(a), characters(b)
+        *(np.mean([s.values[test.metric] for s in seeds], axis=0) for seeds in (a, b)),
+        mean_characters(a),
+        mean_characters(b),
     )
     return {"at_equal_length": None if controlled is None else asdict(controlled)}
 
@@ -89,24 +91,35 @@ def win_rates(
     found = []
     for judge, decide in judges.items():
         for a, b in ((a, b) for b, a in combinations(groups, 2)):
-            one, other = groups[a][0], groups[b][0]
-            if isinstance(decide, str):
-                if decide not in one.values or decide not in other.values:
-                    continue
-                shares = shares_won(one.values[decide], other.values[decide], tie_margin=tie_margin)
-            else:
-                shares = decide(one.outputs.responses, other.outputs.responses)
+            if isinstance(decide, str) and any(
+                decide not in s.values for s in groups[a] + groups[b]
+            ):
+                continue
             rate = win_rate(
                 a,
                 b,
-                shares,
+                np.stack(
+                    [_shares(*pair, decide, tie_margin) for pair in met(groups[a], groups[b])]
+                ),
                 judge=judge,
-                lengths_a=characters(one),
-                lengths_b=characters(other),
+                lengths_a=mean_characters(groups[a]),
+                lengths_b=mean_characters(groups[b]),
+                num_seeds=(len(groups[a]), len(groups[b])),
                 num_resamples=resamples,
             )
             found.append(asdict(rate))
     return found
+
+
+def met(a: Sequence[System], b: Sequence[System]) -> list[tuple[System, System]]:
+    """Each seed against one of the other side's, so that a judge is asked no more than needed."""
+    return [(a[i % len(a)], b[i % len(b)]) for i in range(max(len(a), len(b)))]
+
+
+def _shares(a: System, b: System, decide: Judge | str, tie_margin: float) -> np.ndarray:
+    if isinstance(decide, str):
+        return shares_won(a.values[decide], b.values[decide], tie_margin=tie_margin)
+    return decide(a.outputs.responses, b.outputs.responses)
 
 
 def judge_of(function: Any, name: str, examples: Sequence[PromptExample]) -> Judge:
@@ -134,5 +147,6 @@ def judge_of(function: Any, name: str, examples: Sequence[PromptExample]) -> Jud
     return lambda a, b: (ask(a, b) + 1 - ask(b, a)) / 2
 
 
-def characters(system: System) -> list[int]:
-    return [len(text) for text in system.outputs.responses]
+def mean_characters(seeds: Sequence[System]) -> np.ndarray:
+    """Of each prompt's answers."""
+    return np.mean([[len(text) for text in s.outputs.responses] for s in seeds], axis=0)

@@ -1,4 +1,4 @@
-"""A test's outcome in words, and how many prompts would have settled it."""
+"""A test's outcome in words, and what would have settled it: so many prompts, or more seeds."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ ALPHA, POWER = 0.05, 0.8
 OUT_OF_REACH = 1_000_000
 """Prompts that nobody will collect: a difference that takes more of them is none in practice."""
 
-# metrics where less is better; of those in NEUTRAL neither is
+# of any other metric, length or one of the user's own, nobody has said which way is better
 LOWER_IS_BETTER = {"ter", "repetition_4", "perplexity", "bits_per_byte"}
-NEUTRAL = {"length"}
+HIGHER_IS_BETTER = {
+    *("bleu", "bleu-intl", "bleu-char", "bleu-zh", "bleu-none", "chrf", "chrf++", "exact_match"),
+    *("reward", "gold", "win_rate", "sample_chrf", "sample_reward", "sample_gold"),
+}
 
 
 def prompts_needed(difference: float, paired_std: float) -> int | None:
@@ -35,18 +38,36 @@ def prompts_needed(difference: float, paired_std: float) -> int | None:
     return max(2, math.ceil((z * paired_std / difference) ** 2))
 
 
+def outcome(metric: str, difference: float, p: float) -> str:
+    """``better`` or ``worse``, ``more`` or ``less`` where neither end is; empty if not shown."""
+    if difference == 0 or p >= ALPHA:
+        return ""
+    if metric in HIGHER_IS_BETTER or metric in LOWER_IS_BETTER:
+        return "better" if (difference > 0) == (metric in HIGHER_IS_BETTER) else "worse"
+    return "more" if difference > 0 else "less"
+
+
 def verdict(
-    metric: str, difference: float, p: float, *, num_prompts: int, needed: int | None
+    metric: str,
+    difference: float,
+    p: float,
+    *,
+    num_prompts: int,
+    needed: int | None,
+    num_seeds: tuple[int, int] = (1, 1),
 ) -> str:
-    """``better, p = .003`` of a against b, or what these prompts cannot show."""
+    """``better, p = .003`` of a against b, or what these prompts or seeds cannot show."""
     if difference == 0:
         return "no difference"
-    if p < ALPHA:
-        if metric in NEUTRAL:
-            word = "more" if difference > 0 else "less"
-        else:
-            word = "better" if (difference > 0) != (metric in LOWER_IS_BETTER) else "worse"
+    word = outcome(metric, difference, p)
+    if word:
         return f"{word}, {p_in_words(p)}"
+    if max(num_seeds) > 1:
+        of_a, of_b = num_seeds
+        return (
+            f"no difference that {of_a} against {of_b} seeds can show, {p_in_words(p)}; "
+            "more seeds, not prompts, would tell"
+        )
     if needed is None or needed <= num_prompts:
         # by the power formula they would have sufficed: the difference is at the edge
         return f"no difference that {num_prompts} prompts can show, {p_in_words(p)}"
@@ -56,6 +77,12 @@ def verdict(
         f"no difference that {num_prompts} prompts can show; "
         f"about {rounded(needed):,} would be needed"
     )
+
+
+def short_verdict(metric: str, difference: float, p: float) -> str:
+    """For a table that says elsewhere how many prompts and seeds there were."""
+    word = outcome(metric, difference, p)
+    return "no difference" if difference == 0 else f"{word or 'none shown'}, {p_in_words(p)}"
 
 
 def p_in_words(p: float) -> str:

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from align.evaluation.compare import compare_values
-from align.evaluation.intervals import student_t_975
+from align.evaluation.intervals import student_t_quantile
+from align.evaluation.seeds import seed_error_of_pairs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,12 +26,13 @@ class WinRate:
         a: Name of one system.
         b: Name of the other.
         judge: Who decided: a reward source's or a function's name.
-        wins: Prompts where a was better.
+        wins: Prompts where a was better; with several seeds, in more than half of their pairs.
         ties: Prompts where neither was.
         losses: Prompts where b was better.
         win_rate: (wins + ties / 2) / prompts; with a judge of both orders the mean of its shares.
-        win_rate_ci95: Bootstrap interval over prompts.
-        win_rate_p: Of a rate this far from one half, by paired randomisation, two-sided.
+        win_rate_ci95: Bootstrap interval over prompts; with several seeds Student's t over seeds.
+        win_rate_p: Of a rate this far from one half, by paired randomisation, two-sided; with
+            several seeds Student's t over seeds.
         win_rate_verdict: The same in words.
         length_controlled_win_rate: The rate expected at equal length; None where every prompt's two
             answers are equally long.
@@ -80,13 +82,28 @@ def win_rate(
     shares: Sequence[float] | np.ndarray,
     *,
     judge: str,
-    lengths_a: Sequence[int],
-    lengths_b: Sequence[int],
+    lengths_a: Sequence[float] | np.ndarray,
+    lengths_b: Sequence[float] | np.ndarray,
+    num_seeds: tuple[int, int] = (1, 1),
     num_resamples: int = 1000,
 ) -> WinRate:
-    """Summarise one share in [0, 1] for each prompt: 1 = a won, 0 = b won."""
-    won = np.asarray(shares, dtype=float)
-    test = compare_values((a, won), (b, 1 - won), metric="win_rate", num_resamples=num_resamples)
+    """Summarise one share in [0, 1] for each prompt: 1 = a won, 0 = b won.
+
+    Args:
+        shares: ``[prompts]``, or ``[pairs, prompts]`` of pairs of training seeds, which are
+            averaged prompt by prompt.
+        num_seeds: Of a and of b; with several p and interval are over seeds.
+    """
+    by_pair = np.atleast_2d(np.asarray(shares, dtype=float))
+    won = by_pair.mean(0)
+    test = compare_values(
+        (a, won),
+        (b, 1 - won),
+        metric="win_rate",
+        num_resamples=num_resamples,
+        num_seeds=num_seeds,
+        over_seeds=seed_error_of_pairs(2 * by_pair.mean(1), num_seeds),
+    )
     controlled = length_controlled_win_rate(won, np.subtract(lengths_a, lengths_b))
     low, high = test.ci95
     return WinRate(
@@ -99,7 +116,7 @@ def win_rate(
         win_rate=float(won.mean()),
         # the test compares shares won with shares lost: twice as far apart as the rate from 1/2
         win_rate_ci95=((1 + low) / 2, (1 + high) / 2),
-        win_rate_p=test.p_randomization,
+        win_rate_p=test.p,
         win_rate_verdict=test.verdict,
         length_controlled_win_rate=None if controlled is None else controlled[0],
         length_controlled_win_rate_ci95=None if controlled is None else controlled[1],
@@ -107,10 +124,10 @@ def win_rate(
 
 
 def length_controlled_difference(
-    scores_a: Sequence[float],
-    scores_b: Sequence[float],
-    lengths_a: Sequence[int],
-    lengths_b: Sequence[int],
+    scores_a: Sequence[float] | np.ndarray,
+    scores_b: Sequence[float] | np.ndarray,
+    lengths_a: Sequence[float] | np.ndarray,
+    lengths_b: Sequence[float] | np.ndarray,
 ) -> EqualLength | None:
     """Reward of a minus reward of b at equal length, by regression over prompts.
 
@@ -131,7 +148,7 @@ def length_controlled_difference(
     residual = y - design @ np.array([difference, slope])
     freedom = len(y) - 2
     covariance = residual @ residual / freedom * np.linalg.inv(design.T @ design)
-    half_width = student_t_975(freedom) * math.sqrt(covariance[0, 0])
+    half_width = student_t_quantile(0.975, freedom) * math.sqrt(covariance[0, 0])
     return EqualLength(
         difference=float(difference),
         ci95=(float(difference - half_width), float(difference + half_width)),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
-from align.evaluation.verdict import ALPHA, p_in_words, verdict
+from align.evaluation.verdict import ALPHA, outcome, p_in_words, short_verdict, verdict
 from align.report.runs import RunRecord
 
 NAMES = {
@@ -29,17 +30,13 @@ TRUSTED = ("sample_gold", "gold", "sample_chrf", "chrf", "bleu", "sample_reward"
 
 @dataclass(frozen=True)
 class Evidence:
-    """One paired difference of a verdict; ``outcome`` is better, worse, more, less or empty."""
+    """One paired difference; ``says`` in words; ``outcome``: better, worse, more, less or empty."""
 
     name: str
     difference: float
     ci95: tuple[float, float]
     says: str = ""
-
-    @property
-    def outcome(self) -> str:
-        word = self.says.partition(",")[0]
-        return word if " " not in word else ""
+    outcome: str = ""
 
 
 @dataclass
@@ -47,6 +44,7 @@ class Verdict:
     """One model against its baseline; ``warnings`` are reasons to doubt what looks good."""
 
     title: str
+    baseline: str | None = None
     headline: str = ""
     evidence: list[Evidence] = field(default_factory=list)
     sentences: list[str] = field(default_factory=list)
@@ -56,8 +54,8 @@ class Verdict:
 def verdicts(run: RunRecord) -> list[Verdict]:
     """Every model of one evaluation against its reference, and what is known of the reward."""
     evaluation = run.evaluation or {}
-    models = {m["name"]: m for m in evaluation.get("models", [])}
-    baseline = baseline_of(run)
+    models = _over_seeds(evaluation.get("models", []))
+    baseline = (baseline_of(run) or "").partition("#")[0] or None
     found = []
     for name in models:
         if name != baseline:
@@ -67,6 +65,22 @@ def verdicts(run: RunRecord) -> list[Verdict]:
     if reward:
         found.append(_of_reward(reward))
     return found
+
+
+def _over_seeds(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """``ppo#0`` and ``ppo#1`` as one ppo, with the means of what all of them have."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row["name"].partition("#")[0], []).append(row)
+    keys = ("kl", "kl_per_token", "length_mean")
+    return {
+        name: {
+            key: fmean(row[key] for row in seeds)
+            for key in keys
+            if all(row.get(key) is not None for row in seeds)
+        }
+        for name, seeds in groups.items()
+    }
 
 
 def baseline_of(run: RunRecord) -> str | None:
@@ -80,18 +94,23 @@ def baseline_of(run: RunRecord) -> str | None:
 def _against(
     evaluation: dict[str, Any], models: dict[str, Any], name: str, baseline: str | None
 ) -> Verdict:
-    told = Verdict(f"{name} against {baseline}")
-    pair = name.partition("#")[0], (baseline or "").partition("#")[0]
+    told = Verdict(f"{name} against {baseline}", baseline)
+    pair = name, baseline
     listed = evaluation.get("comparisons", [])
     tests = {c["metric"]: turned(c) for c in listed if (c["b"], c["a"]) == pair}
     tests |= {c["metric"]: c for c in listed if (c["a"], c["b"]) == pair}
     told.headline = _headline(tests, models[name])
     for metric in (m for m in EVIDENCE if m in tests):
         test = tests[metric]
-        says = test.get("verdict") or p_in_words(test["p"])
-        shown = says.replace(f" that {test.get('num_prompts')} prompts can show", " shown")
+        found = metric, test["difference"], deciding_p(test)
         told.evidence.append(
-            Evidence(capital(NAMES[metric]), test["difference"], tuple(test["ci95"]), shown)
+            Evidence(
+                capital(NAMES[metric]),
+                test["difference"],
+                tuple(test["ci95"]),
+                short_verdict(*found),
+                outcome(*found),
+            )
         )
         controlled = test.get("at_equal_length")
         if controlled:
@@ -122,12 +141,12 @@ def _headline(tests: dict[str, dict[str, Any]], model: dict[str, Any]) -> str:
     if metric is None:
         return ""
     test, name = tests[metric], NAMES[metric]
-    said = test.get("verdict") or p_in_words(test["p"])
-    word, _, p = said.partition(", ")
+    p = deciding_p(test)
+    word = outcome(metric, test["difference"], p)
     cost = "" if model.get("kl") is None else f" for {model['kl']:.2f} nats"
-    if word in ("better", "worse"):
-        return f"{capital(word)} by {name}: {test['difference']:+.3g}{cost}, {p}"
-    return f"{capital(name)}: {said}"
+    if word:
+        return f"{capital(word)} by {name}: {test['difference']:+.3g}{cost}, {p_in_words(p)}"
+    return f"{capital(name)}: {test.get('verdict') or p_in_words(p)}"
 
 
 def turned(test: dict[str, Any]) -> dict[str, Any]:
@@ -135,15 +154,24 @@ def turned(test: dict[str, Any]) -> dict[str, Any]:
     found = test | {"a": test["b"], "b": test["a"]} | _negated(test)
     if test.get("at_equal_length"):
         found["at_equal_length"] = test["at_equal_length"] | _negated(test["at_equal_length"])
+    if "num_seeds" in test:
+        found["num_seeds"] = test["num_seeds"][::-1]
     if "verdict" in test:
         found["verdict"] = verdict(
             test["metric"],
             -test["difference"],
-            test["p_randomization"],
+            deciding_p(test),
             num_prompts=test["num_prompts"],
             needed=test["num_prompts_needed"],
+            num_seeds=tuple(found.get("num_seeds", (1, 1))),
         )
     return found
+
+
+def deciding_p(test: dict[str, Any]) -> float:
+    """The p that a verdict goes by: over seeds where there are several, else two-sided."""
+    by_seeds = test.get("p_seeds")
+    return float(test.get("p_randomization", test["p"]) if by_seeds is None else by_seeds)
 
 
 def _negated(figures: dict[str, Any]) -> dict[str, Any]:

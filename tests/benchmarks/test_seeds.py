@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -84,3 +85,47 @@ def test_a_seed_below_sft_fails_the_run(
     assert [(r[0], r[2]) for r in ran[:-1]] == [("ppo", "seed=1")]
     assert "ppo.epochs=2" in ran[0]
     assert f"ppo-0: {tmp_path}/tiny/ppo.epochs=2/ppo-0/model" in ran[1][2]
+
+
+def test_what_is_older_than_its_model_is_run_again(tmp_path: Path) -> None:
+    def write(path: Path, when: int, text: str = "{}") -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        os.utime(path, (when, when))
+
+    base, run = tmp_path / "sft", tmp_path / "ppo-0"
+    assert not seeds._is_done(run, str(base))
+    write(run / "model" / "config.json", 200)
+    write(base / "config.json", 100)
+    assert seeds._is_done(run, str(base))
+    models = {"sft": str(base), "ppo-0": str(run / "model")}
+    evaluated = tmp_path / "eval.json"
+    assert not seeds._covers(evaluated, models)
+    write(evaluated, 300, json.dumps({"models": [{"name": "sft"}, {"name": "ppo-0"}]}))
+    assert seeds._covers(evaluated, models)
+    assert not seeds._covers(evaluated, models | {"ppo-1": str(run / "model")})
+    write(base / "config.json", 400)  # SFT again
+    assert not seeds._is_done(run, str(base))
+    assert not seeds._covers(evaluated, models)
+
+
+@pytest.mark.parametrize(("asked", "code"), [("0", 0), ("1", 1), ("7", "not measured")])
+def test_only_the_seeds_asked_for_count_and_all_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str, code: int | str
+) -> None:
+    def align(command: str, recipe: str, *overrides: str) -> None:
+        if command != "eval":
+            return
+        place = tmp_path / "tiny" / "shipped" / "eval"
+        place.mkdir(parents=True, exist_ok=True)
+        (place / "eval.json").write_text(json.dumps(results()))
+
+    monkeypatch.setattr(seeds, "_align", align)
+    monkeypatch.delenv("ALIGN_TRUST", raising=False)
+    monkeypatch.setattr("sys.argv", ["seeds", "tiny", "--seeds", asked, "--folder", str(tmp_path)])
+    with pytest.raises(SystemExit) as caught:
+        seeds.main()
+    if isinstance(code, str):
+        assert f"ppo-7 {code}" in str(caught.value.code)
+    else:
+        assert caught.value.code == code

@@ -109,3 +109,25 @@ def test_seeds_widen_the_interval_and_change_no_mean() -> None:
     # the seeds differ by 1, which three of them average to nothing, and the interval knows
     assert pooled.ci95[0] < 0 < pooled.ci95[1]
     assert single.ci95[0] > 0
+
+
+def kendall_of_all_pairs(a: np.ndarray, b: np.ndarray) -> float | None:
+    above = np.triu_indices(len(a), k=1)
+    of_a, of_b = (np.sign(v[:, None] - v[None, :])[above] for v in (a, b))
+    untied = np.abs(of_a).sum() * np.abs(of_b).sum()
+    return float((of_a * of_b).sum() / untied**0.5) if untied else None
+
+
+@pytest.mark.parametrize("num_values", [2, 3, 1000])  # many ties, and none
+@pytest.mark.parametrize("size", [0, 1, 2, 3, 7, 64, 65, 301])
+def test_kendall_by_merging_is_kendall_by_counting(size: int, num_values: int) -> None:
+    rng = np.random.default_rng(size)
+    a = rng.integers(num_values, size=size) / 7
+    b = rng.integers(num_values, size=size) / 3 + 0.3 * a
+    found, expected = agreement.kendall(a, b), kendall_of_all_pairs(a, b)
+    assert found == (None if expected is None else pytest.approx(expected, abs=1e-12))
+
+
+def test_kendall_of_many_takes_no_square_of_memory() -> None:
+    x = np.arange(200_000.0)
+    assert agreement.kendall(x, -x) == pytest.approx(-1)

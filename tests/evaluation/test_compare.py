@@ -13,7 +13,7 @@ from align.evaluation.compare import (
     compare_statistics,
     compare_values,
 )
-from align.evaluation.intervals import mean_ci95
+from align.evaluation.intervals import mean_ci95, student_t_p, student_t_quantile
 
 METRICS = {"bleu": BLEU, "chrf": CHRF}
 
@@ -70,8 +70,83 @@ def test_copies_of_one_seed_change_no_p(
     for copies in (3, 10):
         seeds = np.stack([good] * copies)
         several = compare_statistics(("good", seeds), ("fair", fair), **options)
-        assert several.p == pytest.approx(one.p, abs=0.01)
+        for name in ("p_bootstrap", "p_randomization"):
+            assert getattr(several, name) == pytest.approx(getattr(one, name), abs=0.01)
         assert several.difference == pytest.approx(one.difference)
+        # seeds that do not vary leave the prompts' error, with the seeds' degrees of freedom
+        assert several.p == several.p_seeds
+        assert several.p >= several.p_randomization - 0.1
+
+
+def wrongly_found(num_a: int, num_b: int, *, seed_std: float, trials: int = 200) -> float:
+    """The share of verdicts that name a difference, where every training seed is as good."""
+    rng = np.random.default_rng(8)
+
+    def trained(num_seeds: int, prompts: np.ndarray) -> np.ndarray:
+        moved = seed_std * rng.normal(size=(num_seeds, 1))
+        return prompts + moved + 0.5 * rng.normal(size=(num_seeds, len(prompts)))
+
+    found = 0
+    for trial in range(trials):
+        prompts = rng.normal(size=64)
+        a, b = trained(num_a, prompts), trained(num_b, prompts)
+        test = compare_values(("a", a), ("b", b), metric="reward", num_resamples=2, seed=trial)
+        found += test.verdict.startswith(("better", "worse"))
+        assert test.verdict.startswith(("better", "worse")) == (
+            not test.ci95[0] <= 0 <= test.ci95[1]
+        )
+    return found / trials
+
+
+@pytest.mark.parametrize(("num_a", "num_b"), [(5, 1), (5, 5), (3, 1), (2, 5)])
+@pytest.mark.parametrize("seed_std", [1.0, 0.1])
+def test_seeds_alone_make_no_verdict(num_a: int, num_b: int, seed_std: float) -> None:
+    # .05 and three standard errors of 200 trials
+    assert wrongly_found(num_a, num_b, seed_std=seed_std) <= 0.05 + 3 * (0.05 * 0.95 / 200) ** 0.5
+
+
+def test_five_seeds_find_what_is_true_of_all_and_are_exact() -> None:
+    # five against one is exact where the prompts' error is small
+    assert wrongly_found(5, 1, seed_std=1.0, trials=500) == pytest.approx(0.05, abs=0.03)
+    rng = np.random.default_rng(9)
+    a, b = rng.normal(size=(5, 1)) + np.zeros(64) + 8, rng.normal(size=(5, 64))
+    found = compare_values(("a", a), ("b", b), metric="reward")
+    assert found.verdict.startswith("better")
+    assert (found.num_seeds, found.num_prompts_needed) == ((5, 5), None)
+
+
+def test_literal_t_over_seeds() -> None:
+    # means 3, 5, 7 against 1, 2, 3; variances 4/3 + 1/3; Welch's df (5/3)^2 / (16/9/2 + 1/9/2)
+    a, b = np.repeat([[3.0], [5.0], [7.0]], 4, 1), np.repeat([[1.0], [2.0], [3.0]], 4, 1)
+    found = compare_values(("a", a), ("b", b), metric="reward", num_resamples=50)
+    t, df = 3 / (5 / 3) ** 0.5, 50 / 17
+    assert found.p == found.p_seeds == pytest.approx(student_t_p(t, df))
+    assert found.p == pytest.approx(0.1046, abs=5e-4)
+    assert found.verdict == (
+        f"no difference that 3 against 3 seeds can show, p = {found.p:.3f}; "
+        "more seeds, not prompts, would tell"
+    ).replace("0.", ".")
+    # one against three: as variable as the other side, 4 (1 + 1/3), two degrees of freedom
+    single = compare_values(("a", a), ("b", b[:1]), metric="reward", num_resamples=50)
+    assert single.p == pytest.approx(student_t_p(4 / (16 / 3) ** 0.5, 2))
+
+
+@pytest.mark.parametrize(
+    # two-sided tables; df 1: 1 - 2 atan(t) / pi
+    ("df", "t", "p"),
+    [
+        (1, 1.0, 0.5),
+        (2, 4.30265, 0.05),
+        (4, 2.77645, 0.05),
+        (10, 3.16927, 0.01),
+        (60, 2.0003, 0.05),
+    ],
+)
+def test_students_t_is_the_tables(df: int, t: float, p: float) -> None:
+    assert student_t_p(t, df) == pytest.approx(p, rel=1e-4)
+    assert student_t_p(-t, df) == student_t_p(t, df)
+    assert student_t_quantile(1 - p / 2, df) == pytest.approx(t, rel=1e-4)
+    assert student_t_p(0.0, df) == pytest.approx(1)
 
 
 def test_systems_of_unequal_length_are_refused(systems: dict, references: list) -> None:

@@ -3,8 +3,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from align.evaluation.bleu import CORPUS_METRICS
 from align.evaluation.compare import compare_corpus, compare_values
-from align.evaluation.verdict import p_in_words, prompts_needed, rounded, verdict
+from align.evaluation.verdict import (
+    HIGHER_IS_BETTER,
+    LOWER_IS_BETTER,
+    p_in_words,
+    prompts_needed,
+    rounded,
+    short_verdict,
+    verdict,
+)
 
 
 def test_prompts_needed_is_the_textbook_formula() -> None:
@@ -39,6 +48,8 @@ def test_that_many_prompts_have_power_80() -> None:
         ("reward", -0.1, 0.0031, 90, "worse, p = .003"),
         ("ter", -3.0, 0.0002, 90, "better, p < .001"),
         ("length", 3.0, 0.01, 90, "more, p = .010"),
+        ("toxicity", 0.2, 0.01, 90, "more, p = .010"),  # a user's own
+        ("toxicity", -0.2, 0.01, 90, "less, p = .010"),
         (
             "reward",
             0.1,
@@ -59,6 +70,17 @@ def test_that_many_prompts_have_power_80() -> None:
 )
 def test_words(metric: str, difference: float, p: float, needed: int | None, words: str) -> None:
     assert verdict(metric, difference, p, num_prompts=200, needed=needed) == words
+
+
+def test_the_short_form_has_no_numbers_of_prompts() -> None:
+    assert short_verdict("ter", -3.0, 0.01) == "better, p = .010"
+    assert short_verdict("reward", 0.1, 0.3) == "none shown, p = .300"
+    assert short_verdict("reward", 0.0, 1.0) == "no difference"
+
+
+def test_every_metric_of_ours_has_a_better_end() -> None:
+    assert CORPUS_METRICS.keys() <= HIGHER_IS_BETTER | LOWER_IS_BETTER
+    assert not HIGHER_IS_BETTER & LOWER_IS_BETTER
 
 
 def test_a_comparison_carries_its_verdict(systems: dict, references: list) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -10,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from align.report.page import _used, interval, number, write_report
+from align.report.runs import read_run
 from align.report.samples import MAX_SHOWN, difference
-from align.report.verdicts import capital, turned
+from align.report.verdicts import capital, turned, verdicts
 from align.types import AlignError
 
 VOID = {"meta", "link", "br", "input", "img", "hr"}
@@ -58,6 +60,7 @@ def test_the_verdict_comes_first_and_says_what_is_wrong(text: str) -> None:
     words = " ".join(re.sub("<[^>]*>", " ", verdict).split())
     assert "Reward +0.200 0.100 to 0.300 better, p = .001" in words
     assert '<td class="worse">worse, p = .002</td>' in verdict
+    assert '<th scope="col">against sft</th>' in verdict
     assert "not certain at equal length" in verdict
     assert "over-optimised" in verdict
     assert "1.60 nats of KL per response" in verdict
@@ -203,6 +206,27 @@ def test_a_comparison_turned_round() -> None:
     assert found["at_equal_length"]["ci95"] == [-3.0, -0.5]
     assert turned(found) == test
     assert [capital(t) for t in ("gold reward", "chrF", "BLEU")] == ["Gold reward", "chrF", "BLEU"]
+
+
+def test_evidence_has_its_outcome_in_a_field(suite: Path) -> None:
+    run = read_run(suite / "eval", suite)
+    (ppo, *_) = [v for v in verdicts(run) if v.title.startswith("ppo")]
+    assert ppo.baseline == "sft"
+    assert [x.outcome for x in ppo.evidence] == ["better", "", "worse"]
+
+
+def test_seeds_of_one_model_have_one_verdict(suite: Path, tmp_path: Path) -> None:
+    place = suite / "eval" / "eval.json"
+    results = json.loads(place.read_text())
+    (ppo,) = [m for m in results["models"] if m["name"] == "ppo"]
+    results["models"] = [m for m in results["models"] if m["name"] == "sft"]
+    results["models"] += [ppo | {"name": f"ppo#{i}", "kl": 3.0 + 87 * i} for i in (0, 1)]
+    place.write_text(json.dumps(results))
+    text = write_report([str(suite)], str(tmp_path / "p.html")).read_text(encoding="utf-8")
+    verdict = text.partition('<section id="verdict"')[2].partition("</section>")[0]
+    assert verdict.count("<h3>ppo") == 1
+    assert "<h3>ppo against sft</h3>" in verdict
+    assert "for 46.50 nats" in verdict
 
 
 def test_the_doctors_findings_are_told(make_run, tmp_path: Path) -> None:

@@ -1,0 +1,70 @@
+"""A difference between models that were trained several times: Student's t over their seeds.
+
+A rerun moves a model further than most prompts do, so a test over prompts alone calls nearly every
+two sets of seeds different. The seeds are the sample here; the prompts' share of the error is added
+to theirs and never counted as more seeds.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from align.evaluation.intervals import student_t_p, student_t_quantile
+
+
+@dataclass(frozen=True)
+class SeedError:
+    """What reruns move a difference by.
+
+    Attributes:
+        variance: Of the difference, by the seeds of both sides, in its unit squared.
+        df: Degrees of freedom of that estimate.
+    """
+
+    variance: float
+    df: float
+
+    def test(
+        self, difference: float, variance_of_prompts: float
+    ) -> tuple[float, tuple[float, float]]:
+        """p, two-sided, and the 95% interval of the difference."""
+        error = math.sqrt(self.variance + variance_of_prompts)
+        half = student_t_quantile(0.975, self.df) * error
+        if error == 0:
+            return float(difference == 0), (difference, difference)
+        return student_t_p(difference / error, self.df), (difference - half, difference + half)
+
+
+def seed_error(of_a: np.ndarray, of_b: np.ndarray) -> SeedError | None:
+    """From one score for each seed of a and of b; None where both have one seed only.
+
+        variance = var(a) / n_a + var(b) / n_b
+
+    A side with one seed is taken to vary as the other does: nothing else is known of what its
+    rerun would give.
+
+    Source: Welch 1947; Colas et al. 2019 (arXiv:1904.06979) on comparing trained policies with it.
+    """
+    if max(len(of_a), len(of_b)) == 1:
+        return None
+    several = [x for x in (of_a, of_b) if len(x) > 1]
+    if len(several) == 1:
+        spread = float(several[0].var(ddof=1))
+        return SeedError(spread * (1 + 1 / len(several[0])), len(several[0]) - 1)
+    parts = [float(x.var(ddof=1)) / len(x) for x in several]
+    least = min(len(x) for x in several) - 1
+    if sum(parts) == 0:
+        return SeedError(0.0, least)
+    squares = sum(part**2 / (len(x) - 1) for part, x in zip(parts, several, strict=True))
+    return SeedError(sum(parts), max(least, sum(parts) ** 2 / squares))
+
+
+def seed_error_of_pairs(differences: np.ndarray, num_seeds: tuple[int, int]) -> SeedError | None:
+    """The same where seeds meet in pairs, one difference for each pair."""
+    least = min(num_seeds)
+    if least == 1:
+        return seed_error(differences, np.zeros(1))
+    return SeedError(float(differences.var(ddof=1)) / least, least - 1)
