@@ -75,10 +75,9 @@ def _at_equal_length(test: Comparison, a: list[System], b: list[System]) -> dict
     """For rewards of the answers themselves; scores and lengths are means over seeds."""
     if test.metric not in ("reward", "gold"):
         return {}
+    mean_a, mean_b = (np.mean([s.values[test.metric] for s in seeds], axis=0) for seeds in (a, b))
     controlled = length_controlled_difference(
-        *(np.mean([s.values[test.metric] for s in seeds], axis=0) for seeds in (a, b)),
-        mean_characters(a),
-        mean_characters(b),
+        mean_a, mean_b, mean_characters(a), mean_characters(b)
     )
     return {"at_equal_length": None if controlled is None else asdict(controlled)}
 
