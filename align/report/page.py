@@ -143,7 +143,7 @@ def _used(manifest: dict[str, Any]) -> str:
         return ""
     held_out = manifest.get("test_rows")
     more = f", {held_out:,} held out" if held_out else ""
-    return f"{manifest['train_rows']:,} rows trained on{more}"
+    return f"{manifest['train_rows']:,} rows used{more}"
 
 
 def _evaluation(run: RunRecord) -> dict[str, Any]:

@@ -69,8 +69,8 @@ def test_the_verdict_comes_first_and_says_what_is_wrong(text: str) -> None:
 
 
 def test_rows_that_were_used_are_told() -> None:
-    assert _used({"train_rows": 1600, "test_rows": 16}) == "1,600 rows trained on, 16 held out"
-    assert _used({"train_rows": 5, "test_rows": 0}) == "5 rows trained on"
+    assert _used({"train_rows": 1600, "test_rows": 16}) == "1,600 rows used, 16 held out"
+    assert _used({"train_rows": 5, "test_rows": 0}) == "5 rows used"
     assert _used({"prompts": 400}) == ""
 
 
