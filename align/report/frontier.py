@@ -18,6 +18,9 @@ from align.report.runs import RunRecord
 
 LABELS = {"reward": "reward (what was optimised)", "gold": "gold reward (what counts as true)"}
 
+FAR = 5.0
+"""Times the second largest KL, from which on a model is left out of the figures."""
+
 
 @dataclass(frozen=True)
 class Frontier:
@@ -27,6 +30,7 @@ class Frontier:
     points: list[dict[str, Any]]
     best_of_n: list[dict[str, Any]]
     sentences: list[str]
+    notes: list[str]
 
 
 def frontier_of(run: RunRecord) -> Frontier | None:
@@ -36,9 +40,11 @@ def frontier_of(run: RunRecord) -> Frontier | None:
     curve = evaluation.get("best_of_n") or []
     if len(points) < 2:
         return None
+    far = _far_away(points)
+    notes = [f"Not drawn: {p['name']}, {p['kl']:.1f} nats away; it is in the table." for p in far]
     drawn, sentences = [], []
     for key in ("reward", "gold"):
-        own = [p for p in points if p[key] is not None]
+        own = [p for p in points if p[key] is not None and p not in far]
         if not own:
             continue
         line = [c for c in curve if c[key] is not None]
@@ -62,7 +68,14 @@ def frontier_of(run: RunRecord) -> Frontier | None:
                 f"{group}: the gold reward turns at about {turn[0]:.2f} nats, where it is "
                 f"{turn[1]:.3g}; beyond that the policy is over-optimised."
             )
-    return Frontier(drawn, points, curve, sentences)
+    return Frontier(drawn, points, curve, sentences, notes)
+
+
+def _far_away(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The model that would press all others into a corner, as a base model before SFT does."""
+    *others, last = sorted(points, key=lambda p: p["kl"])
+    nearest = others[-1]["kl"]
+    return [last] if len(others) > 1 and last["kl"] > FAR * max(nearest, 1.0) else []
 
 
 def group_of(name: str) -> str:

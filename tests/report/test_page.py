@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from align.report.frontier import _far_away
 from align.report.page import _used, interval, number, write_report
 from align.report.runs import read_run
 from align.report.samples import MAX_SHOWN, difference
@@ -66,6 +67,16 @@ def test_the_verdict_comes_first_and_says_what_is_wrong(text: str) -> None:
     assert "1.60 nats of KL per response" in verdict
     assert "not shown to be better than chance and than length" in verdict
     assert "prefers repeated answers on 70%" in verdict
+
+
+def test_a_model_that_is_far_away_does_not_press_the_others_into_a_corner() -> None:
+    def points(*kls: float) -> list[dict[str, object]]:
+        return [{"name": str(kl), "kl": kl} for kl in kls]
+
+    assert [p["kl"] for p in _far_away(points(80.9, 0.0, 1.2, 0.7))] == [80.9]
+    assert _far_away(points(5.9, 0.0, 1.2, 0.7)) == []
+    assert _far_away(points(4.0, 0.0, 0.1)) == []  # not far in nats
+    assert _far_away(points(0.0, 80.0)) == []  # nothing else would be left to compare
 
 
 def test_rows_that_were_used_are_told() -> None:
