@@ -135,7 +135,7 @@ def _shp(fields: Fields) -> Sides:
 def _summaries(fields: Fields) -> Sides:
     """summarize-from-feedback, ``comparisons``: ``choice`` is the index of the better summary."""
     summaries, choice = fields.get("summaries"), fields.number("choice")
-    if not isinstance(summaries, Sequence) or len(summaries) != 2 or choice not in (0, 1):
+    if not _is_list(summaries) or len(summaries) != 2 or choice not in (0, 1):
         fields.bad("choice", "not 0 or 1 for two summaries")
     texts = [
         fields.string("summaries", s.get("text", "") if isinstance(s, Mapping) else s)
@@ -167,8 +167,10 @@ def _hhh(fields: Fields) -> Sides:
         targets = fields.values.get("targets")
         targets = targets if isinstance(targets, Mapping) else {}
         choices, labels = targets.get("choices") or [], targets.get("labels") or []
-        if len(choices) != len(labels):
+        if not _is_list(choices) or not _is_list(labels) or len(choices) != len(labels):
             fields.bad("targets", "has not one label for each choice")
+        if not all(isinstance(choice, str) for choice in choices):
+            fields.bad("targets", "has a choice that is no text")
         scores = dict(zip(choices, labels, strict=True))
     chosen = [text for text, label in scores.items() if label == 1]
     rejected = [text for text, label in scores.items() if label == 0]
@@ -189,9 +191,10 @@ def _user(text: str) -> Turns:
 def alpaca(fields: Fields) -> Turns:
     """``instruction``, ``input``, ``history`` as turns of a dialogue, as LLaMA-Factory has them."""
     turns: list[Message] = []
-    for exchange in fields.values.get("history") or ():
-        if not isinstance(exchange, Sequence) or len(exchange) != 2:
-            fields.bad("history", "not a list of (question, answer)")
+    history = fields.values.get("history") or ()
+    if not _is_list(history) or not all(_is_list(e) and len(e) == 2 for e in history):
+        fields.bad("history", "not a list of (question, answer)")
+    for exchange in history:
         question, answer = (fields.string("history", said) for said in exchange)
         turns += ({"role": "user", "content": question}, {"role": "assistant", "content": answer})
     asked = [fields.string("instruction")]
@@ -201,13 +204,17 @@ def alpaca(fields: Fields) -> Turns:
     return fields.turns("instruction", turns)
 
 
+def _is_list(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
 def _has(*names: str, without: str = "") -> Callable[[Fields], bool]:
     return lambda fields: all(n in fields for n in names) and without not in fields
 
 
 def _is_text_then_turns(fields: Fields) -> bool:
     prompt, chosen = (fields.values.get(n) for n in ("prompt", "chosen"))
-    return isinstance(prompt, str) and isinstance(chosen, Sequence) and not isinstance(chosen, str)
+    return isinstance(prompt, str) and _is_list(chosen)
 
 
 PAIR_FORMATS = (

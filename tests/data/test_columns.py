@@ -242,6 +242,19 @@ def test_sft_formats() -> None:
     )
 
 
+@pytest.mark.parametrize("history", [True, 3, "ab", ["ab"], [["q"]], {"ab": "cd"}, [None]])
+def test_a_history_that_is_none_is_named(history: object) -> None:
+    row = {"instruction": "q", "output": "a", "history": history}
+    assert "history: not a list of (question, answer)" in refusal("sft", row)
+
+
+@pytest.mark.parametrize(
+    "targets", [{"choices": True, "labels": 1}, {"choices": [["a"], "b"], "labels": [1, 0]}]
+)
+def test_targets_that_are_none_are_named(targets: object) -> None:
+    assert "f.jsonl:7: targets: has " in refusal("preference", {"input": "q", "targets": targets})
+
+
 def test_alpaca_input_history_and_system_become_turns() -> None:
     row = {
         "system": "s",
