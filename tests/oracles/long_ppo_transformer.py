@@ -20,7 +20,7 @@ def test_a_transformer_comes_close_to_the_optimum(
         batch=512,
         lr=3e-3,
         critic={"lr": 6e-3},
-        ppo={"iterations": 500},
+        ppo={"iterations": 700},
         save_every=20,
     )
     steps, found = approach(run, start, "actor")
