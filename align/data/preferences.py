@@ -12,7 +12,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, TypeAlias, TypeVar, overload
+from typing import Literal, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from align.data.formats import BadRow, Row, file_sha256, find_files, read_file, 
 from align.data.naming import KIND_NAMES, flags, overrides
 from align.data.rankings import Rated, pairs_of
 from align.data.spool import Spool, Store
+from align.data.subset import Lazy
 from align.types import AlignError, DataSource, SFTExample, SourceReport, Text
 
 OnBadRow: TypeAlias = Literal["stop", "skip"]
@@ -72,8 +73,8 @@ class _Bad:
             self.first.append(str(row))
 
 
-class _Used(Sequence[Example]):
-    """The records that weights leave, in order, each made when it is asked for."""
+class _Used(Lazy[Example]):
+    """The records that weights leave, in order."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -86,13 +87,7 @@ class _Used(Sequence[Example]):
     def __len__(self) -> int:
         return len(self._records)
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def _item(self, index: int) -> Example:
         example: Example = self._store[self._records[index]]
         copy = self._copies[index]
         return example if copy == 1 else replace(example, id=f"{example.id}#{copy}")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Generic, TypeVar, overload
+from typing import TypeVar, overload
 
 import numpy as np
 
@@ -22,14 +23,11 @@ def picked(count: int, limit: int | None, seed: int) -> np.ndarray:
     return np.sort(np.random.default_rng([seed, 7]).permutation(count)[:limit])
 
 
-class Subset(Sequence[T], Generic[T]):
-    """Items of a sequence by their numbers, each made when it is asked for."""
+class Lazy(Sequence[T]):
+    """A sequence whose items are made when they are asked for, one by one, by ``_item``."""
 
-    def __init__(self, items: Sequence[T], numbers: np.ndarray) -> None:
-        self._items, self._numbers = items, numbers
-
-    def __len__(self) -> int:
-        return len(self._numbers)
+    @abstractmethod
+    def _item(self, index: int) -> T: ...
 
     @overload
     def __getitem__(self, index: int) -> T: ...
@@ -37,5 +35,18 @@ class Subset(Sequence[T], Generic[T]):
     def __getitem__(self, index: slice) -> list[T]: ...
     def __getitem__(self, index: int | slice) -> T | list[T]:
         if isinstance(index, slice):
-            return [self._items[i] for i in self._numbers[index].tolist()]
+            return [self._item(i) for i in range(*index.indices(len(self)))]
+        return self._item(index)
+
+
+class Subset(Lazy[T]):
+    """Items of a sequence by their numbers."""
+
+    def __init__(self, items: Sequence[T], numbers: np.ndarray) -> None:
+        self._items, self._numbers = items, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def _item(self, index: int) -> T:
         return self._items[int(self._numbers[index])]

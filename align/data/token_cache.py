@@ -21,13 +21,14 @@ from dataclasses import asdict
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from align import types
 from align.data.spool import restored, writing_cache
+from align.data.subset import Lazy
 from align.data.template import Tokenizer
 from align.types import PromptExample, TokenGroup, TokenSequence
 
@@ -209,7 +210,7 @@ def to_batches(
         yield pa.RecordBatch.from_pylist(rows, SCHEMA)
 
 
-class GroupFile(Sequence[TokenGroup]):
+class GroupFile(Lazy[TokenGroup]):
     """The groups of one Arrow file; their arrays are views of the mapped file."""
 
     def __init__(self, path: Path) -> None:
@@ -223,13 +224,7 @@ class GroupFile(Sequence[TokenGroup]):
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    @overload
-    def __getitem__(self, index: int) -> TokenGroup: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[TokenGroup]: ...
-    def __getitem__(self, index: int | slice) -> TokenGroup | list[TokenGroup]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def _item(self, index: int) -> TokenGroup:
         batch, row = self._find(index)
         ids, margin, tokens, lengths, mask, _ = (batch.column(i) for i in range(len(SCHEMA)))
         every = _values(tokens, row)
@@ -292,8 +287,8 @@ class GroupFile(Sequence[TokenGroup]):
         return self._batches[number], index - self._starts[number]
 
 
-class ExampleFile(Sequence[PromptExample]):
-    """The prompts of the groups of one file, made when they are asked for."""
+class ExampleFile(Lazy[PromptExample]):
+    """The prompts of the groups of one file."""
 
     def __init__(self, groups: GroupFile) -> None:
         self._groups = groups
@@ -301,13 +296,7 @@ class ExampleFile(Sequence[PromptExample]):
     def __len__(self) -> int:
         return len(self._groups)
 
-    @overload
-    def __getitem__(self, index: int) -> PromptExample: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[PromptExample]: ...
-    def __getitem__(self, index: int | slice) -> PromptExample | list[PromptExample]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def _item(self, index: int) -> PromptExample:
         return self._groups.example(index)
 
 
