@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NoReturn, TypeAlias
 
 from align.data.formats import BadRow, Row
-from align.data.turns import NotTurns, read_turns
+from align.data.turns import NotTurns, is_list, read_turns
 from align.nearest import nearest
 from align.types import AlignError, Message, Text
 
@@ -93,9 +93,7 @@ class Fields:
     def text(self, field: str) -> Text:
         """A string, or a conversation."""
         value = self.get(field)
-        if isinstance(value, Mapping) or (
-            isinstance(value, Sequence) and not isinstance(value, str)
-        ):
+        if isinstance(value, Mapping) or is_list(value):
             return self.turns(field)
         return self.string(field)
 

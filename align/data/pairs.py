@@ -5,12 +5,12 @@ Rows from which pairs have yet to be made (rankings, ratings) are ``rankings.py`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
 from align.data.fields import Fields, Turns
-from align.data.turns import is_hh, read_hh, split_shared, without_prompt
+from align.data.turns import is_hh, is_list, read_hh, split_shared, without_prompt
 from align.types import Message, PreferencePair, Text
 
 Sides: TypeAlias = tuple[Text, Text, Text]
@@ -135,7 +135,7 @@ def _shp(fields: Fields) -> Sides:
 def _summaries(fields: Fields) -> Sides:
     """summarize-from-feedback, ``comparisons``: ``choice`` is the index of the better summary."""
     summaries, choice = fields.get("summaries"), fields.number("choice")
-    if not _is_list(summaries) or len(summaries) != 2 or choice not in (0, 1):
+    if not is_list(summaries) or len(summaries) != 2 or choice not in (0, 1):
         fields.bad("choice", "not 0 or 1 for two summaries")
     texts = [
         fields.string("summaries", s.get("text", "") if isinstance(s, Mapping) else s)
@@ -167,7 +167,7 @@ def _hhh(fields: Fields) -> Sides:
         targets = fields.values.get("targets")
         targets = targets if isinstance(targets, Mapping) else {}
         choices, labels = targets.get("choices") or [], targets.get("labels") or []
-        if not _is_list(choices) or not _is_list(labels) or len(choices) != len(labels):
+        if not is_list(choices) or not is_list(labels) or len(choices) != len(labels):
             fields.bad("targets", "has not one label for each choice")
         if not all(isinstance(choice, str) for choice in choices):
             fields.bad("targets", "has a choice that is no text")
@@ -192,7 +192,7 @@ def alpaca(fields: Fields) -> Turns:
     """``instruction``, ``input``, ``history`` as turns of a dialogue, as LLaMA-Factory has them."""
     turns: list[Message] = []
     history = fields.values.get("history") or ()
-    if not _is_list(history) or not all(_is_list(e) and len(e) == 2 for e in history):
+    if not is_list(history) or not all(is_list(e) and len(e) == 2 for e in history):
         fields.bad("history", "not a list of (question, answer)")
     for exchange in history:
         question, answer = (fields.string("history", said) for said in exchange)
@@ -204,17 +204,13 @@ def alpaca(fields: Fields) -> Turns:
     return fields.turns("instruction", turns)
 
 
-def _is_list(value: object) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str)
-
-
 def _has(*names: str, without: str = "") -> Callable[[Fields], bool]:
     return lambda fields: all(n in fields for n in names) and without not in fields
 
 
 def _is_text_then_turns(fields: Fields) -> bool:
     prompt, chosen = (fields.values.get(n) for n in ("prompt", "chosen"))
-    return isinstance(prompt, str) and _is_list(chosen)
+    return isinstance(prompt, str) and is_list(chosen)
 
 
 PAIR_FORMATS = (

@@ -14,6 +14,7 @@ from typing import Any
 
 from align.data.fields import Fields
 from align.data.pairs import matched
+from align.data.turns import is_list
 from align.types import PreferencePair, Text
 
 RANKING, RATING = "ranking", "rating"
@@ -43,7 +44,7 @@ def listwise_format(fields: Fields) -> str | None:
 def read_ranking(fields: Fields, source: str) -> tuple[PreferencePair, ...]:
     """All pairs of ``responses``, which stand best first."""
     given: Any = fields.get("responses")
-    if not isinstance(given, Sequence) or isinstance(given, str) or len(given) < 2:
+    if not is_list(given) or len(given) < 2:
         fields.bad("responses", "not a list of at least two", "give them best first")
     numbered = {f"responses[{i}]": response for i, response in enumerate(given)}
     inside = Fields({**fields.values, **numbered}, fields.where, fields.kind)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from align.types import Message
 
@@ -21,10 +21,15 @@ class NotTurns(ValueError):
     """Why a value is no conversation; ``columns.py`` says in which row and field."""
 
 
+def is_list(value: Any) -> TypeGuard[Sequence[Any]]:
+    """Whether a value of a row is a list; text is none, though Python counts it as a sequence."""
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
 def read_turns(value: Any) -> tuple[Message, ...]:
     """Messages of a list of turns, or of one, with ``role``/``content`` or ``from``/``value``."""
     turns = [value] if isinstance(value, Mapping) else value
-    if not isinstance(turns, Sequence) or isinstance(turns, str):
+    if not is_list(turns):
         is_json = isinstance(turns, str) and turns.lstrip().startswith(("[", "{"))
         as_text = ", but text that may hold one (a CSV has no lists: save it as JSONL or Parquet)"
         raise NotTurns("not a list of turns" + (as_text if is_json else ""))
@@ -40,7 +45,7 @@ def _read_turn(turn: Any) -> Message:
     content = turn.get("content", turn.get("value"))
     if turn.get("tool_calls"):
         raise NotTurns("tool calls, which are not supported")
-    if isinstance(content, Sequence) and not isinstance(content, str):
+    if is_list(content):
         content = _text_parts(content)
     if not isinstance(role, str) or not isinstance(content, str):
         raise NotTurns("a turn without a role or without text")
