@@ -204,14 +204,14 @@ def _set_up_libraries() -> None:
 def _keep_freed_memory() -> None:
     """Tell glibc to reuse what a step has freed instead of handing it back to the system.
 
-    Else every step faults the same pages in again: an eighth of its time on a CPU. Blocks above 32
-    MiB still go back, because holes of their size would be left: peak memory rose by a quarter.
+    Else every step faults the same pages in again: on a CPU a fifth of a step in bf16. Blocks of
+    any size are kept, for 2 to 4 percent more memory at the peak.
     """
-    theirs = ("GLIBC_TUNABLES", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
+    theirs = ("GLIBC_TUNABLES", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_")
     if platform.libc_ver()[0] == "glibc" and not any(name in os.environ for name in theirs):
         libc = ctypes.CDLL(None)
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
-        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: bytes
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block is a mapping of its own, which goes back
 
 
 # ---------------------------------------------------------------- commands

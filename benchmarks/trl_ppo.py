@@ -39,7 +39,7 @@ def options(job: Job) -> PPOConfig:
         learning_rate=job.lr,
         lr_scheduler_type="constant",
         gradient_checkpointing=False,
-        bf16=False,
+        bf16=job.settings.get("bf16", False),
         use_cpu=True,
         logging_steps=1,
         save_strategy="no",

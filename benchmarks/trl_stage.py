@@ -45,7 +45,7 @@ def options(job: Job) -> dict[str, Any]:
         "weight_decay": 0.0,
         "max_length": None,
         "gradient_checkpointing": job.settings.get("checkpointing", False),
-        "bf16": False,
+        "bf16": job.settings.get("bf16", False),
         "use_cpu": True,
         "logging_steps": 1,
         "save_strategy": "no",

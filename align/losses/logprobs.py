@@ -7,6 +7,7 @@ whatever the weights are.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -15,10 +16,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 CHUNK_ELEMENTS = 2**26
-"""Logits held at a time (256 MB in float32): rows per chunk = this / vocabulary.
+"""Logits held at a time (128 MB in bf16): rows per chunk = this / vocabulary.
 
 A minibatch of one chunk computes them once; of more, again in the backward pass.
 """
+PIECE_ELEMENTS = 2**21
+"""Logits that a CPU works on at a time in float32: what its cache holds (8 MB)."""
 
 
 def token_logprobs(
@@ -87,26 +90,35 @@ def _chunked(
     device = hidden.device.type
     # The products run in one dtype, fixed here: autograd calls backward outside autocast.
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    options = (temperature, softcap, with_entropy, dtype)
     with torch.autocast(device, enabled=False):
-        out = _TokenLogprobs.apply(
-            hidden.to(dtype), weight.to(dtype), targets, temperature, bias, softcap, with_entropy
-        )
+        out = _TokenLogprobs.apply(hidden.to(dtype), weight, targets, bias, options)
     return TokenStatistics(*out)
 
 
-def _logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, temperature: float
-) -> Tensor:
-    logits = F.linear(hidden, weight).float()
+def _parts(start: int, stop: int, size: int) -> Iterator[slice]:
+    for first in range(start, stop, size):
+        yield slice(first, min(first + size, stop))
+
+
+def _pieces(raw: Tensor) -> Iterator[slice]:
+    """Rows of a chunk of logits that are worked on together."""
+    size = PIECE_ELEMENTS // raw.shape[1] if raw.device.type == "cpu" else len(raw)
+    return _parts(0, len(raw), max(1, size))
+
+
+def _finished(raw: Tensor, bias: Tensor | None, softcap: float | None, temp: float) -> Tensor:
+    """The head's products -> float32 logits, in new memory."""
+    logits = raw.to(torch.float32, copy=True)
     if bias is not None:
         logits += bias
     if softcap is not None:
-        logits = logits.div_(softcap).tanh_().mul_(softcap)
-    return logits.div_(temperature) if temperature != 1.0 else logits
+        logits.div_(softcap).tanh_().mul_(softcap)
+    return logits.div_(temp) if temp != 1.0 else logits
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """Forward keeps ``lse`` and entropy, ``[N]`` each, and one chunk's logits at most."""
+    """Forward keeps ``lse`` and entropy, ``[N]`` each, and one chunk's products at most."""
 
     @staticmethod
     def forward(
@@ -114,68 +126,71 @@ class _TokenLogprobs(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         targets: Tensor,
-        temperature: float,
         bias: Tensor | None,
-        softcap: float | None,
-        with_entropy: bool,
+        options: tuple[float, float | None, bool, torch.dtype],
     ) -> tuple[Tensor, Tensor, Tensor]:
+        temperature, softcap, with_entropy, dtype = options
+        weight = weight.to(dtype)
         rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
         logprobs = hidden.new_empty(len(hidden), dtype=torch.float32)
         lse = torch.empty_like(logprobs)
         entropy, collision = torch.zeros_like(logprobs), torch.zeros_like(logprobs)
-        logits = None
-        for start in range(0, len(hidden), rows):
-            part = slice(start, start + rows)
-            logits = _logits(hidden[part], weight, bias, softcap, temperature)
-            lse[part] = logits.logsumexp(-1)
-            logprobs[part] = logits.gather(-1, targets[part, None]).squeeze(-1) - lse[part]
-            if with_entropy:
-                probs = (logits - lse[part, None]).exp_()
-                collision[part] = probs.square().sum(-1).log()
-                entropy[part] = lse[part] - probs.mul_(logits).sum(-1)
+        raw = None
+        for part in _parts(0, len(hidden), rows):
+            raw = F.linear(hidden[part], weight)
+            for piece in _pieces(raw):
+                at = slice(part.start + piece.start, part.start + piece.stop)
+                logits = _finished(raw[piece], bias, softcap, temperature)
+                lse[at] = logits.logsumexp(-1)
+                logprobs[at] = logits.gather(-1, targets[at, None]).squeeze(-1) - lse[at]
+                if with_entropy:
+                    probs = (logits - lse[at, None]).exp_()
+                    collision[at] = probs.square().sum(-1).log()
+                    entropy[at] = lse[at] - probs.mul_(logits).sum(-1)
         ctx.mark_non_differentiable(collision)
-        kept = logits if len(hidden) <= rows and any(ctx.needs_input_grad) else None
+        kept = raw if len(hidden) <= rows and any(ctx.needs_input_grad) else None
         ctx.save_for_backward(hidden, weight, targets, bias, lse, entropy, kept)
-        ctx.options = (temperature, softcap, rows, with_entropy)
+        ctx.options = (temperature, softcap, with_entropy, rows)
         return logprobs, entropy, collision
 
     @staticmethod
     def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor, _: Any) -> Any:
         hidden, weight, targets, bias, lse, entropy, kept = ctx.saved_tensors
-        temperature, softcap, rows, with_entropy = ctx.options
-        needs_hidden, needs_weight, _, _, needs_bias, *_ = ctx.needs_input_grad
+        temperature, softcap, with_entropy, rows = ctx.options
+        needs_hidden, needs_weight, _, needs_bias, _ = ctx.needs_input_grad
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_weight = None
+        # float32, though the products that it adds up have the dtype of the others
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         grad_bias = torch.zeros_like(bias) if needs_bias else None
-        for start in range(0, len(hidden), rows):
-            part = slice(start, start + rows)
-            logits = kept
-            if logits is None:
-                logits = _logits(hidden[part], weight, bias, softcap, temperature)
-            centred = logits - lse[part, None]
-            # d logprob / d logits = onehot - probs;  d entropy / d logits = -probs (log p + H)
-            factor = grad_logprobs[part, None].neg()
-            if with_entropy:
-                probs = centred.exp()
-                grad = probs.mul(factor)
-                grad -= centred.add_(entropy[part, None]).mul_(probs) * grad_entropy[part, None]
-            else:  # in place: new memory of this size costs more than the arithmetic
-                grad = centred.exp_().mul_(factor)
-            grad.scatter_add_(-1, targets[part, None], grad_logprobs[part, None])
-            if temperature != 1.0:
-                grad /= temperature
-            if softcap is not None:
-                # logits hold the capped values divided by the temperature
-                grad *= 1 - (logits * (temperature / softcap)).square_()
-            if grad_bias is not None:
-                grad_bias += grad.sum(0)
-            grad = grad.to(hidden.dtype)
+        for part in _parts(0, len(hidden), rows):
+            raw = F.linear(hidden[part], weight) if kept is None else kept
+            grads = torch.empty_like(raw)
+            for piece in _pieces(raw):
+                at = slice(part.start + piece.start, part.start + piece.stop)
+                logits = _finished(raw[piece], bias, softcap, temperature)
+                slope = None
+                if softcap is not None:
+                    # logits hold the capped values divided by the temperature
+                    slope = 1 - (logits * (temperature / softcap)).square_()
+                centred = logits.sub_(lse[at, None])
+                # d logprob / d logits = onehot - probs;  d entropy / d logits = -probs (log p + H)
+                factor = grad_logprobs[at, None].neg()
+                if with_entropy:
+                    probs = centred.exp()
+                    grad = probs.mul(factor)
+                    grad -= centred.add_(entropy[at, None]).mul_(probs) * grad_entropy[at, None]
+                else:
+                    grad = centred.exp_().mul_(factor)
+                grad.scatter_add_(-1, targets[at, None], grad_logprobs[at, None])
+                if temperature != 1.0:
+                    grad /= temperature
+                if slope is not None:
+                    grad *= slope
+                if grad_bias is not None:
+                    grad_bias += grad.sum(0)
+                grads[piece] = grad
             if grad_hidden is not None:
-                grad_hidden[part] = grad @ weight
-            if needs_weight:
-                update = (grad.T @ hidden[part]).float()
-                grad_weight = update if grad_weight is None else grad_weight.add_(update)
-        if needs_weight:
-            nothing = torch.zeros_like(weight) if grad_weight is None else grad_weight
-            grad_weight = nothing.to(weight.dtype)
-        return grad_hidden, grad_weight, None, None, grad_bias, None, None
+                grad_hidden[part] = grads @ weight
+            if grad_weight is not None:
+                grad_weight += grads.T @ hidden[part]
+        return grad_hidden, grad_weight, None, grad_bias, None

@@ -1,8 +1,8 @@
 """Attention over packed rows: the one place that turns segments into what a backend wants.
 
 A segment's keys are its own and those of all that it continues. Short segments of like lengths go
-into one padded call to scaled-dot-product attention, a long one into a call of its own. So no
-``[T,T]`` mask exists, hardly anything is computed between neighbours, and a row may be as long as
+into one padded call, a long one into a call of its own: of matrix products on a CPU (`products`),
+of torch's scaled-dot-product attention elsewhere. So no ``[T,T]`` mask exists, hardly anything is computed between neighbours, and a row may be as long as
 memory allows. The segments travel as an extra keyword of the model's forward to a function
 registered with transformers' ``AttentionInterface``, which any architecture on that interface
 calls. Decoding, one query per row against a cache, is its own case.
@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
+from align.models import products
 from align.types import Segment
 
 BACKEND = "align_segments"
@@ -62,6 +63,9 @@ def segment_attention(
     for name in UNSUPPORTED:
         if more.get(name) is not None:
             raise NotImplementedError(f"attention with `{name}` is not supported")
+    if torch.is_autocast_enabled(query.device.type):  # rotary embeddings are float32 there
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     options = _Options(dropout, scaling or query.shape[-1] ** -0.5, sliding_window, softcap)
     if decode is not None:
         return _decode(query, key, value, decode, options), None
@@ -96,12 +100,15 @@ class _Bucket:
     Attributes:
         queries: int64 ``[n,L]``.
         keys: int64 ``[n,S]``.
-        mask: bool ``[n,1,L,S]``, True = may be attended to; None for a lone segment.
+        mask: bool ``[n,1,L,S]``, True = may be attended to; None where ``before`` says it all, of a
+            lone segment.
+        before: Query i attends to no key from ``before + i + 1`` on.
     """
 
     queries: Tensor
     keys: Tensor
     mask: Tensor | None
+    before: int
 
 
 @dataclass(frozen=True)
@@ -158,18 +165,19 @@ def _bucket(
     for i, (columns, length) in enumerate(zip(seen, lengths, strict=True)):
         queries[i, :length], queries[i, length:] = columns[len(columns) - length :], columns[-1]
         keys[i, : len(columns)], keys[i, len(columns) :] = columns, columns[-1]
-    mask = None
-    if n > 1:
-        totals = np.array([len(columns) for columns in seen])[:, None, None]
-        place = totals - np.array(lengths)[:, None, None] + np.arange(longest)[:, None]
-        distance = place - np.arange(most)
-        allowed = (distance >= 0) & (np.arange(most) < totals)
-        if window is not None:
-            allowed &= distance < window
-        # a query of padding is thrown away, but it has to look at something to be a number
-        allowed[..., 0] |= ~allowed.any(-1)
-        mask = torch.from_numpy(allowed[:, None]).to(device)
-    return _Bucket(torch.from_numpy(queries).to(device), torch.from_numpy(keys).to(device), mask)
+    columns_of = torch.from_numpy(queries).to(device), torch.from_numpy(keys).to(device)
+    if n == 1 and (window is None or most <= window):
+        return _Bucket(*columns_of, None, most - longest)
+    totals = np.array([len(columns) for columns in seen])[:, None, None]
+    before = totals - np.array(lengths)[:, None, None]
+    distance = before + np.arange(longest)[:, None] - np.arange(most)
+    allowed = (distance >= 0) & (np.arange(most) < totals)
+    if window is not None:
+        allowed &= distance < window
+    # a query of padding is thrown away, but it has to look at something to be a number
+    allowed[..., 0] |= ~allowed.any(-1)
+    mask = torch.from_numpy(allowed[:, None]).to(device)
+    return _Bucket(*columns_of, mask, int(before.max()))
 
 
 def _packed(
@@ -187,45 +195,10 @@ def _packed(
             F.embedding(columns, t).unflatten(-1, (-1, dim)).transpose(1, 2)
             for columns, t in zip(places, flat, strict=True)
         )
-        if bucket.mask is None:
-            out = _causal(q[0], k[0], v[0], options)[None]
-        else:
-            out = _attend_grouped(q, k, v, bucket.mask, options)
+        out = _attend(q, k, v, bucket.mask, options, before=bucket.before)
         outputs.append(out.transpose(1, 2).reshape(-1, heads * dim))
     outputs.append(flat[0].new_zeros(1, heads * dim))
     return F.embedding(plan.order, torch.cat(outputs)).view(batch, time, heads, dim)
-
-
-def _attend_grouped(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, options: _Options
-) -> Tensor:
-    """``[n,heads,L,D]`` queries, ``[n,kv,S,D]`` keys, ``[n,1,L,S]`` mask -> ``[n,heads,L,D]``."""
-    n, heads, length, dim = query.shape
-    kv = key.shape[1]
-    grouped = query.reshape(n * kv, heads // kv, length, dim)
-    key, value = (
-        t.reshape(n * kv, 1, -1, dim).expand(-1, heads // kv, -1, -1) for t in (key, value)
-    )
-    mask = mask.expand(-1, kv, -1, -1).reshape(n * kv, 1, length, -1)
-    return _attend(grouped, key, value, mask, False, options).view(n, heads, length, dim)
-
-
-def _causal(query: Tensor, key: Tensor, value: Tensor, options: _Options) -> Tensor:
-    """Causal attention of the last ``L`` of ``S`` positions: ``[heads,L,D]``, ``[kv,S,D]``."""
-    heads, length, _ = query.shape
-    total = key.shape[1]
-    # Grouped queries: kv heads as the batch, their queries as heads; keys expand without a copy.
-    grouped = query.view(key.shape[0], heads // key.shape[0], length, -1)
-    key, value = (t[:, None].expand(-1, grouped.shape[1], -1, -1) for t in (key, value))
-    window = total if options.window is None else options.window
-    plain = length == total <= window
-    mask = None
-    if not plain and (length > 1 or total > window):
-        distance = torch.arange(total - length, total, device=query.device)[:, None]
-        distance = distance - torch.arange(total, device=query.device)
-        mask = (distance >= 0) & (distance < window)
-    out = _attend(grouped, key, value, mask, plain and length > 1, options)
-    return out.reshape(heads, length, -1)
 
 
 def _decode(
@@ -237,10 +210,8 @@ def _decode(
     if options.window is not None and mask.shape[1] > options.window:
         mask = mask.clone()
         mask[:, : -options.window] = False
-    # The queries of one kv head stand where a sequence's positions would: no key is repeated.
-    grouped = query.view(rows, key.shape[1], -1, dim)
-    out = _attend(grouped, key, value, mask[:, None, None, :], False, options)
-    return out.reshape(rows, 1, heads, -1)
+    out = _attend(query, key, value, mask[:, None, None, :], options, before=key.shape[2])
+    return out.transpose(1, 2)
 
 
 def _attend(
@@ -248,25 +219,36 @@ def _attend(
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
-    is_causal: bool,
     options: _Options,
+    *,
+    before: int,
 ) -> Tensor:
+    """``[n,heads,L,D]`` queries, ``[n,kv,S,D]`` keys -> ``[n,heads,L,D]``; see `_Bucket`."""
+    n, heads, length, _ = query.shape
+    kv, total = key.shape[1:3]
+    if options.softcap is None and products.pays(query, total, options.dropout):
+        return products.attend(query, key, value, mask, options.scale, before=before)
+    # Grouped queries: kv heads as the batch, their queries as heads; keys expand without a copy.
+    grouped = query.reshape(n * kv, heads // kv, length, -1)
+    key, value = (t.flatten(0, 1)[:, None].expand(-1, heads // kv, -1, -1) for t in (key, value))
+    causal = mask is None and before == 0 and options.softcap is None
+    if mask is not None:
+        mask = mask.expand(-1, kv, -1, -1).reshape(n * kv, 1, length, -1)
+    elif not causal:
+        place = torch.arange(before, before + length, device=query.device)[:, None]
+        mask = place >= torch.arange(total, device=query.device)
     if options.softcap is None:
-        return F.scaled_dot_product_attention(
-            query,
+        out = F.scaled_dot_product_attention(
+            grouped,
             key,
             value,
             attn_mask=mask,
             dropout_p=options.dropout,
-            is_causal=is_causal,
+            is_causal=causal,
             scale=options.scale,
         )
-    # Gemma 2 caps its scores, which no fused kernel on a CPU offers.
-    scores = torch.tanh(query @ key.transpose(-1, -2) * (options.scale / options.softcap))
-    scores = scores.float() * options.softcap
-    if is_causal:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    weights = F.dropout(scores.softmax(-1), options.dropout)
-    return weights.to(value.dtype) @ value
+    else:  # Gemma 2 caps its scores, which no fused kernel on a CPU offers
+        scores = torch.tanh(grouped @ key.transpose(-1, -2) * (options.scale / options.softcap))
+        scores = (scores.float() * options.softcap).masked_fill(~mask, float("-inf"))
+        out = F.dropout(scores.softmax(-1), options.dropout).to(value.dtype) @ value
+    return out.reshape(n, heads, length, -1)

@@ -64,9 +64,14 @@ CASES = [
 ]
 
 
-@pytest.fixture(params=[2**24, 5 * V, 1], ids=["one chunk", "chunks of 5", "a row at a time"])
+@pytest.fixture(
+    params=[(2**24, 2**21), (2**24, 3 * V), (5 * V, 2 * V), (1, 1)],
+    ids=["one chunk", "one chunk in pieces", "chunks of 5 in pieces of 2", "a row at a time"],
+)
 def chunked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CHUNK_ELEMENTS", request.param)
+    chunk, piece = request.param
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(module, "PIECE_ELEMENTS", piece)
 
 
 @pytest.mark.usefixtures("chunked")
@@ -173,13 +178,13 @@ def test_memory_is_a_chunk_and_not_n_by_v(
     problem: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows: list[int] = []
-    original: Callable[..., Tensor] = module._logits
+    original: Callable[..., Tensor] = module.F.linear
 
-    def counting(hidden: Tensor, *args: object) -> Tensor:
+    def counting(hidden: Tensor, weight: Tensor) -> Tensor:
         rows.append(len(hidden))
-        return original(hidden, *args)
+        return original(hidden, weight)
 
-    monkeypatch.setattr(module, "_logits", counting)
+    monkeypatch.setattr(module.F, "linear", counting)
     token_logprobs(problem["hidden"], problem["weight"], problem["targets"]).sum().backward()
     assert max(rows) * V <= max(module.CHUNK_ELEMENTS, V)
     # once forward and once backward, but the logits of an only chunk are kept

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from align.data.packing import collate, path
-from align.models import Policy, attention, load_policy, load_scalar_model
+from align.models import Policy, attention, load_policy, load_scalar_model, products
 from align.models.attention import DecodeState, segment_attention
 from align.types import AlignError, Segment, TokenBatch, TokenGroup, TokenSequence
 from tests.trust import Trust
@@ -184,6 +184,7 @@ def dense(
     allowed &= distance >= 0
     if window is not None:
         allowed &= distance < window
+    allowed |= ~allowed.any(-1, keepdim=True)  # padding, whose output is thrown away
     weights = scores.masked_fill(~allowed[:, None], float("-inf")).softmax(-1)
     out = (weights @ value).transpose(1, 2)
     return torch.where(batch.segment_ids[:, :, None, None] > 0, out, 0.0)
@@ -210,6 +211,7 @@ def two_rows(groups: list[TokenGroup]) -> TokenBatch:
 @pytest.mark.parametrize("window", [None, 1, 5])
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize(("short", "step"), [(256, 32), (0, 32), (16, 4)])
+@pytest.mark.parametrize("way", ["products", "blocks", "blocks made again", "fused"])
 def test_segment_attention_is_masked_softmax(
     groups: list[TokenGroup],
     monkeypatch: pytest.MonkeyPatch,
@@ -218,16 +220,25 @@ def test_segment_attention_is_masked_softmax(
     softcap: float | None,
     short: int,
     step: int,
+    way: str,
 ) -> None:
-    """Whether segments share one padded call, have one each, or some this and some that."""
+    """Whether segments share one padded call, have one each, or some this and some that.
+
+    Whether a call is of matrix products or of the fused kernel; values and gradients.
+    """
+    monkeypatch.setattr(products, "pays", lambda *_: way != "fused")
+    if way.startswith("blocks"):
+        monkeypatch.setattr(products, "BLOCK", 4)
+    if way == "blocks made again":
+        monkeypatch.setattr(products, "KEPT", 0)
     monkeypatch.setattr(attention, "SHORT", short)
     monkeypatch.setattr(attention, "STEP", step)
     attention._plan.cache_clear()
     batch = two_rows(groups)
     time = batch.input_ids.shape[1]
     torch.manual_seed(0)
-    query = torch.randn(2, 4, time, 8)
-    key, value = torch.randn(2, 2, kv_heads, time, 8)
+    query = torch.randn(2, 4, time, 8, requires_grad=True)
+    key, value = (torch.randn(2, kv_heads, time, 8, requires_grad=True) for _ in range(2))
     out, weights = segment_attention(
         torch.nn.Module(),
         query,
@@ -242,8 +253,34 @@ def test_segment_attention_is_masked_softmax(
     want = dense(query, key, value, batch, window=window, softcap=softcap, scale=0.3)
     assert weights is None
     torch.testing.assert_close(out.double(), want, rtol=0, atol=1e-6)
+    upstream = torch.randn(out.shape)
+    grads = torch.autograd.grad(out, (query, key, value), upstream)
+    wanted = torch.autograd.grad(want, (query, key, value), upstream.double())
+    for got, expected in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=5e-6)
     assert not out[batch.segment_ids == 0].any()
     attention._plan.cache_clear()
+
+
+def test_bf16_products_are_as_close_to_the_truth_as_the_fused_kernel() -> None:
+    """Segments of 600 and 90 keys, so both kinds of blocks; errors against float64."""
+    torch.manual_seed(0)
+    segments = (Segment(0, 0, 600), Segment(0, 600, 690))
+    truth = [t.requires_grad_() for t in torch.randn(3, 1, 4, 690, 64).bfloat16().double()]
+    upstream = torch.randn(1, 690, 4, 64).bfloat16()
+
+    def errors(pays: bool) -> list[float]:
+        mine = [t.detach().bfloat16().requires_grad_() for t in truth]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(products, "pays", lambda *_: pays)
+            out, _ = segment_attention(torch.nn.Module(), *mine, None, segments=segments)
+        found = [out, *torch.autograd.grad(out, mine, upstream)]
+        return [(a.double() - b).norm().item() for a, b in zip(found, wanted, strict=True)]
+
+    exact, _ = segment_attention(torch.nn.Module(), *truth, None, segments=segments)
+    wanted = [exact, *torch.autograd.grad(exact, truth, upstream.double())]
+    for ours, fused in zip(errors(True), errors(False), strict=True):
+        assert ours < 2 * fused
 
 
 @pytest.mark.parametrize("window", [None, 3])
