@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -231,24 +231,19 @@ def _attend(
     # Grouped queries: kv heads as the batch, their queries as heads; keys expand without a copy.
     grouped = query.reshape(n * kv, heads // kv, length, -1)
     key, value = (t.flatten(0, 1)[:, None].expand(-1, heads // kv, -1, -1) for t in (key, value))
-    causal = mask is None and before == 0 and options.softcap is None
-    if mask is not None:
-        mask = mask.expand(-1, kv, -1, -1).reshape(n * kv, 1, length, -1)
-    elif not causal:
+    fused = partial(F.scaled_dot_product_attention, dropout_p=options.dropout, scale=options.scale)
+    softcap = options.softcap
+    if mask is None and before == 0 and softcap is None:
+        return fused(grouped, key, value, is_causal=True).reshape(n, heads, length, -1)
+    if mask is None:
         place = torch.arange(before, before + length, device=query.device)[:, None]
         mask = place >= torch.arange(total, device=query.device)
-    if options.softcap is None:
-        out = F.scaled_dot_product_attention(
-            grouped,
-            key,
-            value,
-            attn_mask=mask,
-            dropout_p=options.dropout,
-            is_causal=causal,
-            scale=options.scale,
-        )
+    else:
+        mask = mask.expand(-1, kv, -1, -1).reshape(n * kv, 1, length, -1)
+    if softcap is None:
+        out = fused(grouped, key, value, attn_mask=mask)
     else:  # Gemma 2 caps its scores, which no fused kernel on a CPU offers
-        scores = torch.tanh(grouped @ key.transpose(-1, -2) * (options.scale / options.softcap))
-        scores = (scores.float() * options.softcap).masked_fill(~mask, float("-inf"))
+        scores = torch.tanh(grouped @ key.transpose(-1, -2) * (options.scale / softcap))
+        scores = (scores.float() * softcap).masked_fill(~mask, float("-inf"))
         out = F.dropout(scores.softmax(-1), options.dropout).to(value.dtype) @ value
     return out.reshape(n, heads, length, -1)
