@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal
 
 import torch
+from torch import nn
 
 from align.types import AlignError
 
@@ -37,3 +39,24 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[Non
     if precision == "bf16":
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return nullcontext()
+
+
+@contextmanager
+def autocast_once(model: nn.Module, precision: str, device: torch.device) -> Iterator[None]:
+    """Autocast for many passes without gradients: a weight is cast in the first and kept.
+
+    Sampling runs the model once for every token. The weights must not change meanwhile. Autocast
+    remembers what it cast until the outermost block is left, but only for leaves that require a
+    gradient, so for as long as this lasts all weights do.
+    """
+    frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
+    if precision != "bf16":
+        frozen = []
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        with torch.no_grad(), autocast(precision, device):
+            yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)

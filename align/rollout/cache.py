@@ -81,7 +81,8 @@ class SlotCache(Cache):
         for recorded in prefill.layers:
             layer = _SlotLayer()
             shape = (num_slots, recorded.keys.shape[1], columns, recorded.keys.shape[3])
-            layer.keys = recorded.keys.new_zeros(shape)
+            # under autocast values have its dtype, and keys, once they are rotated, float32
+            layer.keys = recorded.values.new_zeros(shape)
             layer.values = recorded.values.new_zeros(shape)
             layer.length = columns
             layers.append(layer)
@@ -107,7 +108,8 @@ class SlotCache(Cache):
         for layer, recorded in zip(self.layers, prefill.layers, strict=True):
             for name in ("keys", "values"):
                 rows = getattr(recorded, name)[0][:, index].transpose(0, 1)
-                getattr(layer, name)[where, :, end - longest : end] = rows
+                kept = getattr(layer, name)
+                kept[where, :, end - longest : end] = rows.to(kept.dtype)
         for slot, columns in zip(slots, prompts, strict=True):
             self.starts[slot] = end - len(columns)
 

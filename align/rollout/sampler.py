@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from align.data.packing import collate, path
 from align.models.policy import Policy, check_length
-from align.models.precision import autocast
+from align.models.precision import autocast_once
 from align.options import GenerationOptions
 from align.rollout.cache import SlotCache, recording_cache
 from align.types import NonFiniteError, Rollout, TokenGroup
@@ -68,7 +68,8 @@ def sample(
     policy.eval()
     try:
         requests = _requests(prompts, numbers or range(len(prompts)), options, seed)
-        _Sampler(policy, options, end_ids, prefill_tokens).run(requests, on_tokens)
+        with autocast_once(policy, policy.precision, policy.device):
+            _Sampler(policy, options, end_ids, prefill_tokens).run(requests, on_tokens)
     finally:
         policy.train(training)
     return _to_rollout(requests, end_ids, policy.device)
@@ -139,14 +140,13 @@ class _Sampler:
         groups = [TokenGroup(first[i], ()) for i in range(len(first))]
         batch = collate(groups).to(self.policy.device)
         record = recording_cache()
-        with autocast(self.policy.precision, self.policy.device):
-            hidden = self.policy.trunk(
-                input_ids=batch.input_ids,
-                position_ids=batch.position_ids,
-                past_key_values=record,
-                use_cache=True,
-                segments=batch.segments,
-            ).last_hidden_state
+        hidden = self.policy.trunk(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            past_key_values=record,
+            use_cache=True,
+            segments=batch.segments,
+        ).last_hidden_state
         segments = batch.segments[-len(groups) :]  # in front of them, perhaps, a shared opening
         columns = [path(batch, segment) for segment in segments]
         places = [columns[distinct[id(r.prompt)]] for r in taken]
@@ -166,14 +166,13 @@ class _Sampler:
         assert self.cache is not None
         decode = self.cache.next_step()
         positions = self.cache.length - self.cache.starts
-        with autocast(self.policy.precision, self.policy.device):
-            hidden = self.policy.trunk(
-                input_ids=self.last[:, None],
-                position_ids=positions.to(self.policy.device)[:, None],
-                past_key_values=self.cache,
-                use_cache=True,
-                decode=decode,
-            ).last_hidden_state
+        hidden = self.policy.trunk(
+            input_ids=self.last[:, None],
+            position_ids=positions.to(self.policy.device)[:, None],
+            past_key_values=self.cache,
+            use_cache=True,
+            decode=decode,
+        ).last_hidden_state
         slots = [i for i, request in enumerate(self.live) if request is not None]
         rows = hidden[:, 0] if len(slots) == len(self.live) else hidden[slots, 0]
         return self._draw(rows, slots)

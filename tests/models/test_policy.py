@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from align.data.packing import collate, pack
 from align.models import Policy, ScalarModel, load_policy, load_scalar_model, load_tokenizer
 from align.models.policy import batch_sequences
+from align.models.precision import autocast_once
 from align.types import TokenBatch, TokenGroup, TokenSequence
 from tests.trust import Trust
 
@@ -194,3 +195,22 @@ def test_scale_head_multiplies_every_score(scalar: ScalarModel, groups: list[Tok
     torch.testing.assert_close(scalar(collate(groups), at="last"), 2.5 * before)
     scalar.scale_head(0.0)
     assert not scalar(collate(groups), at="last").any()
+
+
+def test_sampling_casts_a_weight_once_whether_it_is_trained_or_frozen() -> None:
+    """Seen by what a weight's change does not change while it lasts."""
+    linears = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)).eval()
+    linears[1].requires_grad_(False)
+    x = torch.randn(2, 4)
+    with autocast_once(linears, "bf16", CPU):
+        before = linears(x)
+        assert before.dtype == torch.bfloat16
+        assert not before.requires_grad
+        for linear in linears:
+            linear.weight.data.mul_(2.0)
+        assert torch.equal(linears(x), before)
+    assert [p.requires_grad for p in linears.parameters()] == [True, True, False, False]
+    with autocast_once(linears, "fp32", CPU):
+        assert torch.equal(linears(x), linears(x).float())
+    with autocast_once(linears, "bf16", CPU):
+        assert not torch.equal(linears(x), before)
