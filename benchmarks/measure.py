@@ -16,6 +16,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+WARM_UP = 2
+"""Steps in which a process touches most of its memory for the first time."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -28,7 +31,7 @@ class Job:
         data: JSONL in the order that this side reads it in.
         folder: Where the process may write.
         batch: Examples, pairs or episodes of one optimizer step.
-        steps: Optimizer steps, the first of which is warm-up and not reported.
+        steps: Optimizer steps, the first `WARM_UP` of which are not reported.
         lr: Constant learning rate of AdamW.
         response_tokens: Longest response that PPO samples.
         settings: What this side alone understands.
@@ -80,6 +83,8 @@ class Clock:
         self.cpu.append(time.process_time())
 
     def durations(self) -> dict[str, list[float]]:
-        """Of steps 2, 3, ...: the first is warm-up."""
+        """Of the steps after the warm-up."""
         kinds = {"seconds": self.wall, "cpu_seconds": self.cpu}
-        return {name: [b - a for a, b in pairwise(ends)] for name, ends in kinds.items()}
+        return {
+            name: [b - a for a, b in pairwise(ends[WARM_UP - 1 :])] for name, ends in kinds.items()
+        }

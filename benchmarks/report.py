@@ -38,8 +38,8 @@ def stage_row(found: dict[str, Any], stage: str) -> dict[str, Any] | None:
         return None
     best = min(tried, key=lambda m: sum(m["seconds"]))["settings"]
     theirs = [m for m in tried if m["settings"] == best]
-    tokens = sum(t for t, _ in about["tokens"].get(rows_of(stage), [])[1:])
     steps = len(ours[0]["seconds"])
+    tokens = sum(t for t, _ in about["tokens"].get(rows_of(stage), [])[-steps:])
     row = {
         "stage": stage,
         "peer": peer,
@@ -77,7 +77,8 @@ def growth_rows(found: dict[str, Any]) -> Iterator[dict[str, Any]]:
         if row["by"] == "pairs":
             yield row | {"seconds": m["seconds"][0], "again": m["seconds"][1]}
         else:
-            each = [1e3 * s / t for s, t in zip(m["seconds"], m["tokens"][1:], strict=True)]
+            counted = m["tokens"][-len(m["seconds"]) :]
+            each = [1e3 * s / t for s, t in zip(m["seconds"], counted, strict=True)]
             yield row | {"ms_per_token": median(each)}
 
 

@@ -8,6 +8,7 @@ by round: what else the machine does hits all of them alike. Results go to ``--f
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import platform
@@ -18,13 +19,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import Job, write_job
+import torch
+
+from align.models.precision import has_fast_bf16
+from benchmarks.measure import WARM_UP, Job, write_job
 from benchmarks.plan import (
     BATCH,
     LONG,
     LR,
     PEER,
     PEER_SETTINGS,
+    PEER_SETTINGS_BF16,
     SHORT,
     STAGES,
     TINY,
@@ -48,6 +53,7 @@ SMOLLM2 = "models/smollm2-135m-instruct"
 def main() -> None:
     args = _arguments()
     plan = LONG if args.full else SHORT
+    plan = dataclasses.replace(plan, steps=args.steps or plan.steps)
     model = Path(args.model)
     folder = Path(args.folder) / model.name
     folder.mkdir(parents=True, exist_ok=True)
@@ -89,12 +95,13 @@ class Bench:
             self.measure(stage, PEER[stage], theirs, job, settings)
         if stage != "ppo":  # most of its time is sampling, which no product of a step stands for
             limit = [sys.executable, "-m", "benchmarks.limit"]
-            job = self.job(stage, "limit", {"tokens": self.facts[rows_of(stage)][1:]})
+            job = self.job(stage, "limit", {"tokens": self.facts[rows_of(stage)][WARM_UP:]})
             self.measure(stage, "limit", limit, job, {})
 
     def peer_settings(self, stage: str, number: int) -> Iterator[dict[str, Any]]:
         """All of them in the first round of the long form, then the fastest of these."""
-        candidates = PEER_SETTINGS[stage]
+        bf16 = has_fast_bf16(torch.device("cpu"))
+        candidates = (PEER_SETTINGS_BF16 if bf16 else PEER_SETTINGS)[stage]
         if number == 0:
             yield from candidates if self.plan.all_settings else candidates[:1]
         else:
@@ -183,6 +190,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--model", default=found, help=f"folder; here {found}")
     parser.add_argument("--full", action="store_true", help="the long form")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--steps", type=int, help="of one process; the first two are warm-up")
     parser.add_argument("--no-scaling", action="store_true", help="leave out how cost grows")
     parser.add_argument("--folder", default="runs/benchmarks", help="where results go")
     args = parser.parse_args()
