@@ -242,7 +242,9 @@ def _lines(
     if command in ("eval", "generate"):
         return
     tokens = largest_microbatch(recipe, tokens_per_row)
-    parts = {"weights": weights * 1e9} | training_bytes(config, recipe, tokens, gpu=gpu)
+    parts = {"weights": weights * 1e9} | training_bytes(
+        config, recipe, tokens, gpu=gpu, tokens_per_row=tokens_per_row
+    )
     if not gpu:
         parts["libraries"] = LIBRARIES
     listed = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
@@ -257,16 +259,30 @@ def _on_gpu(recipe: Any) -> bool:
     return torch.cuda.is_available() or recipe.precision == "bf16"
 
 
-def training_bytes(config: Any, recipe: Any, tokens: int, *, gpu: bool) -> dict[str, float]:
+def _in_bf16(recipe: Any, *, gpu: bool) -> bool:
+    """Whether products will be in bf16, on this machine or the GPU that the recipe is meant for."""
+    import torch
+
+    from align.models.precision import resolve_precision
+
+    if gpu:
+        return bool(recipe.precision != "fp32")
+    return resolve_precision(recipe.precision, torch.device("cpu")) == "bf16"
+
+
+def training_bytes(
+    config: Any, recipe: Any, tokens: int, *, gpu: bool, tokens_per_row: float | None = None
+) -> dict[str, float]:
     """What a microbatch of ``tokens`` needs beside the weights, in bytes by part.
 
-    A llama-like block keeps, for each token: with full fine-tuning six tensors as wide as the model
-    (two norms with their input, their result before the gain and after it), with frozen weights
-    four (a frozen gain needs no input); queries and attention's output before and after they are
-    put back in place, keys and values; four as wide as the MLP. Logits exist a chunk at a time: the
-    logits, the same centred, probabilities and gradient.
+    A llama-like block keeps, for each token: of each of its two norms the input and, where the gain
+    is trained, the result before it; what its linear layers multiply, of which autocast makes a
+    copy for each of the five that follow a norm; queries, keys, values, what attention gave, on a
+    CPU its probabilities (`align.models.products`); four tensors as wide as the MLP. Of the logits
+    a chunk exists at a time, with its gradient, and twice more in float32, on a CPU in pieces.
     """
-    from align.losses.logprobs import CHUNK_ELEMENTS
+    from align.losses.logprobs import CHUNK_ELEMENTS, PIECE_ELEMENTS
+    from align.models.products import KEPT
 
     text = config.get_text_config()
     width, layers, vocabulary = text.hidden_size, text.num_hidden_layers, text.vocab_size
@@ -274,18 +290,26 @@ def training_bytes(config: Any, recipe: Any, tokens: int, *, gpu: bool) -> dict[
     size = getattr(text, "head_dim", None) or width // heads
     queries, keys = heads * size, (getattr(text, "num_key_value_heads", None) or heads) * size
     mlp = getattr(text, "intermediate_size", None) or 4 * width
-    each = 2 if gpu and recipe.precision != "fp32" else 4
-    lora = recipe.lora
-    block = (6 if lora is None else 4) * width + 3 * queries + 2 * keys + 4 * mlp
-    trained_layers = layers if lora is None else lora.top_layers or layers
-    if recipe.gradient_checkpointing:
-        kept = layers * width + block
+    whole = recipe.lora is None
+    product = 2 if _in_bf16(recipe, gpu=gpu) else 4
+    stream = 2 if gpu and product == 2 and not whole else 4  # a frozen trunk of bf16 weights
+    norms = (4 if whole else 2) * width * stream
+    inputs = (5 if product < stream else 2) * width * product
+    attention = (2 * queries + 2 * keys) * product
+    if gpu:
+        attention += queries * product
     else:
-        kept = trained_layers * block
-    found = {"activations": float(tokens * each * kept)}
+        attention += heads * min(tokens_per_row or KEPT, KEPT) // 2 * product
+    block = norms + inputs + attention + 4 * mlp * product
+    trained_layers = layers if whole else recipe.lora.top_layers or layers
+    kept = trained_layers * block
+    if recipe.gradient_checkpointing:
+        kept = layers * width * stream + block
+    found = {"activations": float(tokens * kept)}
     if not hasattr(recipe, "reward_model"):  # a language model's head
-        logits = min(tokens * vocabulary, CHUNK_ELEMENTS) * 4
+        chunk = min(tokens * vocabulary, CHUNK_ELEMENTS)
+        pieces = chunk if gpu else min(chunk, PIECE_ELEMENTS)
         # the head's gradient, and the embedding's, before they are added to what is there
-        dense = 2 * vocabulary * width * 4 if lora is None else 0
-        found["logits"] = 4.0 * logits + dense
+        dense = 2 * vocabulary * width * 4 if whole else 0
+        found["logits"] = float(2 * product * chunk + 8 * pieces + dense)
     return found

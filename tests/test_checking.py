@@ -72,17 +72,25 @@ def test_bytes() -> None:
 def test_memory_of_a_microbatch_by_hand() -> None:
     config = LlamaConfig(**SHAPE)
     whole = SFTRecipe(model="m", output_dir="o", precision="fp32")
-    # for each of 10 tokens and 3 layers, 4 bytes each: 6 x 64 wide, queries 3 x 64, keys 2 x 64,
-    # 4 x 128 of the MLP; four copies of 10 x 256 logits, and the dense gradients of head and
+    # of each token, 64 wide: of two norms input and result, what follows them, queries, keys, values
+    # and what attention gave; 5 keys for each of 4 heads; 4 x 128 of the MLP
+    rows = {"gpu": False, "tokens_per_row": 10.0}
+    block = 4 * (4 * 64 + 2 * 64 + 4 * 64 + 4 * 5 + 4 * 128)
+    found = training_bytes(config, whole, 10, **rows)
+    assert found["activations"] == 10 * 3 * block
+    # 10 x 256 logits and their gradient, twice more on the way, and the dense gradients of head and
     # embedding
-    found = training_bytes(config, whole, 10, gpu=False)
-    assert found["activations"] == 10 * 4 * 3 * (6 * 64 + 3 * 64 + 2 * 64 + 4 * 128)
     assert found["logits"] == 4 * 10 * 256 * 4 + 2 * 256 * 64 * 4
     again = replace(whole, gradient_checkpointing=True)
-    block = 6 * 64 + 3 * 64 + 2 * 64 + 4 * 128
-    assert training_bytes(config, again, 10, gpu=False)["activations"] == 10 * 4 * (3 * 64 + block)
+    kept = 4 * 3 * 64 + block
+    assert training_bytes(config, again, 10, **rows)["activations"] == 10 * kept
     adapted = replace(whole, lora=LoraOptions(top_layers=1))
-    assert training_bytes(config, adapted, 10, gpu=False)["activations"] == 10 * 4 * (block - 128)
+    assert training_bytes(config, adapted, 10, **rows)["activations"] == 10 * (block - 4 * 2 * 64)
+    # autocast: products in 2 bytes, and a copy for each of five linear layers behind norms in 4
+    half = training_bytes(config, replace(whole, precision="bf16"), 10, **rows)
+    in_bf16 = 4 * 4 * 64 + 2 * (5 * 64 + 4 * 64 + 4 * 5 + 4 * 128)
+    assert half["activations"] == 10 * 3 * in_bf16
+    assert half["logits"] == (2 * 2 + 8) * 10 * 256 + 2 * 256 * 64 * 4
 
 
 def test_a_small_minibatch_fills_no_microbatch() -> None:
