@@ -72,8 +72,8 @@ def test_bytes() -> None:
 def test_memory_of_a_microbatch_by_hand() -> None:
     config = LlamaConfig(**SHAPE)
     whole = SFTRecipe(model="m", output_dir="o", precision="fp32")
-    # of each token, 64 wide: of two norms input and result, what follows them, queries, keys, values
-    # and what attention gave; 5 keys for each of 4 heads; 4 x 128 of the MLP
+    # of each token, 64 wide: two norms with input and result, what follows them, queries, keys,
+    # values and what attention gave; 5 keys for each of 4 heads; 4 x 128 of the MLP
     rows = {"gpu": False, "tokens_per_row": 10.0}
     block = 4 * (4 * 64 + 2 * 64 + 4 * 64 + 4 * 5 + 4 * 128)
     found = training_bytes(config, whole, 10, **rows)

@@ -2,8 +2,8 @@
 
 A segment's keys are its own and those of all that it continues. Short segments of like lengths go
 into one padded call, a long one into a call of its own: of matrix products on a CPU (`products`),
-of torch's scaled-dot-product attention elsewhere. So no ``[T,T]`` mask exists, hardly anything is computed between neighbours, and a row may be as long as
-memory allows. The segments travel as an extra keyword of the model's forward to a function
+of torch's scaled-dot-product attention elsewhere. So no ``[T,T]`` mask exists, hardly anything is
+computed between neighbours, and a row may be as long as memory allows. The segments travel as an extra keyword of the model's forward to a function
 registered with transformers' ``AttentionInterface``, which any architecture on that interface
 calls. Decoding, one query per row against a cache, is its own case.
 
