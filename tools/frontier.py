@@ -22,12 +22,13 @@ def draw(out: Path, files: list[Path]) -> None:
     figure, axes = plt.subplots(1, len(files), figsize=(5 * len(files), 4), squeeze=False)
     for axis, file in zip(axes[0], files, strict=True):
         for row in json.loads(file.read_text(encoding="utf-8"))["models"]:
+            mean, (low, high) = row["reward_mean"], row["reward_ci95"]
             axis.errorbar(
-                row["kl"], row["reward_mean"], yerr=row["reward_ci95"], marker="o", capsize=3
+                row["kl"], mean, yerr=[[mean - low], [high - mean]], marker="o", capsize=3
             )
             axis.annotate(
                 row["name"],
-                (row["kl"], row["reward_mean"]),
+                (row["kl"], mean),
                 xytext=(4, 4),
                 textcoords="offset points",
             )
