@@ -32,6 +32,7 @@ def draw(out: Path, files: list[Path]) -> None:
                 xytext=(4, 4),
                 textcoords="offset points",
             )
+        axis.margins(x=0.15)
         axis.set_xlabel("KL to SFT, nats per response")
         axis.set_ylabel(f"mean reward ({file.parent.name})")
     figure.tight_layout()
