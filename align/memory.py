@@ -282,7 +282,7 @@ def training_bytes(
     a chunk exists at a time, with its gradient, and twice more in float32, on a CPU in pieces.
     """
     from align.losses.logprobs import CHUNK_ELEMENTS, PIECE_ELEMENTS
-    from align.models.products import KEPT
+    from align.models.products import BLOCK, KEPT
 
     text = config.get_text_config()
     width, layers, vocabulary = text.hidden_size, text.num_hidden_layers, text.vocab_size
@@ -299,7 +299,9 @@ def training_bytes(
     if gpu:
         attention += queries * product
     else:
-        attention += heads * min(tokens_per_row or KEPT, KEPT) // 2 * product
+        row = tokens_per_row or KEPT
+        # a block of queries keeps whole rows up to its last query's own key
+        attention += heads * round((row + min(row, BLOCK)) / 2) * product if row <= KEPT else 0
     block = norms + inputs + attention + 4 * mlp * product
     trained_layers = layers if whole else recipe.lora.top_layers or layers
     kept = trained_layers * block

@@ -190,10 +190,14 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--model", default=found, help=f"folder; here {found}")
     parser.add_argument("--full", action="store_true", help="the long form")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
-    parser.add_argument("--steps", type=int, help="of one process; the first two are warm-up")
+    parser.add_argument(
+        "--steps", type=int, help=f"of one process; the first {WARM_UP} are warm-up"
+    )
     parser.add_argument("--no-scaling", action="store_true", help="leave out how cost grows")
     parser.add_argument("--folder", default="runs/benchmarks", help="where results go")
     args = parser.parse_args()
+    if args.steps is not None and args.steps <= WARM_UP:
+        parser.error(f"--steps: got {args.steps}; the first {WARM_UP} are warm-up, so give more")
     os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
     return args
 

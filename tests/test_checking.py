@@ -73,9 +73,9 @@ def test_memory_of_a_microbatch_by_hand() -> None:
     config = LlamaConfig(**SHAPE)
     whole = SFTRecipe(model="m", output_dir="o", precision="fp32")
     # of each token, 64 wide: two norms with input and result, what follows them, queries, keys,
-    # values and what attention gave; 5 keys for each of 4 heads; 4 x 128 of the MLP
+    # values and what attention gave; 10 keys for each of 4 heads; 4 x 128 of the MLP
     rows = {"gpu": False, "tokens_per_row": 10.0}
-    block = 4 * (4 * 64 + 2 * 64 + 4 * 64 + 4 * 5 + 4 * 128)
+    block = 4 * (4 * 64 + 2 * 64 + 4 * 64 + 4 * 10 + 4 * 128)
     found = training_bytes(config, whole, 10, **rows)
     assert found["activations"] == 10 * 3 * block
     # 10 x 256 logits and their gradient, twice more on the way, and the dense gradients of head and
@@ -88,7 +88,7 @@ def test_memory_of_a_microbatch_by_hand() -> None:
     assert training_bytes(config, adapted, 10, **rows)["activations"] == 10 * (block - 4 * 2 * 64)
     # autocast: products in 2 bytes, and a copy for each of five linear layers behind norms in 4
     half = training_bytes(config, replace(whole, precision="bf16"), 10, **rows)
-    in_bf16 = 4 * 4 * 64 + 2 * (5 * 64 + 4 * 64 + 4 * 5 + 4 * 128)
+    in_bf16 = 4 * 4 * 64 + 2 * (5 * 64 + 4 * 64 + 4 * 10 + 4 * 128)
     assert half["activations"] == 10 * 3 * in_bf16
     assert half["logits"] == (2 * 2 + 8) * 10 * 256 + 2 * 256 * 64 * 4
 

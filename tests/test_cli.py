@@ -161,7 +161,7 @@ from align import cli
 
 def churn():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    blocks = [b"x" * (16 * 2**20) for _ in range(8)]
+    blocks = [b"x" * (64 * 2**20) for _ in range(2)]
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 if sys.argv[1] == "kept":
@@ -184,9 +184,12 @@ def test_freed_memory_is_used_again_without_page_faults() -> None:
     assert second > 0.5 * first
 
 
-def test_the_users_own_allocator_settings_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["TRIM_THRESHOLD", "MMAP_THRESHOLD", "MMAP_MAX"])
+def test_the_users_own_allocator_settings_are_kept(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     told: list[str] = []
     monkeypatch.setattr(cli.ctypes, "CDLL", lambda name: told.append("changed"))
-    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1")
+    monkeypatch.setenv(f"MALLOC_{name}_", "1")
     cli._keep_freed_memory()
     assert told == []

@@ -13,10 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 CHUNK_ELEMENTS = 2**26
-"""Logits held at a time (128 MB in bf16): rows per chunk = this / vocabulary.
+"""Logits held at a time: rows per chunk = this / vocabulary. Backward holds their gradient too.
+
+128 MB each in bf16; on a GPU float32 copies of the chunk, 256 MB each, are made of both on the way.
 
 A minibatch of one chunk computes them once; of more, again in the backward pass.
 """
@@ -154,6 +157,7 @@ class _TokenLogprobs(torch.autograd.Function):
         return logprobs, entropy, collision
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor, _: Any) -> Any:
         hidden, weight, targets, bias, lse, entropy, kept = ctx.saved_tensors
         temperature, softcap, with_entropy, rows = ctx.options

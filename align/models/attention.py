@@ -1,9 +1,10 @@
 """Attention over packed rows: the one place that turns segments into what a backend wants.
 
 A segment's keys are its own and those of all that it continues. Short segments of like lengths go
-into one padded call, a long one into a call of its own: of matrix products on a CPU (`products`),
-of torch's scaled-dot-product attention elsewhere. So no ``[T,T]`` mask exists, hardly anything is
-computed between neighbours, and a row may be as long as memory allows. The segments travel as an extra keyword of the model's forward to a function
+into one padded call, a long one into a call of its own: of torch's scaled-dot-product attention, or
+on a CPU, where that is faster, of matrix products (`products`). So hardly anything is computed
+between neighbours, and where torch or `products` knows what a query sees, which is all but what
+follows it, there is no ``[T,T]`` mask; a row may be as long as memory allows. The segments travel as an extra keyword of the model's forward to a function
 registered with transformers' ``AttentionInterface``, which any architecture on that interface
 calls. Decoding, one query per row against a cache, is its own case.
 
@@ -100,8 +101,8 @@ class _Bucket:
     Attributes:
         queries: int64 ``[n,L]``.
         keys: int64 ``[n,S]``.
-        mask: bool ``[n,1,L,S]``, True = may be attended to; None where ``before`` says it all, of a
-            lone segment.
+        mask: bool ``[n,1,L,S]``, True = may be attended to; None of a lone segment, where
+            ``before`` and the window say it all.
         before: Query i attends to no key from ``before + i + 1`` on.
     """
 
@@ -166,7 +167,7 @@ def _bucket(
         queries[i, :length], queries[i, length:] = columns[len(columns) - length :], columns[-1]
         keys[i, : len(columns)], keys[i, len(columns) :] = columns, columns[-1]
     columns_of = torch.from_numpy(queries).to(device), torch.from_numpy(keys).to(device)
-    if n == 1 and (window is None or most <= window):
+    if n == 1:  # a mask of its own would be large, and kept with the plan
         return _Bucket(*columns_of, None, most - longest)
     totals = np.array([len(columns) for columns in seen])[:, None, None]
     before = totals - np.array(lengths)[:, None, None]
@@ -210,8 +211,15 @@ def _decode(
     if options.window is not None and mask.shape[1] > options.window:
         mask = mask.clone()
         mask[:, : -options.window] = False
-    out = _attend(query, key, value, mask[:, None, None, :], options, before=key.shape[2])
-    return out.transpose(1, 2)
+    # The queries of one kv head stand where a sequence's positions would: no key is repeated.
+    grouped = query.view(rows, key.shape[1], -1, dim)
+    seen = mask[:, None, None, :]
+    if options.softcap is None:
+        scale = options.scale
+        out = F.scaled_dot_product_attention(grouped, key, value, attn_mask=seen, scale=scale)
+    else:
+        out = _capped(grouped, key, value, seen, options)
+    return out.reshape(rows, 1, heads, -1)
 
 
 def _attend(
@@ -227,23 +235,35 @@ def _attend(
     n, heads, length, _ = query.shape
     kv, total = key.shape[1:3]
     if options.softcap is None and products.pays(query, total, options.dropout):
-        return products.attend(query, key, value, mask, options.scale, before=before)
+        scale, window = options.scale, options.window
+        return products.attend(query, key, value, mask, scale, before=before, window=window)
     # Grouped queries: kv heads as the batch, their queries as heads; keys expand without a copy.
     grouped = query.reshape(n * kv, heads // kv, length, -1)
     key, value = (t.flatten(0, 1)[:, None].expand(-1, heads // kv, -1, -1) for t in (key, value))
     fused = partial(F.scaled_dot_product_attention, dropout_p=options.dropout, scale=options.scale)
-    softcap = options.softcap
-    if mask is None and before == 0 and softcap is None:
+    windowed = options.window is not None and total > options.window
+    if mask is None and before == 0 and not windowed and options.softcap is None:
         return fused(grouped, key, value, is_causal=True).reshape(n, heads, length, -1)
     if mask is None:
         place = torch.arange(before, before + length, device=query.device)[:, None]
-        mask = place >= torch.arange(total, device=query.device)
+        distance = place - torch.arange(total, device=query.device)
+        mask = distance >= 0
+        if options.window is not None:
+            mask &= distance < options.window
     else:
         mask = mask.expand(-1, kv, -1, -1).reshape(n * kv, 1, length, -1)
-    if softcap is None:
+    if options.softcap is None:
         out = fused(grouped, key, value, attn_mask=mask)
-    else:  # Gemma 2 caps its scores, which no fused kernel on a CPU offers
-        scores = torch.tanh(grouped @ key.transpose(-1, -2) * (options.scale / softcap))
-        scores = (scores.float() * softcap).masked_fill(~mask, float("-inf"))
-        out = F.dropout(scores.softmax(-1), options.dropout).to(value.dtype) @ value
+    else:
+        out = _capped(grouped, key, value, mask, options)
     return out.reshape(n, heads, length, -1)
+
+
+def _capped(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, options: _Options
+) -> Tensor:
+    """Gemma 2 caps its scores, which no fused kernel on a CPU offers."""
+    assert options.softcap is not None
+    scores = torch.tanh(query @ key.transpose(-1, -2) * (options.scale / options.softcap))
+    scores = (scores.float() * options.softcap).masked_fill(~mask, float("-inf"))
+    return F.dropout(scores.softmax(-1), options.dropout).to(value.dtype) @ value

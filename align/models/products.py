@@ -1,8 +1,10 @@
-"""Attention as batched matrix products: on a CPU, faster than torch's fused kernel.
+"""Attention as batched matrix products, in place of torch's fused kernel for CPUs.
 
-Queries are taken in blocks, and a block multiplies only the keys up to its last query's own. The
-products are those of ``softmax(Q K^T * scale) V`` as they stand, in the tensors' dtype; in bf16 the
-scores are rounded to bf16, as in transformers' eager attention, the softmax is computed in float32.
+Queries are taken in blocks, and a block multiplies only the keys between the first that one of its
+queries sees and the last. The products are those of ``softmax(Q K^T * scale) V`` as they stand, in
+the tensors' dtype, the softmax in float32. In bf16 the scores are rounded to bf16, as in
+transformers' eager attention; so keys are centred before: what all keys have in common adds the same
+to every score of a query, which changes no probability, but costs their digits.
 ``python -m benchmarks.attention`` measures it beside the fused kernel.
 """
 
@@ -12,12 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 BLOCK = 128
 """Queries of one product."""
 KEPT = 512
-"""Keys up to which the probabilities are kept for the backward pass; with more, in bf16, it computes
-them again, and in float32 the fused kernel is as fast and keeps nothing."""
+"""Keys up to which the probabilities are kept for the backward pass. With more it computes them again
+in bf16; in float32 the fused kernel is faster then."""
 
 
 def pays(query: Tensor, keys: int, dropout: float) -> bool:
@@ -27,7 +30,14 @@ def pays(query: Tensor, keys: int, dropout: float) -> bool:
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, *, before: int
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    *,
+    before: int,
+    window: int | None = None,
 ) -> Tensor:
     """Masked attention of grouped heads.
 
@@ -35,40 +45,45 @@ def attend(
         query: ``[n,heads,L,D]``; the queries of one kv head lie behind one another.
         key: ``[n,kv_heads,S,D]``; ``value`` likewise.
         mask: bool ``[n,1,L,S]``, True = may be attended to; at least one key for each query. None:
-            query i attends to the first ``before + i + 1`` keys.
+            query i attends to the last ``window`` of the first ``before + i + 1`` keys, or to all.
         before: Query i attends to none of the keys from ``before + i + 1`` on.
 
     Returns:
-        ``[n,heads,L,D]`` in the dtype of ``value``.
+        ``[n,heads,L,D]`` in the dtype of ``value``. Differentiable once.
     """
     n, heads, length, _ = query.shape
     kv = key.shape[1]
     grouped = (query * scale).reshape(n * kv, heads // kv, length, -1)
-    blocks = [
-        (start, min(start + BLOCK, length), min(before + start + BLOCK, key.shape[2]))
-        for start in range(0, length, BLOCK)
-    ]
-    hidden = None if mask is None else ~mask
+    blocks = []
+    for start in range(0, length, BLOCK):
+        stop = min(start + BLOCK, length)
+        first = 0 if mask is not None or window is None else max(0, before + start - window + 1)
+        blocks.append((start, stop, first, min(before + stop, key.shape[2])))
+    options = (tuple(blocks), before, window)
     with torch.autocast(query.device.type, enabled=False):  # backward runs outside of it too
-        out = _Products.apply(
-            grouped, key.flatten(0, 1), value.flatten(0, 1), hidden, blocks, before
-        )
+        out = _Products.apply(grouped, key.flatten(0, 1), value.flatten(0, 1), mask, options)
     return out.view(n, heads, length, -1)
 
 
 def _probabilities(
-    query: Tensor, key: Tensor, hidden: Tensor | None, block: tuple[int, int, int], before: int
+    query: Tensor, key: Tensor, mask: Tensor | None, block: tuple[int, ...], options: Any
 ) -> Tensor:
     """One block's: ``[N,g,L,D]``, ``[N,S,D]``, ``[n,1,L,S]`` -> ``[N,g*b,e]``."""
-    start, stop, keys = block
+    start, stop, first, last = block
+    _, before, window = options
     taken = query[:, :, start:stop]
-    scores = torch.bmm(taken.flatten(1, 2), key[:, :keys].transpose(1, 2))
-    if hidden is None:
-        later = torch.arange(before + start, before + stop)[:, None] < torch.arange(keys)
-        scores.view(*taken.shape[:3], keys).masked_fill_(later, float("-inf"))
+    scores = torch.bmm(taken.flatten(1, 2), key[:, first:last].transpose(1, 2))
+    if mask is None:
+        place = torch.arange(before + start, before + stop)[:, None]
+        keys = torch.arange(first, last)
+        seen = place >= keys
+        if window is not None:
+            seen &= place - keys < window
+        scores.view(*taken.shape[:3], -1).masked_fill_(~seen, float("-inf"))
     else:
-        split = scores.view(len(hidden), -1, *taken.shape[1:3], keys)
-        split.masked_fill_(hidden[:, None, :, start:stop, :keys], float("-inf"))
+        seen = mask[:, None, :, start:stop, first:last]
+        split = scores.view(len(mask), -1, *taken.shape[1:3], last - first)
+        split.masked_fill_(~seen, float("-inf"))
     return scores.softmax(-1)
 
 
@@ -77,41 +92,39 @@ class _Products(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        hidden: Tensor | None,
-        blocks: list[tuple[int, int, int]],
-        before: int,
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: Any
     ) -> Tensor:
+        if key.dtype == torch.bfloat16:  # its gradient is the same, for the scores' sum to 0
+            key = key - key.mean(1, keepdim=True)
         out = query.new_empty(*query.shape[:3], value.shape[-1])
         kept = []
-        for block in blocks:
-            start, stop, keys = block
-            p = _probabilities(query, key, hidden, block, before)
-            out[:, :, start:stop] = torch.bmm(p, value[:, :keys]).view_as(out[:, :, start:stop])
+        for block in options[0]:
+            start, stop, first, last = block
+            p = _probabilities(query, key, mask, block, options)
+            part = out[:, :, start:stop]
+            part.copy_(torch.bmm(p, value[:, first:last]).view_as(part))
             if key.shape[1] <= KEPT and any(ctx.needs_input_grad):
                 kept.append(p)
-        ctx.save_for_backward(query, key, value, hidden, *kept)
-        ctx.options = (blocks, before)
+        ctx.save_for_backward(query, key, value, mask, *kept)
+        ctx.options = options
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> Any:
-        query, key, value, hidden, *kept = ctx.saved_tensors
+        query, key, value, mask, *kept = ctx.saved_tensors
         grad_query = torch.empty_like(query)
-        grad_key, grad_value = torch.zeros_like(key), torch.zeros_like(value)
-        blocks, before = ctx.options
-        for i, block in enumerate(blocks):
-            start, stop, keys = block
-            p = kept[i] if kept else _probabilities(query, key, hidden, block, before)
+        # float32, for they add up many blocks
+        grad_key, grad_value = (torch.zeros_like(t, dtype=torch.float32) for t in (key, value))
+        for i, block in enumerate(ctx.options[0]):
+            start, stop, first, last = block
+            p = kept[i] if kept else _probabilities(query, key, mask, block, ctx.options)
             taken = query[:, :, start:stop]
             grad = grad_out[:, :, start:stop].flatten(1, 2)
-            grad_value[:, :keys] += torch.bmm(p.transpose(1, 2), grad)
-            grad_p = torch.bmm(grad, value[:, :keys].transpose(1, 2))
+            grad_value[:, first:last] += torch.bmm(p.transpose(1, 2), grad)
+            grad_p = torch.bmm(grad, value[:, first:last].transpose(1, 2))
             # d scores = p * (d p - sum(p * d p))
             grad_scores = torch._softmax_backward_data(grad_p, p, -1, p.dtype)
-            grad_query[:, :, start:stop] = torch.bmm(grad_scores, key[:, :keys]).view_as(taken)
-            grad_key[:, :keys] += torch.bmm(grad_scores.transpose(1, 2), taken.flatten(1, 2))
-        return grad_query, grad_key, grad_value, None, None, None
+            grad_query[:, :, start:stop] = torch.bmm(grad_scores, key[:, first:last]).view_as(taken)
+            grad_key[:, first:last] += torch.bmm(grad_scores.transpose(1, 2), taken.flatten(1, 2))
+        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None

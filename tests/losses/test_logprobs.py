@@ -184,9 +184,19 @@ def test_memory_is_a_chunk_and_not_n_by_v(
         rows.append(len(hidden))
         return original(hidden, weight)
 
+    pieces: list[int] = []
+    finished: Callable[..., Tensor] = module._finished
+
+    def counting_pieces(raw: Tensor, *more: object) -> Tensor:
+        pieces.append(len(raw))
+        return finished(raw, *more)
+
     monkeypatch.setattr(module.F, "linear", counting)
+    monkeypatch.setattr(module, "_finished", counting_pieces)
     token_logprobs(problem["hidden"], problem["weight"], problem["targets"]).sum().backward()
     assert max(rows) * V <= max(module.CHUNK_ELEMENTS, V)
+    assert max(pieces) * V <= max(module.PIECE_ELEMENTS, V)
+    assert sum(pieces) == 2 * N
     # once forward and once backward, but the logits of an only chunk are kept
     assert sum(rows) == (N if len(rows) == 1 else 2 * N)
 

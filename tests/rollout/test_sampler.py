@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from align.data.packing import pack
 from align.models import Policy, load_policy
-from align.options import GenerationOptions
+from align.models.attention import DecodeState
+from align.options import GenerationOptions, LoraOptions
 from align.rollout import sampler
 from align.rollout.cache import SlotCache
 from align.rollout.experience import over_rollout, rollout_groups
@@ -256,3 +257,42 @@ def test_frequencies_are_the_probabilities(size: int, top_p: float) -> None:
     assert degrees >= 3
     # mean n, variance 2n: five standard deviations
     assert abs(chi2 - degrees) < 5 * (2 * degrees) ** 0.5
+
+
+@pytest.mark.parametrize("lora", [None, LoraOptions(r=4, alpha=8.0)], ids=["whole", "adapter"])
+def test_in_bf16_weights_are_cast_once_and_log_probs_are_those_of_training(
+    tiny: Path,
+    prompts: list[np.ndarray],
+    lora: LoraOptions | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In however many steps; keys and values are cached in the products' dtype."""
+    policy = load_policy(str(tiny), device=CPU, precision="bf16", lora=lora)
+    flags = [p.requires_grad for p in policy.parameters()]
+    dtypes: set[torch.dtype] = set()
+    step = SlotCache.next_step
+
+    def watched(cache: SlotCache) -> DecodeState:
+        dtypes.update(t.dtype for layer in cache.layers for t in (layer.keys, layer.values))
+        return step(cache)
+
+    monkeypatch.setattr(SlotCache, "next_step", watched)
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True
+    ) as profile:
+        rollout = sample(policy, prompts, options(temperature=1.0), end_ids=ENDS, seed=0)
+    assert dtypes == {torch.bfloat16}
+    assert [p.requires_grad for p in policy.parameters()] == flags
+    head = list(policy.head_weight().shape)
+    copies = [e for e in profile.events() if e.name == "aten::_to_copy"]
+    casts = [e for e in copies if e.input_shapes[0] == head]
+    assert len(casts) == 1
+    with torch.no_grad():
+        again = over_rollout(
+            rollout_groups(rollout, 3),
+            lambda batch: policy(batch).logprobs,
+            like=rollout.logprobs,
+            tokens_per_microbatch=4096,
+        )
+    recorded = rollout.logprobs
+    torch.testing.assert_close(recorded, again, rtol=0, atol=0.05)
