@@ -23,9 +23,9 @@ from align.types import AlignError
 
 TRAINED_BYTES = 16
 """For each trained parameter: float32 weight, gradient and two Adam moments."""
-LIBRARIES = 0.55e9
-"""Bytes of a process that has imported torch, transformers, accelerate and peft and done nothing;
-an assumption. On a GPU they are not in its memory."""
+LIBRARIES = 0.65e9
+"""Bytes of a process that has imported torch, transformers, accelerate and peft and trained a tiny
+model, less that model: a round figure. On a GPU they are not in its memory."""
 
 
 @dataclass(frozen=True)
@@ -308,6 +308,11 @@ def training_bytes(
     if recipe.gradient_checkpointing:
         kept = layers * width * stream + block
     found = {"activations": float(tokens * kept)}
+    if product < stream:  # autocast's copies of the weights, which the backward pass multiplies too
+        linear = width * (2 * queries + 2 * keys + 3 * mlp)
+        head = 0 if hasattr(recipe, "reward_model") else vocabulary * width
+        held = 1 if recipe.gradient_checkpointing else trained_layers
+        found["weights in bf16"] = float(product * (held * linear + head))
     if not hasattr(recipe, "reward_model"):  # a language model's head
         chunk = min(tokens * vocabulary, CHUNK_ELEMENTS)
         pieces = chunk if gpu else min(chunk, PIECE_ELEMENTS)

@@ -45,7 +45,7 @@ REQUIREMENTS = Path("benchmarks/requirements")
 MEMORY = {
     "THP_MEM_ALLOC_ENABLE": "1",
     "MALLOC_TRIM_THRESHOLD_": str(2**62),
-    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_MMAP_THRESHOLD_": str(2**25),
 }
 SMOLLM2 = "models/smollm2-135m-instruct"
 

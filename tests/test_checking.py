@@ -90,6 +90,8 @@ def test_memory_of_a_microbatch_by_hand() -> None:
     half = training_bytes(config, replace(whole, precision="bf16"), 10, **rows)
     in_bf16 = 4 * 4 * 64 + 2 * (5 * 64 + 4 * 64 + 4 * 10 + 4 * 128)
     assert half["activations"] == 10 * 3 * in_bf16
+    linear = 64 * (4 * 64 + 3 * 128)
+    assert half["weights in bf16"] == 2 * (3 * linear + 256 * 64)
     assert half["logits"] == (2 * 2 + 8) * 10 * 256 + 2 * 256 * 64 * 4
 
 

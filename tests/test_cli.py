@@ -161,7 +161,7 @@ from align import cli
 
 def churn():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    blocks = [b"x" * (64 * 2**20) for _ in range(2)]
+    blocks = [b"x" * (16 * 2**20) for _ in range(8)]
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 if sys.argv[1] == "kept":
