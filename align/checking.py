@@ -69,6 +69,9 @@ def check(command: str, recipe: Any) -> Iterator[str]:
                 sample += examples[:: math.ceil(len(examples) / SAMPLED) or 1]
             label = "data" if isinstance(recipe, EvalRecipe | GenerateRecipe) else f"data.{name}"
             yield f"{label:<11} {line}"
+    most = recipe.data.max_train_rows
+    if most is not None and most < rows:
+        yield f"data        {most:,} of them are used, picked by seed (data.max_train_rows)"
     yield from _schedule(recipe, rows)
     tokens_per_row, dropped = _tokenised(recipe, sample)
     yield from (f"data        {line} (of {len(sample):,} rows tokenised)" for line in dropped)

@@ -28,9 +28,10 @@ def add_parser(actions: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from align.feedback.outcomes import read_judgements
+    from align.feedback.ranking import NoMaximum
     from align.feedback.report import agreement, leaderboard, preference_pairs
 
-    if args.prior < 0 or args.min_margin < 0:
+    if args.prior < 0 or not args.min_margin >= 0:
         raise AlignError("--prior, --min-margin: have to be 0 or more")
     judgements = read_judgements(args.files)
     found: dict[str, Any] = {
@@ -38,9 +39,12 @@ def run(args: argparse.Namespace) -> None:
         "agreement": agreement(judgements),
     }
     if args.pairs:
-        pairs, left_out = preference_pairs(
-            judgements, choose=args.choose, min_margin=args.min_margin, prior=args.prior or 0.1
-        )
+        try:
+            pairs, left_out = preference_pairs(
+                judgements, choose=args.choose, min_margin=args.min_margin, prior=args.prior or 0.1
+            )
+        except NoMaximum as error:
+            raise AlignError(f"--pairs: {error}: no two different answers to one prompt") from error
         if not pairs:
             raise AlignError(f"--pairs: no pair can be made of {len(judgements)} judgements")
         write_rows(Path(args.pairs), pairs)

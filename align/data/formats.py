@@ -176,7 +176,8 @@ def _read_lines(stream: IO[bytes], path: Path) -> Iterator[Row | BadRow]:
         try:
             line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
             if line.strip():
-                yield _object(json.loads(line), where)
+                # without its end, which json would blame where a row breaks off inside a string
+                yield _object(json.loads(line.rstrip("\r\n")), where)
         except UnicodeDecodeError as error:
             yield _not_utf8(where, f"byte 0x{raw[error.start]:02x} at column {error.start + 1}")
         except json.JSONDecodeError as error:

@@ -18,6 +18,8 @@ from align.data.turns import is_list
 from align.types import PreferencePair, Text
 
 RANKING, RATING = "ranking", "rating"
+ORDERS = ("ranking", "rankings", "rank", "ranks", "scores", "ratings")
+"""Columns beside ``responses`` by which somebody may mean another order than theirs."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,10 @@ def listwise_format(fields: Fields) -> str | None:
 def read_ranking(fields: Fields, source: str) -> tuple[PreferencePair, ...]:
     """All pairs of ``responses``, which stand best first."""
     given: Any = fields.get("responses")
+    for name in ORDERS:
+        if name in fields:
+            advice = f"sort the responses best first and leave {name} out"
+            fields.bad(name, "would be ignored: `responses` are read best first", advice)
     if not is_list(given) or len(given) < 2:
         fields.bad("responses", "not a list of at least two", "give them best first")
     numbered = {f"responses[{i}]": response for i, response in enumerate(given)}

@@ -84,6 +84,8 @@ def _judgement(row: Row) -> Judgement:
     models = ()
     if "model_a" in fields and "model_b" in fields:
         models = (fields.string("model_a"), fields.string("model_b"))
+    if items[0] == items[1] and not models:
+        fields.bad("b", "the same as a", "nothing can be learnt from it; remove the row")
     if winner == "b":
         items, models = items[::-1], models[::-1]
     return Judgement(row.where, prompt, items, winner == "tie", annotator, models)

@@ -68,6 +68,8 @@ def looks_like_hub_id(name: str) -> bool:
 
 def no_such_model(model: str) -> AlignError:
     """For a name that is no hub id either."""
+    if Path(model).is_file():
+        return AlignError(f"model: {model}: a file, not a model; name a folder, a hub id or a .gguf")
     what = "file" if Path(model).suffix in DATA_FILES else "folder"
     return AlignError(f"model: {model}: no such {what}{did_you_mean(Path(model))}")
 

@@ -105,6 +105,12 @@ def test_malformed_json_on_line_7_names_line_7_and_the_rest_is_read(tmp_path) ->
     assert rows[8] == Row({"text": "x"}, f"{path}:9")
 
 
+def test_a_row_that_breaks_off_inside_a_string_is_said_to(tmp_path) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"text": "x"}\n{"text": "and th\n')
+    assert str(read(path)[1]).startswith(f"{path}:2: row: malformed JSON; Unterminated string")
+
+
 def test_blank_lines_are_counted_but_no_rows(tmp_path) -> None:
     path = tmp_path / "d.jsonl"
     path.write_text('\n{"text": "x"}\n  \n[1]\n')

@@ -53,6 +53,12 @@ def test_bad_rankings_name_their_field(tmp_path, responses, said: str) -> None:
     assert said in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["ranking", "scores"])
+def test_an_order_beside_the_responses_is_not_ignored(tmp_path, name: str) -> None:
+    with pytest.raises(AlignError, match=f"r.jsonl:1: {name}: would be ignored"):
+        load(tmp_path / "r.jsonl", [{"prompt": "q", "responses": ["bad", "good"], name: [2, 1]}])
+
+
 def test_ratings_of_a_prompt_become_pairs_with_margins(tmp_path) -> None:
     rows = [
         {"prompt": "q", "response": "fair", "score": 3},

@@ -122,6 +122,7 @@ def test_the_command_writes_pairs_that_the_loader_reads(tmp_path, capsys) -> Non
     [
         (said("q", "x", "y", "x"), "j.jsonl:1: winner: not one of a, b, tie"),
         ({"prompt": "q", "winner": "a"}, "j.jsonl:1: a: missing"),
+        ({"prompt": "q", "a": "x", "b": "x", "winner": "a"}, "j.jsonl:1: b: the same as a"),
         ({"ranking": ["only"]}, "j.jsonl:1: ranking: not a list of at least two"),
         ({"ranking": ["x", "y"], "models": ["m"]}, "j.jsonl:1: models: 1 names for 2 items"),
     ],
@@ -130,6 +131,13 @@ def test_bad_judgements_name_their_field(tmp_path, row: dict, words: str) -> Non
     with pytest.raises(AlignError) as caught:
         read_judgements([write(tmp_path / "j.jsonl", [row])])
     assert words in str(caught.value)
+
+
+def test_pairs_of_the_same_answer_by_two_models_end_in_one_line(tmp_path, capsys) -> None:
+    row = {"prompt": "q", "a": "x", "b": "x", "model_a": "m", "model_b": "n", "winner": "a"}
+    file = write(tmp_path / "j.jsonl", [row, row | {"winner": "b"}])
+    assert main(["data", "rank", file, "--pairs", str(tmp_path / "p.jsonl")]) == 2
+    assert "--pairs: no comparison: no two different answers" in capsys.readouterr().err
 
 
 def test_a_ranking_that_has_no_maximum_says_what_to_do(tmp_path, capsys) -> None:

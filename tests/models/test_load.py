@@ -235,5 +235,10 @@ def test_half_a_weights_file(copy_of: Callable[[], Path]) -> None:
     refuse(folder, "cannot be loaded")
 
 
+def test_a_data_file_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "pairs.jsonl").write_text("{}")
+    refuse(tmp_path / "pairs.jsonl", "a file, not a model")
+
+
 def test_missing_gguf(tmp_path: Path) -> None:
     refuse(tmp_path / "model.gguf", "no such file")
