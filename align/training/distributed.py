@@ -57,6 +57,16 @@ def make_accelerator(trackers: Sequence[str], output_dir: str) -> Accelerator:
     return accelerator
 
 
+def part() -> None:
+    """End the run of several processes, once all have done their work.
+
+    A process that exits with its group open now and then dies of its own threads.
+    """
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
 # ---------------------------------------------------------------- one model sharded over all
 
 # fsdp_<key> of an accelerate configuration: its default there, what align needs, and why
