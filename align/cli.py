@@ -228,7 +228,6 @@ def run_stage(args: argparse.Namespace) -> None:
     recipe = load_recipe(classes[args.command], args.recipe, args.overrides, others=classes)
     module, function = STAGES[args.command][1].split(":")
     supervise(getattr(importlib.import_module(module), function), recipe)
-    importlib.import_module("align.training.distributed").part()
 
 
 def run_ls(args: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import copy
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -57,13 +58,10 @@ def make_accelerator(trackers: Sequence[str], output_dir: str) -> Accelerator:
     return accelerator
 
 
-def part() -> None:
-    """End the run of several processes, once all have done their work.
-
-    A process that exits with its group open now and then dies of its own threads.
-    """
+@atexit.register
+def _part() -> None:
+    """A process that exits with its group open may die of that group's threads, its work done."""
     if torch.distributed.is_initialized():
-        torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
 
