@@ -163,8 +163,7 @@ class _TokenLogprobs(torch.autograd.Function):
         temperature, softcap, with_entropy, rows = ctx.options
         needs_hidden, needs_weight, _, needs_bias, _ = ctx.needs_input_grad
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        # float32, though the products that it adds up have the dtype of the others
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        grad_weight = None  # float32, though the products that it adds up have the others' dtype
         grad_bias = torch.zeros_like(bias) if needs_bias else None
         for part in _parts(0, len(hidden), rows):
             raw = F.linear(hidden[part], weight) if kept is None else kept
@@ -195,6 +194,9 @@ class _TokenLogprobs(torch.autograd.Function):
                 grads[piece] = grad
             if grad_hidden is not None:
                 grad_hidden[part] = grads @ weight
-            if grad_weight is not None:
-                grad_weight += grads.T @ hidden[part]
+            if needs_weight:
+                update = (grads.T @ hidden[part]).float()
+                grad_weight = update if grad_weight is None else grad_weight.add_(update)
+        if needs_weight and grad_weight is None:
+            grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         return grad_hidden, grad_weight, None, grad_bias, None

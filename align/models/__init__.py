@@ -14,7 +14,8 @@ from align.options import LoraOptions
 from align.types import AlignError
 
 __all__ = [
-    "Policy", "ScalarModel", "load_policy", "load_scalar_model", "load_tokenizer", "scalar_model_on",
+    "Policy", "ScalarModel", "load_policy", "load_scalar_model", "load_tokenizer",
+    "scalar_model_on",
 ]  # fmt: skip
 
 

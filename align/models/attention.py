@@ -4,9 +4,10 @@ A segment's keys are its own and those of all that it continues. Short segments 
 into one padded call, a long one into a call of its own: of torch's scaled-dot-product attention, or
 on a CPU, where that is faster, of matrix products (`products`). So hardly anything is computed
 between neighbours, and where torch or `products` knows what a query sees, which is all but what
-follows it, there is no ``[T,T]`` mask; a row may be as long as memory allows. The segments travel as an extra keyword of the model's forward to a function
-registered with transformers' ``AttentionInterface``, which any architecture on that interface
-calls. Decoding, one query per row against a cache, is its own case.
+follows it, there is no ``[T,T]`` mask; a row may be as long as memory allows. The segments travel
+as an extra keyword of the model's forward to a function registered with transformers'
+``AttentionInterface``, which any architecture on that interface calls. Decoding, one query per row
+against a cache, is its own case.
 
 What it refuses: attention weights as an output, position biases (ALiBi, T5), attention sinks and
 sparse attention (GPT-OSS, DeepSeek 4), and a forward without segments, since that would attend
@@ -245,11 +246,8 @@ def _attend(
     if mask is None and before == 0 and not windowed and options.softcap is None:
         return fused(grouped, key, value, is_causal=True).reshape(n, heads, length, -1)
     if mask is None:
-        place = torch.arange(before, before + length, device=query.device)[:, None]
-        distance = place - torch.arange(total, device=query.device)
-        mask = distance >= 0
-        if options.window is not None:
-            mask &= distance < options.window
+        places = (before, before + length)
+        mask = products.visible(places, (0, total), options.window, query.device)
     else:
         mask = mask.expand(-1, kv, -1, -1).reshape(n * kv, 1, length, -1)
     if options.softcap is None:
@@ -259,9 +257,7 @@ def _attend(
     return out.reshape(n, heads, length, -1)
 
 
-def _capped(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, options: _Options
-) -> Tensor:
+def _capped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, options: _Options) -> Tensor:
     """Gemma 2 caps its scores, which no fused kernel on a CPU offers."""
     assert options.softcap is not None
     scores = torch.tanh(query @ key.transpose(-1, -2) * (options.scale / options.softcap))

@@ -1,4 +1,4 @@
-"""GGUF -> a folder of safetensors with tokenizer and chat template: ``python -m align.models.gguf``.
+"""GGUF -> a folder of safetensors, tokenizer, chat template: ``python -m align.models.gguf``.
 
 A GGUF file is read directly wherever a recipe takes a model, but dequantising it takes seconds
 every time; a folder is also what other tools read.

@@ -26,6 +26,7 @@ from align.models.attention import BACKEND
 from align.models.locate import adapter_base, require_found
 from align.types import AlignError
 
+
 def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer beside a model, with a pad token that is not an end token.
 
@@ -68,7 +69,7 @@ def load_causal_lm(
     trust_remote_code: bool = False,
     from_scratch: bool = False,
 ) -> PreTrainedModel:
-    """A decoder with its language-model head; a LoRA adapter's folder is its base, merged with it."""
+    """A decoder with its LM head; a LoRA adapter's folder is its base merged with it."""
     base = adapter_base(model)
     if base is not None:
         from peft import PeftModel

@@ -27,8 +27,8 @@ def locate(model: str) -> tuple[str, dict[str, Any]]:
             raise AlignError(no_model_in(path))
         if list(path.glob("pytorch_model*.bin")) and not list(path.glob("*.safetensors")):
             raise AlignError(
-                f"model: {model}: only pickled weights (pytorch_model.bin), which are never loaded; "
-                "convert them to safetensors first"
+                f"model: {model}: only pickled weights (pytorch_model.bin), which are never "
+                "loaded; convert them to safetensors first"
             )
         return str(path), {"use_safetensors": True}
     if path.exists() or not looks_like_hub_id(model):
@@ -69,7 +69,9 @@ def looks_like_hub_id(name: str) -> bool:
 def no_such_model(model: str) -> AlignError:
     """For a name that is no hub id either."""
     if Path(model).is_file():
-        return AlignError(f"model: {model}: a file, not a model; name a folder, a hub id or a .gguf")
+        return AlignError(
+            f"model: {model}: a file, not a model; name a folder, a hub id or a .gguf"
+        )
     what = "file" if Path(model).suffix in DATA_FILES else "folder"
     return AlignError(f"model: {model}: no such {what}{did_you_mean(Path(model))}")
 

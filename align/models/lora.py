@@ -24,7 +24,6 @@ from transformers.pytorch_utils import Conv1D
 from align.options import LoraOptions
 from align.types import AlignError
 
-
 LM_HEADS = ("lm_head", "embed_out")
 """What the actor has and the critic, which is adapted by the same recipe, has not."""
 

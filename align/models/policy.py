@@ -229,8 +229,8 @@ def check_packable(model: _Packed) -> None:
         model.train(training)
     if not (got.isfinite().all() and want.isfinite().all()):
         raise AlignError(
-            f"{model.name}: its numbers become NaN or infinite; its weights are broken, or overflow "
-            "in this precision: try precision=fp32"
+            f"{model.name}: its numbers become NaN or infinite; its weights are broken, or "
+            "overflow in this precision: try precision=fp32"
         )
     tolerance = 1e-3 if model.precision == "fp32" else 0.1
     if not torch.allclose(got, want, rtol=tolerance, atol=tolerance * want.abs().max().item()):

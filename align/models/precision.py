@@ -46,9 +46,9 @@ def autocast_once(model: nn.Module, precision: str, device: torch.device) -> Ite
     """Autocast for many passes without gradients: a weight is cast in the first and kept.
 
     Sampling runs the model once for every token. The weights must not change meanwhile, and take
-    half their float32 size more, frozen ones too. Autocast
-    remembers what it cast until the outermost block is left, but only for leaves that require a
-    gradient, so for as long as this lasts all weights do.
+    half their float32 size more, frozen ones too. Autocast remembers what it cast until the
+    outermost block is left, but only for leaves that require a gradient, so for as long as this
+    lasts all weights do.
     """
     frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
     if precision != "bf16":

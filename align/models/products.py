@@ -3,8 +3,8 @@
 Queries are taken in blocks, and a block multiplies only the keys between the first that one of its
 queries sees and the last. The products are those of ``softmax(Q K^T * scale) V`` as they stand, in
 the tensors' dtype, the softmax in float32. In bf16 the scores are rounded to bf16, as in
-transformers' eager attention; so keys are centred before: what all keys have in common adds the same
-to every score of a query, which changes no probability, but costs their digits.
+transformers' eager attention; so keys are centred before: what all keys have in common adds the
+same to every score of a query, which changes no probability, but costs their digits.
 ``python -m benchmarks.attention`` measures it beside the fused kernel.
 """
 
@@ -19,14 +19,23 @@ from torch.autograd.function import once_differentiable
 BLOCK = 128
 """Queries of one product."""
 KEPT = 512
-"""Keys up to which the probabilities are kept for the backward pass. With more it computes them again
-in bf16; in float32 the fused kernel is faster then."""
+"""Keys up to which the probabilities are kept for the backward pass. With more it computes them
+again in bf16; in float32 the fused kernel is faster then."""
 
 
 def pays(query: Tensor, keys: int, dropout: float) -> bool:
     """Whether `attend` is faster than the fused kernel for queries against so many keys."""
     short = keys <= KEPT or query.dtype == torch.bfloat16
     return query.device.type == "cpu" and short and not dropout
+
+
+def visible(
+    queries: tuple[int, int], keys: tuple[int, int], window: int | None, device: torch.device
+) -> Tensor:
+    """Mask ``[queries,keys]`` of two ranges of places in a sequence: what precedes, or a window."""
+    place = torch.arange(*queries, device=device)[:, None]
+    distance = place - torch.arange(*keys, device=device)
+    return distance >= 0 if window is None else (distance >= 0) & (distance < window)
 
 
 def attend(
@@ -74,11 +83,7 @@ def _probabilities(
     taken = query[:, :, start:stop]
     scores = torch.bmm(taken.flatten(1, 2), key[:, first:last].transpose(1, 2))
     if mask is None:
-        place = torch.arange(before + start, before + stop)[:, None]
-        keys = torch.arange(first, last)
-        seen = place >= keys
-        if window is not None:
-            seen &= place - keys < window
+        seen = visible((before + start, before + stop), (first, last), window, query.device)
         scores.view(*taken.shape[:3], -1).masked_fill_(~seen, float("-inf"))
     else:
         seen = mask[:, None, :, start:stop, first:last]

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from align.data.packing import collate, path
-from align.models import Policy, attention, load_policy, load_scalar_model, products
+from align.models import Policy, attention, load_policy, products
 from align.models.attention import DecodeState, segment_attention
 from align.types import AlignError, Segment, TokenBatch, TokenGroup, TokenSequence
 from tests.trust import Trust
@@ -271,7 +271,9 @@ def test_segment_attention_is_masked_softmax(
     attention._plan.cache_clear()
 
 
-@pytest.mark.parametrize(("size", "offset", "bound"), [(1.0, 0.0, 2.0), (1.0, 50.0, 2.0), (3.0, 0.0, 9.0)])
+@pytest.mark.parametrize(
+    ("size", "offset", "bound"), [(1.0, 0.0, 2.0), (1.0, 50.0, 2.0), (3.0, 0.0, 9.0)]
+)
 def test_bf16_products_are_nearly_as_close_to_the_truth_as_the_fused_kernel(
     size: float, offset: float, bound: float
 ) -> None:

@@ -143,7 +143,7 @@ def test_top_layers(architecture: Callable[[str], Path]) -> None:
 
 
 def test_unknown_target_modules_are_one_line(tiny: Path) -> None:
-    with pytest.raises(AlignError, match="lora.target_modules") as caught:
+    with pytest.raises(AlignError, match=r"lora\.target_modules") as caught:
         policy(tiny, target_modules=("q_proj", "attention_of_some_kind"))
     assert "no module is called 'attention_of_some_kind'; this model has down_proj, " in str(
         caught.value
