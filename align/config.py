@@ -13,6 +13,7 @@ from align.options import GenerationOptions, LoraOptions, OptimOptions, TrainOpt
 from align.types import DataSource, RewardTerm
 
 Precision = Literal["auto", "bf16", "fp32"]
+Attention = Literal["auto", "segments", "flash", "flex"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +54,9 @@ class CommonRecipe:
     seed: int = 0
     # auto = bf16 autocast over fp32 weights where the hardware multiplies bf16 natively
     precision: Precision = "auto"
+    # kernel of packed attention: auto = flash or flex on a GPU in bf16 where it proves right on the
+    # model, else segments, which runs everywhere
+    attention: Attention = "auto"
     # recompute activations in the backward pass: about a third slower, far less memory
     gradient_checkpointing: bool = False
     trust_remote_code: bool = False
@@ -264,6 +268,9 @@ class EvalRecipe:
     cache_outputs: bool = True
     seed: int = 0
     precision: Precision = "auto"
+    # kernel of packed attention: auto = flash or flex on a GPU in bf16 where it proves right on the
+    # model, else segments, which runs everywhere
+    attention: Attention = "auto"
     tokens_per_microbatch: int = 4096
     trust_remote_code: bool = False
     overwrite: bool = False

@@ -245,6 +245,7 @@ class _Evaluation:
             load_model=reward_model_loader(
                 self.device,
                 precision=self.recipe.precision,
+                attention=self.recipe.attention,
                 trust_remote_code=self.recipe.trust_remote_code,
                 tokens_per_microbatch=self.recipe.tokens_per_microbatch,
             ),

@@ -71,6 +71,7 @@ class Answerer:
             name,
             device=device,
             precision=recipe.precision,
+            attention=recipe.attention,
             lora=checkpoint.lora if checkpoint else None,
             trust_remote_code=recipe.trust_remote_code,
             from_scratch=checkpoint.from_scratch if checkpoint else False,

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 
+from align.models.backends import settle_backend
 from align.models.load import classifier_on, load_causal_lm, load_classifier, load_tokenizer
 from align.models.lora import add_lora, load_adapter, on_same_weights
-from align.models.policy import Policy, ScalarModel, check_packable
+from align.models.policy import Policy, ScalarModel
 from align.models.precision import resolve_precision
 from align.options import LoraOptions
 from align.types import AlignError
@@ -24,6 +25,7 @@ def load_policy(
     *,
     device: torch.device,
     precision: str = "auto",
+    attention: str = "auto",
     lora: LoraOptions | None = None,
     gradient_checkpointing: bool = False,
     trust_remote_code: bool = False,
@@ -50,7 +52,7 @@ def load_policy(
         policy.enable_gradient_checkpointing()
     if frozen:
         policy.requires_grad_(False).eval()
-    check_packable(policy)
+    settle_backend(policy, attention)
     return policy
 
 
@@ -59,6 +61,7 @@ def load_scalar_model(
     *,
     device: torch.device,
     precision: str = "auto",
+    attention: str = "auto",
     lora: LoraOptions | None = None,
     gradient_checkpointing: bool = False,
     trust_remote_code: bool = False,
@@ -86,7 +89,7 @@ def load_scalar_model(
     scalar.fresh_head = fresh
     if gradient_checkpointing:
         scalar.enable_gradient_checkpointing()
-    check_packable(scalar)
+    settle_backend(scalar, attention)
     return scalar
 
 

@@ -1,13 +1,18 @@
 """Attention over packed rows: the one place that turns segments into what a backend wants.
 
-A segment's keys are its own and those of all that it continues. Short segments of like lengths go
-into one padded call, a long one into a call of its own: of torch's scaled-dot-product attention, or
-on a CPU, where that is faster, of matrix products (`products`). So hardly anything is computed
-between neighbours, and where torch or `products` knows what a query sees, which is all but what
-follows it, there is no ``[T,T]`` mask; a row may be as long as memory allows. The segments travel
-as an extra keyword of the model's forward to a function registered with transformers'
-``AttentionInterface``, which any architecture on that interface calls. Decoding, one query per row
-against a cache, is its own case.
+A segment's keys are its own and those of all that it continues. They travel as an extra keyword of
+the model's forward to a function registered with transformers' ``AttentionInterface``, which any
+architecture on that interface calls. There are three such functions, see `BACKENDS`:
+
+- ``segments``: short segments of like lengths go into one padded call, a long one into a call of
+  its own: of torch's scaled-dot-product attention, or on a CPU, where that is faster, of matrix
+  products (`products`). So hardly anything is computed between neighbours, and where torch or
+  `products` knows what a query sees, which is all but what follows it, there is no ``[T,T]`` mask;
+  a row may be as long as memory allows. It runs everywhere.
+- ``flash``: all segments in one call of a variable-length kernel, on a GPU (`varlen`).
+- ``flex``: a block mask, which can cap scores without holding them, on a GPU (`flex`).
+
+Decoding, one query per row against a cache, is the same for all.
 
 What it refuses: attention weights as an output, position biases (ALiBi, T5), attention sinks and
 sparse attention (GPT-OSS, DeepSeek 4), and a forward without segments, since that would attend
@@ -27,10 +32,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
-from align.models import products
+from align.models import flex, products, varlen
+from align.models.segments import columns_seen
 from align.types import Segment
 
-BACKEND = "align_segments"
+BACKENDS = {"segments": "align_segments", "flash": "align_varlen", "flex": "align_blocks"}
+"""What a recipe calls them, and transformers, which takes any name with "flash" for its own."""
 
 UNSUPPORTED = ("position_bias", "s_aux", "sinks", "indices", "block_indices")
 """What a model may hand to its attention function that changes the result and is not done here."""
@@ -59,6 +66,7 @@ def segment_attention(
     softcap: float | None = None,
     segments: Sequence[Segment] | None = None,
     decode: DecodeState | None = None,
+    backend: str = "segments",
     **more: Any,
 ) -> tuple[Tensor, None]:
     """``[B,heads,T,D]`` queries and ``[B,kv_heads,S,D]`` keys -> ``[B,T,heads,D]``."""
@@ -72,11 +80,8 @@ def segment_attention(
     if decode is not None:
         return _decode(query, key, value, decode, options), None
     if segments is None:
-        raise RuntimeError(f"attention {BACKEND!r} was called without segments")
-    return _packed(query, key, value, tuple(segments), options), None
-
-
-AttentionInterface.register(BACKEND, segment_attention)
+        raise RuntimeError(f"attention {BACKENDS[backend]!r} was called without segments")
+    return _WAYS[backend](query, key, value, tuple(segments), options), None
 
 
 @dataclass(frozen=True)
@@ -130,24 +135,20 @@ class _Plan:
 def _plan(
     segments: tuple[Segment, ...], rows: int, columns: int, window: int | None, device: torch.device
 ) -> _Plan:
-    keys: dict[tuple[int, int, int], np.ndarray] = {}  # a segment's, those before it included
-    buckets: dict[object, list[Segment]] = {}
-    for s in segments:
-        own = np.arange(s.start, s.stop) + s.row * columns
-        before = keys[s.row, s.prefix_start, s.prefix_stop] if s.prefix_stop else own[:0]
-        keys[s.row, s.start, s.stop] = np.concatenate([before, own])
-        length, total = len(own), len(own) + len(before)
+    buckets: dict[object, list[tuple[Segment, np.ndarray]]] = {}
+    for s, keys in zip(segments, columns_seen(segments, columns), strict=True):
+        length, total = s.stop - s.start, len(keys)
         short = (-(-length // STEP), -(-total // STEP)) if total <= SHORT else s
-        buckets.setdefault(short, []).append(s)
+        buckets.setdefault(short, []).append((s, keys))
     order = np.full(rows * columns, -1, dtype=np.int64)
     made, done = [], 0
     for members in buckets.values():
-        seen = [keys[s.row, s.start, s.stop] for s in members]
-        lengths = [s.stop - s.start for s in members]
+        seen = [keys for _, keys in members]
+        lengths = [s.stop - s.start for s, _ in members]
         longest, most = max(lengths), max(map(len, seen))
-        for i, (length, columns_seen) in enumerate(zip(lengths, seen, strict=True)):
+        for i, (length, keys) in enumerate(zip(lengths, seen, strict=True)):
             first = done + i * longest
-            order[columns_seen[len(columns_seen) - length :]] = np.arange(first, first + length)
+            order[keys[len(keys) - length :]] = np.arange(first, first + length)
         done += len(members) * longest
         made.append(_bucket(seen, lengths, longest, most, window, device))
     order[order < 0] = done
@@ -201,6 +202,27 @@ def _packed(
         outputs.append(out.transpose(1, 2).reshape(-1, heads * dim))
     outputs.append(flat[0].new_zeros(1, heads * dim))
     return F.embedding(plan.order, torch.cat(outputs)).view(batch, time, heads, dim)
+
+
+def _varlen(
+    query: Tensor, key: Tensor, value: Tensor, segments: tuple[Segment, ...], options: _Options
+) -> Tensor:
+    if options.dropout or options.softcap is not None:
+        raise NotImplementedError("attention=flash has neither dropout nor capped scores")
+    scale, window = options.scale, options.window
+    return varlen.attend(query, key, value, segments, scale=scale, window=window)
+
+
+def _flex(
+    query: Tensor, key: Tensor, value: Tensor, segments: tuple[Segment, ...], options: _Options
+) -> Tensor:
+    if options.dropout:
+        raise NotImplementedError("attention=flex has no dropout")
+    scale, window, softcap = options.scale, options.window, options.softcap
+    return flex.attend(query, key, value, segments, scale=scale, window=window, softcap=softcap)
+
+
+_WAYS = {"segments": _packed, "flash": _varlen, "flex": _flex}
 
 
 def _decode(
@@ -263,3 +285,7 @@ def _capped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, options: _O
     scores = torch.tanh(query @ key.transpose(-1, -2) * (options.scale / options.softcap))
     scores = (scores.float() * options.softcap).masked_fill(~mask, float("-inf"))
     return F.dropout(scores.softmax(-1), options.dropout).to(value.dtype) @ value
+
+
+for _backend, _name in BACKENDS.items():
+    AttentionInterface.register(_name, partial(segment_attention, backend=_backend))

@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from align.models.attention import BACKEND
+from align.models.attention import BACKENDS
 from align.models.locate import adapter_base, require_found
 from align.types import AlignError
 
@@ -86,14 +86,14 @@ def load_causal_lm(
             model, AutoConfig.from_pretrained, where, trust_remote_code=trust_remote_code, **options
         )
         loaded = AutoModelForCausalLM.from_config(
-            config, attn_implementation=BACKEND, dtype=torch.float32
+            config, attn_implementation=BACKENDS["segments"], dtype=torch.float32
         )
     else:
         loaded, info = _guarded(
             model,
             AutoModelForCausalLM.from_pretrained,
             where,
-            attn_implementation=BACKEND,
+            attn_implementation=BACKENDS["segments"],
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
@@ -118,7 +118,7 @@ def load_classifier(
         AutoModelForSequenceClassification.from_pretrained,
         where,
         num_labels=1,
-        attn_implementation=BACKEND,
+        attn_implementation=BACKENDS["segments"],
         dtype=dtype,
         trust_remote_code=trust_remote_code,
         output_loading_info=True,

@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from align.losses.logprobs import TokenStatistics, token_logprobs, token_statistics
+from align.models.attention import BACKENDS
 from align.models.load import weights_hash
 from align.models.lora import merged, save_adapter, unwrapped
 from align.models.precision import autocast
 from align.types import AlignError, Segment, TokenBatch
 
 
-class _Packed(nn.Module):
+class Packed(nn.Module):
     """A transformers model whose trunk runs over packed rows."""
 
     def __init__(self, model: nn.Module, *, precision: str, name: str) -> None:
@@ -41,6 +42,16 @@ class _Packed(nn.Module):
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    @property
+    def attention(self) -> str:
+        """The backend of its attention, one of `attention.BACKENDS`."""
+        name = self.inner.config._attn_implementation
+        return next(backend for backend, known in BACKENDS.items() if known == name)
+
+    @attention.setter
+    def attention(self, backend: str) -> None:
+        self.inner.set_attn_implementation(BACKENDS[backend])
 
     @property
     def trunk(self) -> Any:
@@ -92,7 +103,7 @@ class _Packed(nn.Module):
         partial.rename(folder)
 
 
-class Policy(_Packed):
+class Policy(Packed):
     """A causal language model that answers with log-probabilities of the tokens it is given."""
 
     def forward(
@@ -144,7 +155,7 @@ class Policy(_Packed):
         return {"bias": bias, "softcap": getattr(config, "final_logit_softcapping", None)}
 
 
-class ScalarModel(_Packed):
+class ScalarModel(Packed):
     """A reward model (read at each sequence's last token) or a critic (read before each token).
 
     ``fresh_head`` says that the checkpoint had no head, so that its scores are noise until trained.
@@ -183,7 +194,7 @@ def _flat(batch: TokenBatch, columns: Tensor) -> Tensor:
     return rows * batch.input_ids.shape[1] + columns[rows, times]
 
 
-def check_length(model: _Packed, longest: int, what: str) -> None:
+def check_length(model: Packed, longest: int, what: str) -> None:
     """Refuse sequences that are longer than the model has positions for."""
     limit = getattr(model.inner.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and longest > limit:
@@ -193,12 +204,13 @@ def check_length(model: _Packed, longest: int, what: str) -> None:
         )
 
 
-def check_packable(model: _Packed) -> None:
+def check_packable(model: Packed) -> None:
     """Refuse a model that cannot be packed, by trying: eight tokens, two sequences, two prefixes.
 
-    The hidden states of a packed row must be those of the sequences alone. This catches models
-    that are not on the attention interface, recurrent ones, and position embeddings that ignore
-    ``position_ids``; and, for a `Policy`, heads that do more than a linear map.
+    The hidden states of a packed row must be those of the sequences alone, these by the backend
+    that runs everywhere. This catches models that are not on the attention interface, recurrent
+    ones, position embeddings that ignore ``position_ids``, and kernels that see something else;
+    and, for a `Policy`, heads that do more than a linear map.
     """
     vocabulary = model.inner.get_input_embeddings().num_embeddings
     tokens = torch.arange(8, device=model.device)[None] % vocabulary
@@ -207,11 +219,13 @@ def check_packable(model: _Packed) -> None:
     packed = _probe(tokens, where, (*prefixes, Segment(0, 3, 5, 2, 3), Segment(0, 5, 8, 2, 3)))
     alone = torch.cat([tokens[:, :3], tokens[:, 5:]], dim=1)
     single = _probe(alone, torch.arange(6, device=model.device)[None], (Segment(0, 0, 6),))
-    training = model.training
+    training, backend = model.training, model.attention
     model.eval()
     try:
         with torch.no_grad():
-            got, want = model.hidden_states(packed)[0, 5:], model.hidden_states(single)[0, 3:]
+            got = model.hidden_states(packed)[0, 5:]
+            model.attention = "segments"
+            want = model.hidden_states(single)[0, 3:]
             if isinstance(model, Policy):
                 with autocast(model.precision, model.device):
                     plain = model.model(
@@ -227,6 +241,7 @@ def check_packable(model: _Packed) -> None:
         ) from error
     finally:
         model.train(training)
+        model.attention = backend
     if not (got.isfinite().all() and want.isfinite().all()):
         raise AlignError(
             f"{model.name}: its numbers become NaN or infinite; its weights are broken, or "

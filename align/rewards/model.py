@@ -78,7 +78,12 @@ class ModelReward:
 
 
 def reward_model_loader(
-    device: torch.device, *, precision: str, trust_remote_code: bool, tokens_per_microbatch: int
+    device: torch.device,
+    *,
+    precision: str,
+    attention: str,
+    trust_remote_code: bool,
+    tokens_per_microbatch: int,
 ) -> Callable[[str], ModelReward]:
     """``load(folder or hub id)``, frozen, for `build_reward`."""
 
@@ -87,6 +92,7 @@ def reward_model_loader(
             model,
             device=device,
             precision=precision,
+            attention=attention,
             trust_remote_code=trust_remote_code,
             head_required=True,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -15,6 +16,7 @@ from align.data.chat import end_token_ids
 from align.data.formats import find_files
 from align.models import Policy, load_tokenizer
 from align.models.locate import is_on_the_hub
+from align.models.policy import Packed
 from align.progress import say
 from align.recipes_io import to_yaml
 from align.run_folder import Run
@@ -112,8 +114,13 @@ def same_vocabulary(model: str, recipe: CommonRecipe, session: Session) -> bool:
     return bool(other.get_vocab() == session.tokenizer.get_vocab())
 
 
-def trained_parameters(model: torch.nn.Module) -> dict[str, int]:
+def introduce(model: Packed, session: Session) -> dict[str, Any]:
+    """Say how a model that is trained runs; its facts for the manifest."""
+    if session.run.is_main:
+        say(f"  {model.name}: precision {model.precision}, attention {model.attention}")
     return {
+        "precision": model.precision,
+        "attention": model.attention,
         "parameters": sum(p.numel() for p in model.parameters()),
         "parameters_trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }

@@ -27,10 +27,10 @@ from align.models.policy import batch_sequences
 from align.progress import change
 from align.stages.common import (
     Session,
+    introduce,
     open_session,
     require_same_vocabulary,
     save_policy,
-    trained_parameters,
 )
 from align.stages.data import load_data
 from align.stages.dpo_options import check_options
@@ -52,6 +52,7 @@ def run(recipe: DPORecipe) -> None:
         recipe.model,
         device=session.accelerator.device,
         precision=recipe.precision,
+        attention=recipe.attention,
         lora=recipe.lora,
         gradient_checkpointing=recipe.gradient_checkpointing,
         trust_remote_code=recipe.trust_remote_code,
@@ -60,7 +61,7 @@ def run(recipe: DPORecipe) -> None:
     frozen = _frozen(recipe, session)
     models = [policy] if frozen is None else [policy, frozen]
     hashes = [weights_hash(model.inner) for model in models]
-    session.run.describe(start_weights=hashes, **trained_parameters(policy))
+    session.run.describe(start_weights=hashes, **introduce(policy, session))
     train_reference = _reference(recipe, session, policy, frozen, train_groups)
     test_reference = _reference(recipe, session, policy, frozen, test_groups)
     model = prepare(policy, session.accelerator)
@@ -204,6 +205,7 @@ def _frozen(recipe: DPORecipe, session: Session) -> Policy | None:
         recipe.dpo.reference_model or recipe.model,
         device=session.accelerator.device,
         precision=recipe.precision,
+        attention=recipe.attention,
         trust_remote_code=recipe.trust_remote_code,
         frozen=True,
     )

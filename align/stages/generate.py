@@ -88,6 +88,7 @@ def _sample(
         model,
         device=accelerator.device,
         precision=recipe.precision,
+        attention=recipe.attention,
         trust_remote_code=recipe.trust_remote_code,
     )
     k, end_ids = recipe.generation.samples_per_prompt, policy_end_ids(policy, session)
@@ -135,6 +136,7 @@ def _score(
             load_model=reward_model_loader(
                 accelerator.device,
                 precision=recipe.precision,
+                attention=recipe.attention,
                 trust_remote_code=recipe.trust_remote_code,
                 tokens_per_microbatch=recipe.tokens_per_microbatch,
             ),

@@ -23,9 +23,9 @@ from align.models.policy import check_length
 from align.progress import Progress, change
 from align.stages.common import (
     Session,
+    introduce,
     open_session,
     save_policy,
-    trained_parameters,
 )
 from align.stages.data import Split, load_data
 from align.stages.ppo_hand import Hand, Iteration
@@ -48,8 +48,8 @@ def run(recipe: PPORecipe) -> None:
     session.run.describe(
         start_weights=roles.weights,
         reward=roles.reward.name,
-        actor=trained_parameters(roles.actor),
-        critic=trained_parameters(roles.critic),
+        actor=introduce(roles.actor, session),
+        critic=introduce(roles.critic, session),
     )
     for split in (prompts, held_out):  # not when the longest is sampled, hours later
         longest = int(split.groups.num_tokens().max(initial=0))

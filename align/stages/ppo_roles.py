@@ -48,6 +48,7 @@ def load_roles(recipe: PPORecipe, session: Session) -> Roles:
         recipe.model,
         device=device,
         precision=recipe.precision,
+        attention=recipe.attention,
         lora=recipe.lora,
         gradient_checkpointing=recipe.gradient_checkpointing,
         trust_remote_code=recipe.trust_remote_code,
@@ -57,6 +58,7 @@ def load_roles(recipe: PPORecipe, session: Session) -> Roles:
     load_apart = reward_model_loader(
         device,
         precision=recipe.precision,
+        attention=recipe.attention,
         trust_remote_code=recipe.trust_remote_code,
         tokens_per_microbatch=recipe.tokens_per_microbatch,
     )
@@ -114,6 +116,7 @@ def _critic(recipe: PPORecipe, session: Session, trunk: Trunk | None) -> ScalarM
             start,
             device=session.accelerator.device,
             precision=recipe.precision,
+            attention=recipe.attention,
             lora=recipe.lora,
             gradient_checkpointing=recipe.gradient_checkpointing,
             trust_remote_code=recipe.trust_remote_code,
@@ -142,6 +145,7 @@ def _reference(
         recipe.reference_model or recipe.model,
         device=session.accelerator.device,
         precision=recipe.precision,
+        attention=recipe.attention,
         trust_remote_code=recipe.trust_remote_code,
         frozen=True,
     )

@@ -24,7 +24,7 @@ from align.models import ScalarModel, load_scalar_model
 from align.models.load import weights_hash
 from align.models.policy import batch_sequences
 from align.progress import change, say
-from align.stages.common import Session, open_session, trained_parameters
+from align.stages.common import Session, introduce, open_session
 from align.stages.data import Split, load_data
 from align.training.distributed import prepare, whole
 from align.training.loop import Measure, Measured, evaluate_groups, train
@@ -42,11 +42,12 @@ def run(recipe: RewardRecipe) -> None:
         recipe.model,
         device=session.accelerator.device,
         precision=recipe.precision,
+        attention=recipe.attention,
         lora=recipe.lora,
         gradient_checkpointing=recipe.gradient_checkpointing,
         trust_remote_code=recipe.trust_remote_code,
     )
-    session.run.describe(start_weights=weights_hash(scalar.inner), **trained_parameters(scalar))
+    session.run.describe(start_weights=weights_hash(scalar.inner), **introduce(scalar, session))
     model = prepare(scalar, session.accelerator)
     options = recipe.reward_model
     train_groups, test_groups = train_data.groups, test_data.groups

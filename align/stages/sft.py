@@ -14,7 +14,7 @@ from align.losses import nll_loss
 from align.models import load_policy
 from align.models.load import weights_hash
 from align.progress import change
-from align.stages.common import open_session, save_policy, trained_parameters
+from align.stages.common import introduce, open_session, save_policy
 from align.stages.data import load_data
 from align.training.distributed import prepare
 from align.training.loop import Measured, evaluate_groups, train
@@ -29,12 +29,13 @@ def run(recipe: SFTRecipe) -> None:
         recipe.model,
         device=session.accelerator.device,
         precision=recipe.precision,
+        attention=recipe.attention,
         lora=recipe.lora,
         gradient_checkpointing=recipe.gradient_checkpointing,
         trust_remote_code=recipe.trust_remote_code,
         from_scratch=recipe.from_scratch,
     )
-    session.run.describe(start_weights=weights_hash(policy.inner), **trained_parameters(policy))
+    session.run.describe(start_weights=weights_hash(policy.inner), **introduce(policy, session))
     model = prepare(policy, session.accelerator)
 
     def measure(batch: TokenBatch, members: Sequence[int]) -> Measured:

@@ -34,7 +34,11 @@ def reward_model(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def load(folder: Path, budget: int = 4096) -> ModelReward:
     loader = reward_model_loader(
-        CPU, precision="fp32", trust_remote_code=False, tokens_per_microbatch=budget
+        CPU,
+        precision="fp32",
+        attention="auto",
+        trust_remote_code=False,
+        tokens_per_microbatch=budget,
     )
     return loader(str(folder))
 

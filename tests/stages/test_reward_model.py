@@ -108,7 +108,11 @@ def test_one_response_has_one_score(
         want = plain_scores(folder / "model", rows)
         assert (scores * gain).tolist() == pytest.approx(want, abs=1e-5)
         source = reward_model_loader(
-            CPU, precision="fp32", trust_remote_code=False, tokens_per_microbatch=64
+            CPU,
+            precision="fp32",
+            attention="auto",
+            trust_remote_code=False,
+            tokens_per_microbatch=64,
         )(str(folder / "model"))
         prompts, responses = zip(*rows, strict=True)
         assert source(prompts, responses, [()] * len(rows)) == pytest.approx(want, abs=1e-5)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from align import cli
 from align.config import DPORecipe, PPORecipe, RewardRecipe, SFTRecipe
-from align.models.policy import _Packed
+from align.models.policy import Packed
 from align.stages import dpo, ppo, reward_model, sft
 from align.training.microbatches import Microbatches, is_out_of_memory
 from align.types import AlignError, TokenBatch, TokenGroup, TokenSequence
@@ -31,12 +31,12 @@ def limit_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
 
     Without an error it asks torch's allocator for more memory than there is.
     """
-    original = _Packed.hidden_states
+    original = Packed.hidden_states
 
     def limit(most: int, error: BaseException | None = None) -> list[int]:
         sizes: list[int] = []
 
-        def limited(self: _Packed, batch: TokenBatch) -> torch.Tensor:
+        def limited(self: Packed, batch: TokenBatch) -> torch.Tensor:
             if torch.is_grad_enabled():
                 sizes.append(batch.num_tokens)
                 if batch.num_tokens > most:
@@ -45,7 +45,7 @@ def limit_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
                     torch.empty(MORE_THAN_ANY)
             return original(self, batch)
 
-        monkeypatch.setattr(_Packed, "hidden_states", limited)
+        monkeypatch.setattr(Packed, "hidden_states", limited)
         return sizes
 
     return limit
