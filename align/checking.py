@@ -62,10 +62,12 @@ def check(command: str, recipe: Any) -> Iterator[str]:
     sample: list[Any] = []
     for name in ("train", "test"):
         for source in getattr(recipe.data, name):
-            examples, line = _read_as_the_run(source, recipe.data, KINDS[command])
+            streamed = name == "train" and recipe.data.streaming
+            read = _read_beginning if streamed else _read_as_the_run
+            examples, line = read(source, recipe.data, KINDS[command])
             _check_references(recipe, examples)
             if name == "train":
-                rows += len(examples)
+                rows += 0 if streamed else len(examples)
                 sample += examples[:: math.ceil(len(examples) / SAMPLED) or 1]
             label = "data" if isinstance(recipe, EvalRecipe | GenerateRecipe) else f"data.{name}"
             yield f"{label:<11} {line}"
@@ -111,20 +113,56 @@ SAMPLED = 2000
 def _read_as_the_run(source: DataSource, data: DataConfig, kind: Kind) -> tuple[Sequence[Any], str]:
     """Rows of one source, read and checked as the run will do it."""
     from align.data.preferences import load_examples, with_columns
-    from align.models.locate import looks_like_hub_id
 
-    path = Path(source.path)
-    if not path.exists():
-        if looks_like_hub_id(source.path):
-            return (), f"{source.path} [{source.split}]: a hub data set; rows not counted"
-        if path.parent.is_dir():
-            raise AlignError(f"data: {path}: no such file or folder{did_you_mean(path)}")
-        return (), f"{source.path}: not there yet, nor is its folder; rows not counted"
+    not_here = _not_here(source)
+    if not_here:
+        return (), f"{not_here}; rows not counted"
     sources = with_columns((source,), data.columns)
     loaded = load_examples(sources, kind=kind, on_bad_row=data.on_bad_row)
     dropped = sum(sum(report.dropped.values()) for report in loaded.reports)
     note = f", {dropped:,} bad ones left out" if dropped else ""
     return loaded.examples, f"{source.path}: {len(loaded.examples):,} rows{note}"
+
+
+def _read_beginning(source: DataSource, data: DataConfig, kind: Kind) -> tuple[Sequence[Any], str]:
+    """The first rows of a source that is streamed, read and checked as the run will do it."""
+    from align.data.preferences import with_columns
+    from align.data.source_rows import SourceRows
+    from align.data.stream_counts import SourceCounts, examples_of, require_some
+
+    not_here = _not_here(source)
+    if not_here:
+        return (), f"{not_here}; nothing read"
+    (source,) = with_columns((source,), data.columns)
+    rows, counts = SourceRows(source), SourceCounts(source.path)
+    examples: list[Any] = []
+    options = {"kind": kind, "on_bad_row": data.on_bad_row, "seed": 0}
+    while counts.num_read < SAMPLED and (row := rows.next()) is not None:
+        examples += examples_of(row, source, counts, **options)  # type: ignore[arg-type]
+    if counts.num_read < SAMPLED:
+        require_some(counts, source, kind)
+    bad = counts.bad.reasons.total()
+    note = f", {bad:,} bad ones left out" if bad else ""
+    whole = "" if counts.num_read < SAMPLED else "; what is behind them is read by the run alone"
+    return examples, f"{source.path}: streamed; read here: {counts.num_read:,} rows{note}{whole}"
+
+
+def _not_here(source: DataSource) -> str:
+    """Why a source cannot be read now, if it cannot.
+
+    Raises:
+        AlignError: It will not be there later either.
+    """
+    from align.models.locate import looks_like_hub_id
+
+    path = Path(source.path)
+    if path.exists():
+        return ""
+    if looks_like_hub_id(source.path):
+        return f"{source.path} [{source.split}]: a hub data set"
+    if path.parent.is_dir():
+        raise AlignError(f"data: {path}: no such file or folder{did_you_mean(path)}")
+    return f"{source.path}: not there yet, nor is its folder"
 
 
 def _first_source(data: DataConfig) -> str:

@@ -41,6 +41,11 @@ class DataConfig:
     order: Literal["shuffled", "given", "shortest_first"] = "shuffled"
     # tokens that SFT learns from: auto = completions in dialogue, everything in plain text
     loss_on: Literal["auto", "completion", "all"] = "auto"
+    # sft, rm, dpo: read the training rows as steps need them, again from the start where they end,
+    # and keep them nowhere; for a data set larger than the disk. Needs `train.max_steps`
+    streaming: bool = False
+    # rows that lie in memory at a time, beside as many next ones, and are shuffled among themselves
+    streaming_window: int = 10000
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -82,7 +82,8 @@ def _metadata(
     data: Sequence[Mapping[str, Any]] = [
         report for reports in (manifest.get("data") or {}).values() for report in reports
     ]
-    sets = [r["path"].rpartition("/")[0] for r in data if r.get("sha256") is None]
+    # a file that was streamed has a size
+    sets = [r["path"].rpartition("/")[0] for r in data if not (r.get("sha256") or "bytes" in r)]
     held_out = [
         EvalResult(
             task_type="text-classification" if scored else "text-generation",
@@ -113,7 +114,9 @@ def _data(manifest: Mapping[str, Any]) -> str:
     rows = ["| use | file | rows | sha256 |", "|---|---|---|---|"]
     for use, reports in (manifest.get("data") or {}).items():
         for report in reports:
-            count = f"{report['rows_kept']} of {report['rows_read']}"
+            count = "streamed"
+            if "rows_read" in report:
+                count = f"{report['rows_kept']} of {report['rows_read']}"
             sha256 = (report.get("sha256") or "")[:16]
             rows.append(f"| {use} | `{report['path']}` | {count} | `{sha256}` |")
     return "\n".join(rows) + "\n"

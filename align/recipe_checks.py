@@ -43,6 +43,7 @@ def check_whole(recipe: Any) -> None:
 def _check_common(recipe: CommonRecipe) -> None:
     if recipe.resume == "auto" and recipe.overwrite:
         raise KeyProblem("resume", "is auto, but overwrite=true starts anew; say one of them")
+    _check_streaming(recipe)
     if recipe.data.loss_on != "auto" and not isinstance(recipe, SFTRecipe):
         raise KeyProblem("data.loss_on", "is for sft only: here every response token counts")
     saving = recipe if isinstance(recipe, PPORecipe) else getattr(recipe, "train", None)
@@ -52,6 +53,27 @@ def _check_common(recipe: CommonRecipe) -> None:
     optim = getattr(recipe, "optim", None)
     if optim is not None and optim.schedule == "constant" and optim.final_lr_fraction:
         raise KeyProblem("optim.final_lr_fraction", "has no effect with schedule=constant")
+
+
+def _check_streaming(recipe: CommonRecipe) -> None:
+    data, train = recipe.data, getattr(recipe, "train", None)
+    if not data.streaming:
+        if "streaming_window" in _changed(data):
+            raise KeyProblem("data.streaming_window", "has an effect with data.streaming=true only")
+        return
+    if train is None:
+        raise KeyProblem("data.streaming", "is for sft, rm and dpo; here all rows are read first")
+    if train.max_steps is None:
+        raise KeyProblem(
+            "train.max_steps",
+            "is missing: how many rows are streamed is not known before; say how many steps to do",
+        )
+    if data.order == "shortest_first":
+        raise KeyProblem("data.order", "is shortest_first, but the rows of a stream are not known")
+    if data.max_train_rows is not None:
+        raise KeyProblem(
+            "data.max_train_rows", "cannot be picked from a stream; train.max_steps says how many"
+        )
 
 
 def _check_eval(recipe: EvalRecipe) -> None:
@@ -72,14 +94,15 @@ def _check_eval(recipe: EvalRecipe) -> None:
             raise KeyProblem("metrics", f"has {name!r}; allowed: {allowed}, or module:name")
     if recipe.data.train and recipe.data.test:
         raise KeyProblem("data.train", "would not be read beside data.test; remove one of them")
-    for key in ("max_tokens", "test_fraction", "max_train_rows", "loss_on", "order"):
+    streaming = ("streaming", "streaming_window")
+    for key in ("max_tokens", "test_fraction", "max_train_rows", "loss_on", "order", *streaming):
         if key in _changed(recipe.data):
             raise KeyProblem(
                 f"data.{key}",
                 "has no effect in eval, which takes every prompt whole; remove it "
                 "(data.max_test_rows takes a part of the prompts)",
             )
-    for key in ("max_tokens", "max_train_rows", "loss_on", "order"):
+    for key in ("max_tokens", "max_train_rows", "loss_on", "order", *streaming):
         if key in _changed(recipe.preferences):
             raise KeyProblem(f"preferences.{key}", "has no effect in eval; remove it")
     if recipe.generation.samples_per_prompt != 1:

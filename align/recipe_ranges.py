@@ -9,6 +9,7 @@ RANGES: dict[str, str] = {
     "DataConfig.test_fraction": "[0, 1)",
     "DataConfig.max_train_rows": "[1, inf)",
     "DataConfig.max_test_rows": "[1, inf)",
+    "DataConfig.streaming_window": "[1, inf)",
     "LoraOptions.r": "[1, inf)",
     "LoraOptions.alpha": "(0, inf)",
     "LoraOptions.dropout": "[0, 1)",

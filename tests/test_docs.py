@@ -67,7 +67,7 @@ NO_NUMBERS = {
         *("generate", "rm", "ppo", "dpo", "eval", "seed", "resume", "overwrite", "policy"),
         *("fixed", "refresh"),
     },
-    "training/loop.py": {"model", "before", "gradient", "left_out_in_a_row"},
+    "training/loop.py": {"model", "before", "gradient", "left_out_in_a_row", "stream"},
     "run_folder.py": {
         *("stage", "status", "seed", "command", "started", "versions", "hardware", "recipe"),
     },

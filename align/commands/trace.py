@@ -37,12 +37,18 @@ def run(args: argparse.Namespace) -> None:
 
 def read_trained_rows(folder: Path) -> tuple[list[str], list[int], dict[str, Any]]:
     """(ids, tokens, manifest): an id is ``file:line``, ``#2`` behind it for a second copy."""
+    manifest: dict[str, Any] = {}
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         lines = (folder / "train_rows.tsv").read_text(encoding="utf-8").split("\n")[:-1]
         rows = [line.rsplit("\t", 1) for line in lines]
         return [row[0] for row in rows], [int(row[1]) for row in rows], manifest
     except (OSError, ValueError, IndexError) as error:
+        if "stream" in manifest:
+            raise AlignError(
+                f"data trace: {folder}: its rows were streamed (data.streaming=true), and no list "
+                "of them is kept; without streaming there is one"
+            ) from error
         raise AlignError(
             f"data trace: {folder} holds no run whose rows can be traced: {reason(error)}; name "
             "the folder of an sft, rm, dpo or ppo run"

@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -104,14 +105,36 @@ def read_hub(source: DataSource) -> Iterator[Row | BadRow]:
     yield from _numbered(_load_hub(source), f"{source.path}/{source.split}")
 
 
-def _load_hub(source: DataSource) -> Any:
+def open_hub_stream(source: DataSource) -> Any:
+    """The ``datasets.IterableDataset`` of a hub data set: nothing of it is put on the disk."""
+    return _load_hub(source, streaming=True)
+
+
+def stream_hub(dataset: Any, source: DataSource, *, done: int = 0) -> Iterator[Row]:
+    """What `open_hub_stream` opened, row by row; ``done`` rows of it were read before."""
+    path = f"{source.path}/{source.split}"
+    rows = iter(dataset)
+    for number in count(done + 1):
+        try:
+            values = next(rows, None)
+        except Exception as error:  # of the network, of the files, of the library
+            raise AlignError(
+                f"{path}:row {number}: cannot be read: {_one_line(error)}; try again (a run with "
+                "checkpoints: resume=auto), or without data.streaming"
+            ) from error
+        if values is None:
+            return
+        yield Row(values, f"{path}:row {number}")
+
+
+def _load_hub(source: DataSource, **options: Any) -> Any:
     import datasets
 
     kept = Path(datasets.config.HF_DATASETS_CACHE) / source.path.replace("/", "___")
     if not kept.exists():
         require_on_the_hub(source.path, "dataset", "README.md")
     try:
-        return datasets.load_dataset(source.path, source.name, split=source.split)
+        return datasets.load_dataset(source.path, source.name, split=source.split, **options)
     except Exception as error:  # the library raises a dozen kinds, all of them the user's matter
         raise AlignError(
             f"{source.path}: no such file, and not loaded from the hub ({_one_line(error)}); "

@@ -13,7 +13,7 @@ import numpy as np
 
 Order: TypeAlias = Literal["shuffled", "given", "shortest_first"]
 
-EpochOrder: TypeAlias = Callable[[int], np.ndarray]
+EpochOrder: TypeAlias = Callable[[int], "np.ndarray | range"]
 """Epoch, from 0 -> the rows' numbers in their order, each once."""
 
 
@@ -31,24 +31,30 @@ def epoch_order(order: Order, lengths: Sequence[int] | np.ndarray, seed: int) ->
     return lambda epoch: np.random.default_rng([seed, epoch]).permutation(len(lengths))
 
 
+def as_it_comes(num_rows: int) -> EpochOrder:
+    """Of a stream, which has its own order and ends with the run."""
+    return lambda epoch: range(num_rows)
+
+
 def minibatches(
     num_rows: int, size: int, order: EpochOrder, *, start: int, stop: int
 ) -> Iterator[list[int]]:
     """Members of steps ``start`` to ``stop``; the last minibatch of an epoch may be short."""
     per_epoch = math.ceil(num_rows / size)
-    epoch, rows = -1, np.zeros(0, dtype=np.int64)
+    epoch = -1
+    rows: np.ndarray | range = range(0)
     for step in range(start, stop):
         if step // per_epoch != epoch:
             epoch = step // per_epoch
             rows = order(epoch)
         at = (step % per_epoch) * size
-        yield rows[at : at + size].tolist()
+        yield [int(row) for row in rows[at : at + size]]
 
 
 def prompt_batch(num_prompts: int, size: int, order: EpochOrder, iteration: int) -> list[int]:
     """The prompts of one PPO iteration, always ``size``: an epoch may end in the middle of it."""
     start = iteration * size
-    orders: dict[int, np.ndarray] = {}
+    orders: dict[int, np.ndarray | range] = {}
     members = []
     for position in range(start, start + size):
         epoch = position // num_prompts

@@ -9,17 +9,16 @@ from __future__ import annotations
 import hashlib
 import random
 from array import array
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias, TypeVar
 
 import numpy as np
 
+from align.data.bad_rows import BadRows, no_row
 from align.data.columns import Example, read_row
-from align.data.fields import NEEDED, Kind, check_names
+from align.data.fields import Kind, check_names
 from align.data.formats import BadRow, Row, file_sha256, find_files, read_file, read_hub
-from align.data.naming import KIND_NAMES, flags, overrides
 from align.data.rankings import Rated, pairs_of
 from align.data.spool import Spool, Store
 from align.data.subset import Lazy
@@ -27,8 +26,6 @@ from align.types import AlignError, DataSource, SFTExample, SourceReport, Text
 
 OnBadRow: TypeAlias = Literal["stop", "skip"]
 AnyExample = TypeVar("AnyExample", bound=Example)
-
-_NUM_SHOWN = 5  # bad rows that a report tells in full
 
 
 @dataclass(frozen=True)
@@ -57,20 +54,6 @@ class _Units:
             self.store.append(example)
         self.stops.append(len(self.store))
         self.num_rows.append(num_rows)
-
-
-@dataclass
-class _Bad:
-    """Bad rows by reason, and the first of them in full: of each reason one at least."""
-
-    reasons: Counter[str] = field(default_factory=Counter)
-    first: list[str] = field(default_factory=list)
-
-    def add(self, row: BadRow) -> None:
-        reason = f"{row.field}: {row.reason}"
-        self.reasons[reason] += 1
-        if len(self.first) < _NUM_SHOWN or self.reasons[reason] == 1:
-            self.first.append(str(row))
 
 
 class _Used(Lazy[Example]):
@@ -131,7 +114,7 @@ def load_examples(
         for path, sha256, rows in _open(source):
             kept, bad, columns = _read(rows, source, kind, on_bad_row, _Units(store))
             if not kept.num_rows:
-                raise AlignError(_no_row(path, bad, kind, columns))
+                raise AlignError(no_row(path, bad, kind, columns))
             num_kept, num_used = sum(kept.num_rows), 0
             for unit, copy in _weighted(len(kept.num_rows), source.weight, f"{seed} {path}"):
                 examples.add(range(kept.starts[unit], kept.stops[unit]), copy)
@@ -173,12 +156,14 @@ def split_by_prompt(
 
 def held_out(examples: Sequence[Example], *, test_fraction: float, seed: int) -> np.ndarray:
     """For each example whether `split_by_prompt` puts it on the test side, bool."""
+    sides = (is_held_out(e, test_fraction=test_fraction, seed=seed) for e in examples)
+    return np.fromiter(sides, dtype=bool, count=len(examples))
 
-    def is_test(example: Example) -> bool:
-        digest = hashlib.sha256(f"{seed} {prompt_key(example)}".encode()).digest()
-        return int.from_bytes(digest[:8], "big") < test_fraction * 2**64
 
-    return np.fromiter(map(is_test, examples), dtype=bool, count=len(examples))
+def is_held_out(example: Example, *, test_fraction: float, seed: int) -> bool:
+    """Whether `split_by_prompt` puts it on the test side: nothing but its prompt decides."""
+    digest = hashlib.sha256(f"{seed} {prompt_key(example)}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") < test_fraction * 2**64
 
 
 def prompt_key(example: Example) -> str:
@@ -217,13 +202,13 @@ def _read(
     kind: Kind,
     on_bad_row: OnBadRow,
     kept: _Units,
-) -> tuple[_Units, _Bad, list[str]]:
+) -> tuple[_Units, BadRows, list[str]]:
     """What is used, what is not, and the file's columns.
 
     To stop takes a row that can be used, before the bad one or after it: leaving bad rows out is no
     way out for a file that has no other.
     """
-    bad = _Bad()
+    bad = BadRows()
     rated: dict[bytes, list[int]] = {}  # by prompt, in the order in which prompts turn up
     columns: dict[str, None] = {}  # in their order
     for row in rows:
@@ -242,7 +227,7 @@ def _read(
         except BadRow as error:
             bad.add(error)
         if bad.first and (kept.num_rows or rated) and on_bad_row == "stop":
-            raise AlignError(f"{bad.first[0]}; or set data.on_bad_row=skip")
+            raise AlignError(bad.stop_at_first())
     for records in rated.values():
         same_prompt = [kept.store[record] for record in records]
         pairs = pairs_of(same_prompt)
@@ -254,19 +239,6 @@ def _read(
             for row in same_prompt:
                 bad.add(BadRow(row.id, "score", reason, advice))
     return kept, bad, list(columns)
-
-
-def _no_row(path: str, bad: _Bad, kind: Kind, columns: Sequence[str]) -> str:
-    if not bad.first:
-        return f"{path}: no row in it; give a file with rows"
-    # a name of `data.columns` that is wrong says so itself
-    if flags(kind, columns) and all(reason.endswith(": missing") for reason in bad.reasons):
-        return (
-            f"{path}: none of {bad.reasons.total()} rows has the columns of {KIND_NAMES[kind]}: "
-            f"{NEEDED[kind]}; its columns: {', '.join(columns) or 'none'}; say which is which: "
-            f"{overrides(kind, columns)} (`align data`: --columns {flags(kind, columns)})"
-        )
-    return f"{path}: none of {bad.reasons.total()} rows can be used; the first: {bad.first[0]}"
 
 
 def _weighted(num_units: int, weight: float, seed: str) -> Iterator[tuple[int, int]]:

@@ -117,8 +117,9 @@ def _facts(run: RunRecord) -> dict[str, Any]:
             "use": use,
             "path": report["path"],
             "sha256": (report.get("sha256") or "")[:12],
-            "kept": report["rows_kept"],
-            "read": report["rows_read"],
+            # of what is streamed, the manifest's `stream` counts rows
+            "kept": report.get("rows_kept"),
+            "read": report.get("rows_read"),
         }
         for use, reports in (manifest.get("data") or {}).items()
         for report in reports
@@ -143,7 +144,8 @@ def _used(manifest: dict[str, Any]) -> str:
         return ""
     held_out = manifest.get("test_rows")
     more = f", {held_out:,} held out" if held_out else ""
-    return f"{manifest['train_rows']:,} rows used{more}"
+    streamed = "streamed so far" if "stream" in manifest else "used"
+    return f"{manifest['train_rows']:,} rows {streamed}{more}"
 
 
 def _evaluation(run: RunRecord) -> dict[str, Any]:

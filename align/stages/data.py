@@ -1,4 +1,7 @@
-"""The rows of a run: read, split, tokenised once into the token cache, opened from there."""
+"""The rows of a run: read, split, tokenised once into the token cache, opened from there.
+
+Or streamed: tokenised as steps need them (``streaming.py``), held-out rows alone from the cache.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -14,7 +17,7 @@ import pyarrow as pa
 
 from align.config import DataConfig
 from align.data.formats import content_of
-from align.data.order import EpochOrder, epoch_order
+from align.data.order import EpochOrder, as_it_comes, epoch_order
 from align.data.preferences import Example, held_out, load_examples, with_columns
 from align.data.spool import Spool
 from align.data.subset import Subset, picked
@@ -29,9 +32,11 @@ from align.data.token_cache import (
     write_entry,
 )
 from align.data.tokenise import Tally, batches_of
+from align.options import TrainOptions
 from align.progress import Progress, say
 from align.stages.common import Session
-from align.types import AlignError, DataSource, PromptExample, SourceReport
+from align.stages.streaming import HeldOut, open_stream
+from align.types import AlignError, DataSource, PromptExample, SourceReport, TokenGroup
 
 Kind = Literal["sft", "preference", "prompt"]
 SIDES = ("train", "test")
@@ -45,15 +50,30 @@ class Split:
     that in which an epoch goes through them.
     """
 
-    groups: GroupFile
+    groups: Sequence[TokenGroup]
     examples: Sequence[PromptExample]
     order: EpochOrder
 
 
-def load_data(session: Session, data: DataConfig, kind: Kind, *, seed: int) -> tuple[Split, Split]:
-    """Training and held-out rows, with what was read and dropped in the manifest."""
+def load_data(
+    session: Session,
+    data: DataConfig,
+    kind: Kind,
+    *,
+    seed: int,
+    train: TrainOptions | None = None,
+) -> tuple[Split, Split]:
+    """Training and held-out rows, with what was read and dropped in the manifest.
+
+    Args:
+        train: How much a run takes of a stream; for stages that may have one.
+    """
     if not data.train:
         raise AlignError("data.train: no data given; name a file, a folder or a hub data set")
+    if data.streaming:
+        if train is None:
+            raise AlignError("data.streaming: is for sft, rm and dpo; here all rows are read first")
+        return _streamed(session, data, kind, seed, train)
     # the others then find what the first has made
     with session.accelerator.main_process_first():
         facts, groups = _tokenised(session, data, kind, seed)
@@ -66,13 +86,11 @@ def load_data(session: Session, data: DataConfig, kind: Kind, *, seed: int) -> t
         "dropped_when_tokenised": facts["dropped"],
     }
     session.run.describe(**manifest)
-    world = session.accelerator.num_processes
-    if min(len(groups["train"]), len(groups["test"]) or world) < world:
-        raise AlignError(f"data: {world} processes need at least as many rows on each side")
+    _require_for_each_process(session, groups["train"], groups["test"])
     if session.run.is_main:
         _tell(reports["train"], facts["dropped"]["train"], manifest)
     session.run.trace_rows(groups["train"].rows)
-    train, test = (
+    train_rows, test_rows = (
         Split(
             groups[side],
             ExampleFile(groups[side]) if kind == "prompt" else (),
@@ -80,7 +98,34 @@ def load_data(session: Session, data: DataConfig, kind: Kind, *, seed: int) -> t
         )
         for side in SIDES
     )
-    return train, test
+    return train_rows, test_rows
+
+
+def _streamed(
+    session: Session, data: DataConfig, kind: Kind, seed: int, train: TrainOptions
+) -> tuple[Split, Split]:
+    """A stream to train on; held out are the rows of ``data.test``, or some of its beginning."""
+    held_out = None
+    if data.test:
+        alone = replace(data, train=(), streaming=False)
+        with session.accelerator.main_process_first():
+            facts, files = _tokenised(session, alone, kind, seed)
+        parts = (facts[name]["test"] for name in ("reports", "rows", "dropped"))
+        held_out = HeldOut(files["test"], *parts)
+    stream, test = open_stream(session, data, kind, seed, train, held_out)
+    _require_for_each_process(session, stream, test)
+    return (
+        Split(stream, (), as_it_comes(len(stream))),
+        Split(test, (), as_it_comes(len(test))),
+    )
+
+
+def _require_for_each_process(
+    session: Session, train: Sequence[TokenGroup], test: Sequence[TokenGroup]
+) -> None:
+    world = session.accelerator.num_processes
+    if min(len(train), len(test) or world) < world:
+        raise AlignError(f"data: {world} processes need at least as many rows on each side")
 
 
 def _tokenised(
@@ -133,7 +178,8 @@ def _key(session: Session, data: DataConfig, kind: Kind, seed: int) -> str:
         for side in SIDES
     }
     options = asdict(data)
-    del options["order"]  # of steps, not of what is kept
+    for key in ("order", "streaming", "streaming_window"):  # of steps, not of what is kept
+        del options[key]
     parts = [code_hash(__file__), tokenizer_hash(session.tokenizer), options, content, kind, seed]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 

@@ -11,6 +11,7 @@ Source: Rafailov et al. 2023, eq. 7 (arXiv:2305.18290).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ from align.stages.dpo_options import check_options
 from align.stages.reference import ReferenceCache
 from align.training.distributed import prepare, shard
 from align.training.loop import Measure, Measured, evaluate_groups, train
-from align.types import TokenBatch
+from align.types import TokenBatch, TokenGroup
 
 Reference = Callable[[TokenBatch, Sequence[int]], Tensor]
 """Reference log-probs of a batch's sequences, in the batch's order."""
@@ -47,7 +48,9 @@ def run(recipe: DPORecipe) -> None:
     """Train ``recipe.model`` on preference pairs and save it in ``output_dir/model``."""
     check_options(recipe)
     session = open_session(recipe, "dpo")
-    train_data, test_data = load_data(session, recipe.data, "preference", seed=recipe.seed)
+    train_data, test_data = load_data(
+        session, recipe.data, "preference", seed=recipe.seed, train=recipe.train
+    )
     policy = load_policy(
         recipe.model,
         device=session.accelerator.device,
@@ -162,7 +165,7 @@ def _reference(
     session: Session,
     policy: Policy,
     frozen: Policy | None,
-    groups: GroupFile,
+    groups: Sequence[TokenGroup],
 ) -> Reference:
     """Where reference log-probs come from: disk, the adapter switched off, or a second model."""
     if recipe.dpo.loss_type in LOSSES_WITHOUT_REFERENCE:
@@ -186,7 +189,7 @@ def _reference(
         return online
     cache = ReferenceCache.compute(
         reference,
-        groups,
+        cast(GroupFile, groups),  # a stream was refused with it
         online,
         folder=session.run.folder.parent / "reference_cache",
         tokens_per_microbatch=recipe.train.tokens_per_microbatch,

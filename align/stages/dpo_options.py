@@ -45,6 +45,12 @@ def check_options(recipe: DPORecipe) -> None:
         raise AlignError("dpo.reference: adapter_off needs `lora`; use cached or online")
     if options.reference == "adapter_off" and options.reference_model is not None:
         raise AlignError("dpo.reference: adapter_off has no other reference_model; use cached")
+    has_reference = options.loss_type not in LOSSES_WITHOUT_REFERENCE
+    if recipe.data.streaming and has_reference and options.reference == "cached":
+        raise AlignError(
+            "dpo.reference: is cached, which needs all rows on the disk, and data.streaming=true "
+            "keeps none; set online (or adapter_off with `lora`)"
+        )
     ones = torch.ones(1)
     try:
         dpo_loss(

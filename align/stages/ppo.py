@@ -18,6 +18,7 @@ from torch import Tensor
 
 from align.config import PPORecipe
 from align.data.order import prompt_batch
+from align.data.packing import longest_of
 from align.losses import adapt_kl_coef
 from align.models.policy import check_length
 from align.progress import Progress, change
@@ -52,8 +53,7 @@ def run(recipe: PPORecipe) -> None:
         critic=introduce(roles.critic, session),
     )
     for split in (prompts, held_out):  # not when the longest is sampled, hours later
-        longest = int(split.groups.num_tokens().max(initial=0))
-        needed = longest + recipe.generation.max_new_tokens
+        needed = longest_of(split.groups) + recipe.generation.max_new_tokens
         check_length(roles.actor, needed, "a prompt and its response may have")
     stage = _PPO(recipe, session, roles, prompts, held_out)
     before, after = stage.train()

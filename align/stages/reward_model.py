@@ -18,6 +18,7 @@ from align.config import RewardModelConfig, RewardRecipe
 from align.data.chat import decode_response
 from align.data.lengths import longer_wins
 from align.data.packing import pack, windows
+from align.data.stream import TokenStream, at_hand
 from align.data.subset import pick
 from align.losses import bradley_terry_loss
 from align.models import ScalarModel, load_scalar_model
@@ -37,7 +38,9 @@ REFERENCE_PAIRS = 100
 def run(recipe: RewardRecipe) -> None:
     """Train a one-label model on preference pairs and save it in ``output_dir/model``."""
     session = open_session(recipe, "rm")
-    train_data, test_data = load_data(session, recipe.data, "preference", seed=recipe.seed)
+    train_data, test_data = load_data(
+        session, recipe.data, "preference", seed=recipe.seed, train=recipe.train
+    )
     scalar = load_scalar_model(
         recipe.model,
         device=session.accelerator.device,
@@ -51,7 +54,7 @@ def run(recipe: RewardRecipe) -> None:
     model = prepare(scalar, session.accelerator)
     options = recipe.reward_model
     train_groups, test_groups = train_data.groups, test_data.groups
-    if options.use_margin and all(group.margin is None for group in train_groups):
+    if options.use_margin and all(group.margin is None for group in at_hand(train_groups)):
         raise AlignError(
             "reward_model.use_margin: no training pair has a margin; name its column in "
             "data.columns.margin, or leave use_margin out"
@@ -147,7 +150,7 @@ def _finish(
 ) -> None:
     """Normalise the head, save the model, and write what its scores look like."""
     budget = recipe.train.tokens_per_microbatch
-    reference = scores_of(scalar, pick(train_data.groups, REFERENCE_PAIRS, recipe.seed), budget)
+    reference = scores_of(scalar, _reference_pairs(train_data.groups, recipe.seed), budget)
     gain = 1.0
     if recipe.reward_model.normalize and reference.std() > 0:
         gain = 1.0 / float(reference.std())
@@ -170,6 +173,13 @@ def _finish(
         session.tokenizer,
         extra_files={"reward_stats.json": json.dumps(stats, indent=2) + "\n"},
     )
+
+
+def _reference_pairs(groups: Sequence[TokenGroup], seed: int) -> Sequence[TokenGroup]:
+    """Picked by seed; of a stream the last ones, as others would have to be read again."""
+    if isinstance(groups, TokenStream):
+        return groups[-REFERENCE_PAIRS:]
+    return pick(groups, REFERENCE_PAIRS, seed)
 
 
 @torch.no_grad()

@@ -24,7 +24,9 @@ from align.types import TokenBatch
 def run(recipe: SFTRecipe) -> None:
     """Train ``recipe.model`` on demonstrations and save it in ``output_dir/model``."""
     session = open_session(recipe, "sft")
-    train_data, test_data = load_data(session, recipe.data, "sft", seed=recipe.seed)
+    train_data, test_data = load_data(
+        session, recipe.data, "sft", seed=recipe.seed, train=recipe.train
+    )
     policy = load_policy(
         recipe.model,
         device=session.accelerator.device,

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from align.data.order import EpochOrder, minibatches
 from align.data.packing import longest_of, pack, windows
+from align.data.stream import TokenStream, check_groups
 from align.models.policy import check_length
 from align.options import OptimOptions, TrainOptions
 from align.progress import Progress
@@ -84,7 +85,11 @@ def train(
     """
     if not groups:
         raise AlignError("data: no training rows are left; see the dropped rows in manifest.json")
-    check_length(accelerator.unwrap_model(model), longest_of(groups), "a training row has")
+
+    def must_fit(some: Sequence[TokenGroup]) -> None:
+        check_length(accelerator.unwrap_model(model), longest_of(some), "a training row has")
+
+    check_groups(groups, must_fit)
     shortest = min(train.minibatch, len(groups) % train.minibatch or train.minibatch)
     if shortest < accelerator.num_processes:
         raise AlignError(
@@ -102,6 +107,9 @@ def train(
         best_by=train.keep_best,
     )
     state = saver.resume(resume) or {"step": 0}
+    stream = groups if isinstance(groups, TokenStream) else None
+    if stream is not None and "stream" in state:
+        stream.go_to(state["stream"])
     guard = FiniteGuard(run, on_nonfinite=train.on_nonfinite)
     guard.in_a_row = state.get("left_out_in_a_row", 0)
     microbatches = Microbatches(
@@ -120,6 +128,7 @@ def train(
             "before": before,
             "tokens_per_microbatch": microbatches.tokens,
             "left_out_in_a_row": guard.in_a_row,
+            **({} if stream is None else {"stream": stream.mark()}),
         }
 
     with saver, Progress(total, run.stage, shown=run.is_main) as bar:
@@ -146,7 +155,8 @@ def train(
             step += 1
             bar.advance(tokens=int(metrics["tokens"]), loss=metrics.get("loss", math.nan))
             if step % train.log_every == 0 or step == total:
-                run.log(step, {**metrics, "lr": lr, "epoch": step / per_epoch})
+                epoch = step / per_epoch if stream is None else float(stream.epoch)
+                run.log(step, {**metrics, "lr": lr, "epoch": epoch})
             save = bool(train.save_every) and step % train.save_every == 0
             look = bool(train.eval_every) and step % train.eval_every == 0
             looked = step < total and (look or (save and train.keep_best))

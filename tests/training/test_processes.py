@@ -101,6 +101,33 @@ def test_two_processes_are_one(
         assert a.get("tokens") == b.get("tokens")
 
 
+def test_two_processes_stream_the_same_rows(
+    tiny_sft: Path,
+    preferences: list[dict[str, Any]],
+    write_rows: WriteRows,
+    tmp_path: Path,
+    read_jsonl: Callable[[Path], list[dict[str, Any]]],
+) -> None:
+    """Across windows, and from the second pass on."""
+    data = {"train": str(write_rows("rows.jsonl", preferences)), "test_fraction": 0.2}
+    data |= {"streaming": True, "streaming_window": 8}
+    recipe = tmp_path / "rm.yaml"
+    recipe.write_text(json.dumps({"model": str(tiny_sft), "data": data, "precision": "fp32"}))
+    rows, manifests = [], []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        launch(processes, "rm", str(recipe), f"output_dir={folder}", "seed=1", *TRAIN)
+        rows.append(read_jsonl(folder / "metrics.jsonl"))
+        manifests.append(json.loads((folder / "manifest.json").read_text("utf-8")))
+    assert [manifest["processes"] for manifest in manifests] == [1, 2]
+    assert manifests[0]["stream"] == manifests[1]["stream"]
+    assert manifests[0]["stream"]["whole_passes"] == 1
+    for a, b in zip(*rows, strict=True):
+        assert a.get("tokens") == b.get("tokens")
+        assert a.get("loss", 0.0) == pytest.approx(b.get("loss", 0.0), rel=1e-4, abs=1e-5)
+        assert a.get("eval_loss", 0.0) == pytest.approx(b.get("eval_loss", 0.0), rel=1e-4)
+
+
 def test_nan_on_one_process_is_known_to_both(
     tiny_sft: Path,
     demonstrations: list[dict[str, str]],

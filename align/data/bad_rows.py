@@ -1,0 +1,46 @@
+"""Rows that cannot be used: counted by reason, and what is said where a source has no others."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from align.data.fields import NEEDED, Kind
+from align.data.formats import BadRow
+from align.data.naming import KIND_NAMES, flags, overrides
+
+NUM_SHOWN = 5
+"""Bad rows that a report tells in full."""
+
+
+@dataclass
+class BadRows:
+    """Bad rows by reason, and the first of them in full: of each reason one at least."""
+
+    reasons: Counter[str] = field(default_factory=Counter)
+    first: list[str] = field(default_factory=list)
+
+    def add(self, row: BadRow) -> None:
+        reason = f"{row.field}: {row.reason}"
+        self.reasons[reason] += 1
+        if len(self.first) < NUM_SHOWN or self.reasons[reason] == 1:
+            self.first.append(str(row))
+
+    def stop_at_first(self) -> str:
+        """The line that ends a run under ``on_bad_row=stop``."""
+        return f"{self.first[0]}; or set data.on_bad_row=skip"
+
+
+def no_row(path: str, bad: BadRows, kind: Kind, columns: Sequence[str]) -> str:
+    """Why nothing of ``path`` can be used; ``columns`` are those that it has."""
+    if not bad.first:
+        return f"{path}: no row in it; give a file with rows"
+    # a name of `data.columns` that is wrong says so itself
+    if flags(kind, columns) and all(reason.endswith(": missing") for reason in bad.reasons):
+        return (
+            f"{path}: none of {bad.reasons.total()} rows has the columns of {KIND_NAMES[kind]}: "
+            f"{NEEDED[kind]}; its columns: {', '.join(columns) or 'none'}; say which is which: "
+            f"{overrides(kind, columns)} (`align data`: --columns {flags(kind, columns)})"
+        )
+    return f"{path}: none of {bad.reasons.total()} rows can be used; the first: {bad.first[0]}"
