@@ -1,7 +1,7 @@
 """``align check``: what a recipe will run, worked out without loading any weights.
 
-Rows are read and checked as the run will do it; models and memory are ``memory.py``'s. What is not
-on this machine is named and left out, never fetched.
+Rows are read and checked as the run will do it; models are counted in ``model_sizes.py``, memory in
+``memory.py``. What is not on this machine is named and left out, never fetched.
 """
 
 from __future__ import annotations
@@ -12,12 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from align.config import DataConfig, DPORecipe, EvalRecipe, GenerateRecipe, IterateRecipe, PPORecipe
-from align.memory import (
-    find_config,
-    microbatch_tokens,
-    models_and_memory,
-    roles,
-)
+from align.memory import microbatch_tokens, models_and_memory
+from align.model_sizes import find_config, roles
 from align.nearest import did_you_mean
 from align.training.distributed import check_trackers
 from align.types import AlignError, DataSource, PromptExample

@@ -64,6 +64,9 @@ class CommonRecipe:
     attention: Attention = "auto"
     # recompute activations in the backward pass: about a third slower, far less memory
     gradient_checkpointing: bool = False
+    # keep activations in the CPU's memory until the backward pass needs them, for a GPU: slower;
+    # beside gradient_checkpointing it moves what that keeps
+    activation_offload: bool = False
     trust_remote_code: bool = False
     # never refuses a folder that holds a run; auto goes on from its newest whole checkpoint
     resume: Literal["never", "auto"] = "never"

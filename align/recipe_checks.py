@@ -117,6 +117,8 @@ def _check_generate(recipe: GenerateRecipe) -> None:
         raise KeyProblem("resume", "is auto, but generate has no checkpoints; use overwrite=true")
     if recipe.gradient_checkpointing:
         raise KeyProblem("gradient_checkpointing", "has no effect without training; remove it")
+    if recipe.activation_offload:
+        raise KeyProblem("activation_offload", "has no effect without training; remove it")
     if recipe.trackers:
         raise KeyProblem("trackers", "has no effect in generate, which has no steps; remove it")
     for key in ("test_fraction", "max_test_rows"):

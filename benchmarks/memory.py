@@ -3,6 +3,7 @@
     python -m benchmarks.memory                    every case on random models: minutes
     python -m benchmarks.memory ppo-lora sft-full  these cases
     python -m benchmarks.memory --shape large      SmolLM2-135M's shape
+    python -m benchmarks.memory --model FOLDER     a model of your own
 
 The models are random Llamas with the tokenizer of ``models/tiny``, the rows are synthetic; memory
 depends on shapes alone. Peak memory is the largest resident set of ``align STAGE``, as the kernel
@@ -38,16 +39,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("cases", nargs="*", help=f"of {', '.join(CASES)}; none = all")
     parser.add_argument("--shape", choices=SHAPES, default="medium")
+    parser.add_argument("--model", type=Path, help="a folder, in place of a random model")
+    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
     parser.add_argument("--tokens", type=int, default=2048, help="tokens_per_microbatch")
+    parser.add_argument("--minibatch", type=int, default=64, help="rows or pairs of a step")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        model = _make_model(place / "model", args.shape)
+        model = args.model or _make_model(place / "model", args.shape)
+        common = {"precision": args.precision, "tokens": args.tokens, "minibatch": args.minibatch}
         _write_rows(place)
-        print(f"| {args.shape} | estimate, MB | measured, MB | estimate / measured |")
+        named = model.name if args.model else args.shape
+        print(f"| {named} | estimate, MB | measured, MB | estimate / measured |")
         print("|---|---|---|---|")
         for name in args.cases or CASES:
-            recipe = _recipe(name, place, model, args.tokens)
+            recipe = _recipe(name, place, model, **common)
             estimate = _estimate(recipe)
             measured = _measure(recipe)
             print(f"| {name} | {estimate:.0f} | {measured:.0f} | {estimate / measured:.2f} |")
@@ -55,7 +61,6 @@ def main() -> None:
 
 
 LORA = {"r": 16, "alpha": 32}
-TRAIN = {"max_steps": 2, "minibatch": 64}
 CASES: dict[str, dict[str, Any]] = {
     "sft-full": {},
     "sft-lora": {"lora": LORA},
@@ -63,6 +68,7 @@ CASES: dict[str, dict[str, Any]] = {
     "rm-full": {},
     "rm-lora": {"lora": LORA},
     "dpo-full": {"dpo": {"reference": "online"}},
+    "dpo-cached": {"dpo": {"reference": "cached"}},
     "dpo-lora": {"lora": LORA, "dpo": {"reference": "adapter_off"}},
     "ppo-full": {},
     "ppo-lora": {"lora": LORA},
@@ -107,28 +113,32 @@ def _write_rows(place: Path) -> None:
         (place / f"{name}.jsonl").write_text(text, encoding="utf-8")
 
 
-def _recipe(name: str, place: Path, model: Path, tokens: int) -> Path:
+def _recipe(
+    name: str, place: Path, model: Path, *, tokens: int, precision: str, minibatch: int
+) -> Path:
     stage, _, kind = name.partition("-")
     data = "demonstrations" if stage == "sft" else "rows"
     tree: dict[str, Any] = {
         "model": str(model),
         "output_dir": str(place / name),
         "overwrite": True,
+        "precision": precision,
         "data": {"train": str(place / f"{data}.jsonl"), "test_fraction": 0},
         **CASES[name],
     }
     if stage == "ppo":
         reward = place / f"rm-{kind}" / "model"
         if not reward.is_dir():
-            _measure(_recipe(f"rm-{kind}", place, model, tokens))
+            common = {"tokens": tokens, "precision": precision, "minibatch": minibatch}
+            _measure(_recipe(f"rm-{kind}", place, model, **common))
         tree |= {
             "reward": {"model": str(reward)},
-            "ppo": {"iterations": 2, "rollout_batch": 64, "epochs": 1},
+            "ppo": {"iterations": 2, "rollout_batch": minibatch, "epochs": 1},
             "generation": {"max_new_tokens": 48, "samples_per_prompt": 4},
             "tokens_per_microbatch": tokens,
         }
     else:
-        tree["train"] = {**TRAIN, "tokens_per_microbatch": tokens}
+        tree["train"] = {"max_steps": 2, "minibatch": minibatch, "tokens_per_microbatch": tokens}
     path = place / f"{name}_{stage}.yaml"
     path.write_text(json.dumps(tree), encoding="utf-8")
     return path

@@ -46,6 +46,7 @@ MEMORY = {
     "THP_MEM_ALLOC_ENABLE": "1",
     "MALLOC_TRIM_THRESHOLD_": str(2**62),
     "MALLOC_MMAP_THRESHOLD_": str(2**25),
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
 }
 SMOLLM2 = "models/smollm2-135m-instruct"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,13 +12,9 @@ from transformers import LlamaConfig
 
 from align import cli
 from align.checking import check
-from align.config import DPOConfig, DPORecipe, PPORecipe, SFTRecipe, TrainOptions
-from align.memory import (
-    Size,
-    count_parameters,
-    largest_microbatch,
-    training_bytes,
-)
+from align.config import DataConfig, DPOConfig, DPORecipe, PPORecipe, SFTRecipe, TrainOptions
+from align.memory import largest_microbatch, training_bytes
+from align.model_sizes import Size, count_parameters
 from align.models.locate import looks_like_hub_id
 from align.options import LoraOptions
 from align.types import DataSource, RewardTerm
@@ -95,6 +92,37 @@ def test_memory_of_a_microbatch_by_hand() -> None:
     assert half["logits"] == (2 * 2 + 8) * 10 * 256 + 2 * 256 * 64 * 4
 
 
+def test_memory_of_offloaded_activations_by_hand(model: str) -> None:
+    """One layer's stay on the GPU, with the copies of its weights; the check says where the rest
+    is."""
+    config = LlamaConfig(**SHAPE)
+    kept = SFTRecipe(model=model, output_dir="o", precision="bf16")
+    moved = replace(kept, activation_offload=True)
+    rows = {"gpu": True, "tokens_per_row": 10.0}
+    before, after = (training_bytes(config, recipe, 10, **rows) for recipe in (kept, moved))
+    assert before["activations"] == 3 * after["activations"] > 0
+    linear, head = 64 * (4 * 64 + 3 * 128), 256 * 64
+    assert before["weights in bf16"] == 2 * (3 * linear + head)
+    assert after["weights in bf16"] == 2 * (linear + head)
+    large = replace(kept, data=DataConfig(train=data(4000)), train=TrainOptions(minibatch=4000))
+    said = "\n".join(check("sft", large))
+    assert "wait in the CPU's memory" not in said
+    where = "\n".join(check("sft", replace(large, activation_offload=True)))
+    held = float(re.search(r"activations ([\d.]+)", said)[1])  # type: ignore[index]
+    left = float(re.search(r"activations ([\d.]+)", where)[1])  # type: ignore[index]
+    waiting = float(re.search(r"about ([\d.]+) GB of activations wait", where)[1])  # type: ignore[index]
+    assert waiting == pytest.approx(held - left, abs=0.011)
+    assert waiting > 0
+
+
+def test_on_a_cpu_holes_are_counted(model: str) -> None:
+    recipe = SFTRecipe(
+        model=model, output_dir="o", precision="fp32", data=DataConfig(train=data(40))
+    )
+    lines = "\n".join(check("sft", recipe))
+    assert ", holes 0." in lines
+
+
 def test_a_small_minibatch_fills_no_microbatch() -> None:
     recipe = SFTRecipe(model="m", output_dir="o", train=TrainOptions(minibatch=4))
     assert largest_microbatch(recipe, None) == recipe.train.tokens_per_microbatch
@@ -124,7 +152,6 @@ def lines_of(command: str, recipe: object) -> dict[str, str]:
 
 
 def test_sft_counts_rows_and_steps(model: str) -> None:
-    from align.config import DataConfig
 
     recipe = SFTRecipe(
         model=model,
@@ -221,6 +248,7 @@ def test_a_missing_file_in_a_folder_that_is_there_is_an_error(
         ("dpo", ["dpo.loss_type=orpo", "dpo.beta=7"], "dpo.beta: orpo has no temperature"),
         ("dpo", ["data.loss_on=all"], "data.loss_on: is for sft only"),
         ("generate", ["gradient_checkpointing=true"], "gradient_checkpointing: has no effect"),
+        ("generate", ["activation_offload=true"], "activation_offload: has no effect"),
         ("generate", ["trackers=[tensorboard]"], "trackers: has no effect in generate"),
         ("dpo", ["trackers=[foo]"], "trackers: 'foo': allowed are"),
         ("dpo", ["model=models/judge"], "models/judge is a reward model"),

@@ -23,7 +23,7 @@ def _somewhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (shipped / "tiny" / "sft.yaml").write_text("# Fine-tune.\n" + BASE, encoding="utf-8")
     monkeypatch.setattr(recipes_io, "recipes_root", lambda: shipped)
     monkeypatch.chdir(tmp_path)
-    for name, value in {**cli.FAST, **cli.QUIET}.items():
+    for name, value in {**cli.FAST, **cli.LEAN, **cli.QUIET}.items():
         monkeypatch.setenv(name, value)
 
 

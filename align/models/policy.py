@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,12 +22,18 @@ from align.losses.logprobs import TokenStatistics, token_logprobs, token_statist
 from align.models.attention import BACKENDS
 from align.models.load import weights_hash
 from align.models.lora import merged, save_adapter, unwrapped
+from align.models.offload import kept_on_cpu
 from align.models.precision import autocast
 from align.types import AlignError, Segment, TokenBatch
 
 
 class Packed(nn.Module):
-    """A transformers model whose trunk runs over packed rows."""
+    """A transformers model whose trunk runs over packed rows.
+
+    ``activation_offload``: what its forward pass saves waits in the CPU's memory (`offload`).
+    """
+
+    activation_offload = False
 
     def __init__(self, model: nn.Module, *, precision: str, name: str) -> None:
         super().__init__()
@@ -59,7 +66,9 @@ class Packed(nn.Module):
 
     def hidden_states(self, batch: TokenBatch) -> Tensor:
         """Final hidden states ``[B,T,H]``, after the last norm."""
-        with autocast(self.precision, self.device):
+        offload = self.activation_offload and torch.is_grad_enabled()
+        saving = kept_on_cpu(self.trunk) if offload else nullcontext()
+        with autocast(self.precision, self.device), saving:
             out = self.trunk(
                 input_ids=batch.input_ids,
                 position_ids=batch.position_ids,

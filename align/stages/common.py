@@ -16,6 +16,7 @@ from align.data.chat import end_token_ids
 from align.data.formats import find_files
 from align.models import Policy, load_tokenizer
 from align.models.locate import is_on_the_hub
+from align.models.offload import require_gpu
 from align.models.policy import Packed
 from align.progress import say
 from align.recipes_io import to_yaml
@@ -40,13 +41,15 @@ class Session:
 
 def open_session(recipe: CommonRecipe, stage: str) -> Session:
     """Check the output folder before anything slow, then load the tokenizer."""
-    check_sharding(stage)
+    check_sharding(stage, activation_offload=recipe.activation_offload)
     accelerator = make_accelerator(recipe.trackers, recipe.output_dir)
     if accelerator.distributed_type.value in ("DEEPSPEED", "MEGATRON_LM"):
         raise AlignError(
             f"accelerate: {accelerator.distributed_type.value} is not supported; launch with DDP "
             "or FSDP2, as recipes/accelerate/ does"
         )
+    if recipe.activation_offload:
+        require_gpu(accelerator.device)
     # a misspelt file is told at once, before a model is looked for on the hub
     for source in (*recipe.data.train, *recipe.data.test):
         find_files(source)

@@ -60,6 +60,7 @@ def run(recipe: DPORecipe) -> None:
         gradient_checkpointing=recipe.gradient_checkpointing,
         trust_remote_code=recipe.trust_remote_code,
     )
+    policy.activation_offload = recipe.activation_offload
     train_groups, test_groups = train_data.groups, test_data.groups
     frozen = _frozen(recipe, session)
     models = [policy] if frozen is None else [policy, frozen]

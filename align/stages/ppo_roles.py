@@ -79,6 +79,7 @@ def load_roles(recipe: PPORecipe, session: Session) -> Roles:
 
     reward = build_reward(recipe.reward, load_model=load_reward)
     critic = _critic(recipe, session, trunk)
+    actor.activation_offload = critic.activation_offload = recipe.activation_offload
     weights["critic"] = weights_hash(critic.inner)
     ref_logprobs = _reference(recipe, session, actor, weights)
     if trunk:

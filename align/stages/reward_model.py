@@ -50,6 +50,7 @@ def run(recipe: RewardRecipe) -> None:
         gradient_checkpointing=recipe.gradient_checkpointing,
         trust_remote_code=recipe.trust_remote_code,
     )
+    scalar.activation_offload = recipe.activation_offload
     session.run.describe(start_weights=weights_hash(scalar.inner), **introduce(scalar, session))
     model = prepare(scalar, session.accelerator)
     options = recipe.reward_model

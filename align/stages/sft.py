@@ -37,6 +37,7 @@ def run(recipe: SFTRecipe) -> None:
         trust_remote_code=recipe.trust_remote_code,
         from_scratch=recipe.from_scratch,
     )
+    policy.activation_offload = recipe.activation_offload
     session.run.describe(start_weights=weights_hash(policy.inner), **introduce(policy, session))
     model = prepare(policy, session.accelerator)
 

@@ -84,7 +84,7 @@ def is_sharded() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
-def check_sharding(stage: str) -> None:
+def check_sharding(stage: str, *, activation_offload: bool = False) -> None:
     """Refuse FSDP where a stage samples, and those of its settings that would change something."""
     if not is_sharded():
         return
@@ -93,6 +93,11 @@ def check_sharding(stage: str) -> None:
             f"{stage}: FSDP trains sft, rm and dpo only, because sampling runs the model token by "
             "token, on each process as often as its own responses need; launch it with "
             "recipes/accelerate/8gpu-ddp.yaml"
+        )
+    if activation_offload:
+        raise AlignError(
+            "accelerate: FSDP: activation_offload is not supported with it, because a layer's "
+            "weights, put together for its forward pass, would be copied too; remove one of them"
         )
     for key, (default, needed, why) in FSDP_NEEDS.items():
         found = os.environ.get(f"FSDP_{key.upper()}", default).lower()

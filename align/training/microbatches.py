@@ -21,10 +21,12 @@ Visit = Callable[[TokenBatch, bool], None]
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Of a GPU, or of torch's allocator for the CPU, which raises a plain RuntimeError."""
+    """Of a GPU, of page-locked memory (`models.offload`), or of torch's allocator for the CPU; the
+    last two raise a plain RuntimeError."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    said = ("DefaultCPUAllocator", "CUDA error: out of memory")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in said)
 
 
 class Microbatches:

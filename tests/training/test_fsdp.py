@@ -250,6 +250,13 @@ def test_settings_without_effect_are_refused(
         check_sharding("sft")
 
 
+def test_offloaded_activations_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    with pytest.raises(AlignError, match="FSDP: activation_offload is not supported with it"):
+        check_sharding("sft", activation_offload=True)
+
+
 def test_processes_that_do_not_know_each_other_are_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -13,9 +13,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.autograd.graph import saved_tensors_hooks
 
 from align import cli
 from align.config import DPORecipe, PPORecipe, RewardRecipe, SFTRecipe
+from align.models import offload
+from align.models.offload import kept_on_cpu
 from align.models.policy import Packed
 from align.stages import dpo, ppo, reward_model, sft
 from align.training.microbatches import Microbatches, is_out_of_memory
@@ -162,7 +165,43 @@ def test_the_allocators_own_error_is_known(capsys: pytest.CaptureFixture[str]) -
     with pytest.raises(RuntimeError) as caught:
         torch.empty(MORE_THAN_ANY)
     assert is_out_of_memory(caught.value)
+    assert is_out_of_memory(RuntimeError("CUDA error: out of memory"))  # page-locked memory's
     assert not is_out_of_memory(RuntimeError("out of luck"))
     line, code = cli._explain(caught.value)
     assert line.startswith("out of memory: ")
     assert code == 2
+
+
+# ---------------------------------------------------------------- activations in the CPU's memory
+
+
+@pytest.mark.parametrize("stage", ["sft", "rm", "dpo", "ppo"])
+def test_offloaded_activations_end_in_the_same_weights(
+    stage: str,
+    run: Callable[..., Path],
+    limit_memory: Callable[..., list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """On a CPU, where the key is refused, with that refusal taken away; memory runs out once."""
+    whole = run(stage, "whole")
+    with pytest.raises(AlignError, match="activation_offload: has no effect on a cpu"):
+        run(stage, "refused", "activation_offload=true")
+    asked: list[torch.nn.Module] = []
+
+    def watched(model: torch.nn.Module) -> saved_tensors_hooks:
+        asked.append(model)
+        return kept_on_cpu(model)
+
+    monkeypatch.setattr("align.stages.common.require_gpu", lambda device: None)
+    monkeypatch.setattr("align.models.policy.kept_on_cpu", watched)
+    monkeypatch.setattr(offload, "LEAST_BYTES", 1)
+    limit_memory(100, None)
+    cut = run(stage, "cut", "activation_offload=true")
+    assert "the step is done again" in capsys.readouterr().out
+    assert len({id(model) for model in asked}) == (2 if stage == "ppo" else 1)  # actor and critic
+    folders = ("model", "critic") if stage == "ppo" else ("model",)
+    for folder in folders:
+        want, got = (load_file(f / folder / "model.safetensors") for f in (whole, cut))
+        for name in want:
+            torch.testing.assert_close(got[name], want[name], rtol=0, atol=2e-6)
