@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 from align import cli
 from align.checking import check
 from align.config import DataConfig, DPOConfig, DPORecipe, PPORecipe, SFTRecipe, TrainOptions
-from align.memory import largest_microbatch, training_bytes
+from align.memory import HOLES, largest_microbatch, training_bytes
 from align.model_sizes import Size, count_parameters
 from align.models.locate import looks_like_hub_id
 from align.options import LoraOptions
@@ -120,7 +120,11 @@ def test_on_a_cpu_holes_are_counted(model: str) -> None:
         model=model, output_dir="o", precision="fp32", data=DataConfig(train=data(40))
     )
     lines = "\n".join(check("sft", recipe))
-    assert ", holes 0." in lines
+    total = float(re.search(r"memory +about ([\d.]+) GB of the process", lines)[1])  # type: ignore[index]
+    parts = re.search(r"by shapes: (.*)", lines)[1].split(", ")  # type: ignore[index]
+    found = {name: float(size) for name, size in (part.rsplit(" ", 1) for part in parts)}
+    assert found["holes"] == HOLES / 1e9
+    assert total == pytest.approx(sum(found.values()), abs=0.03)
 
 
 def test_a_small_minibatch_fills_no_microbatch() -> None:
