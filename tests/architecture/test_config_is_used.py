@@ -20,6 +20,7 @@ NOT_USES = {
     "recipes_io.py",
     "checking.py",
     "memory.py",
+    "model_sizes.py",
     "cli.py",
 }
 

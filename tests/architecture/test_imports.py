@@ -55,8 +55,10 @@ ALLOWED: dict[str, set[str]] = {
     "recipe_builder": {"config", "recipe_ranges"},
     "recipe_checks": {"config", "recipe_builder"},
     "recipes_io": {"config", "recipe_builder", "recipe_checks"},
-    "memory": {"models", "losses"} | CONFIG,
-    "checking": {"data", "models", "memory", "rewards", "training", "stages"} | CONFIG,
+    "model_sizes": {"models"} | CONFIG,
+    "memory": {"models", "losses", "model_sizes"} | CONFIG,
+    "checking": {"data", "models", "memory", "model_sizes", "rewards", "training", "stages"}
+    | CONFIG,
     "feedback": {"data"},
     "commands": {"data", "models", "feedback"},
     "report": {"evaluation"},
