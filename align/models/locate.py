@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from align.hub import require_on_the_hub
+from align.made_by import made_by
 from align.nearest import did_you_mean
 from align.types import AlignError
 
 DATA_FILES = {".gguf", ".jsonl", ".json", ".csv", ".parquet", ".arrow", ".gz"}
 """Endings of files that a recipe may name: no hub id has one."""
+
+GIVEN = "another model: a folder, a hub id (org/name) or a .gguf"
+"""What a recipe may name as a model."""
 
 
 def locate(model: str) -> tuple[str, dict[str, Any]]:
@@ -73,7 +77,11 @@ def no_such_model(model: str) -> AlignError:
             f"model: {model}: a file, not a model; name a folder, a hub id or a .gguf"
         )
     what = "file" if Path(model).suffix in DATA_FILES else "folder"
-    return AlignError(f"model: {model}: no such {what}{did_you_mean(Path(model))}")
+    remedy = made_by(model)
+    if remedy is None:
+        near = did_you_mean(Path(model))
+        return AlignError(f"model: {model}: no such {what}{near or f'; give {GIVEN}'}")
+    return AlignError(f"model: {model}: no such {what}; {remedy}; or give {GIVEN}")
 
 
 def no_model_in(folder: Path) -> str:

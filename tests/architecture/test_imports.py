@@ -23,6 +23,7 @@ LEAVES = {
     "doctor_rules",
     "model_card",
     "nearest",
+    "made_by",
     "hub",
 }
 CONFIG = {"config", "recipe_ranges", "recipe_builder", "recipe_checks", "recipes_io"}
@@ -39,6 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     "doctor_rules": set(),
     "model_card": set(),
     "nearest": set(),
+    "made_by": set(),
     "hub": set(),
     "losses": set(),
     "data": set(),

@@ -253,3 +253,22 @@ def test_convert_writes_a_new_file_only(tmp_path, capsys) -> None:
     more = ["--to", "hh", "-o", str(tmp_path / "hh.jsonl"), "--skip-bad-rows"]
     assert main(["data", "convert", empty, *more]) == 0
     assert "left out 1 rows: chosen: empty" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("column", ["response", "answer"])
+def test_an_answer_that_prompts_do_not_read_is_told(tmp_path, column) -> None:
+    source = write(
+        tmp_path / "d.jsonl", [{"prompt": "q", column: "x"}, {"prompt": "r", column: "y"}]
+    )
+    (finding,) = inspect([source]).findings
+    assert finding.level == "warning"
+    assert finding.what == f"column {column} is not read: rows are taken for prompts alone"
+    assert f"--kind sft --columns completion={column}" in finding.advice
+    assert inspect([source], kind="prompt").findings == ()
+    as_references = DataSource(path=source.path, columns={"references": column})
+    assert inspect([as_references]).findings == ()
+
+
+def test_references_of_prompts_are_no_finding(tmp_path) -> None:
+    rows = [{"prompt": f"q{n}", "references": ["x"], "source": "s"} for n in range(2)]
+    assert inspect([write(tmp_path / "d.jsonl", rows)]).findings == ()

@@ -171,3 +171,12 @@ def test_equal_scores_and_texts_are_left_out_and_counted() -> None:
     pairs, left_out = choose_pairs(["x", "x", "y"], [2.0, 1.0, 1.0], choose="all")
     assert pairs == [(0, 2)]
     assert left_out == {"the same text twice": 1, "scores too close": 1}
+
+
+def test_a_winner_in_capitals_is_the_same_winner(tmp_path) -> None:
+    for name, winner in (("A", "a"), ("B", "b"), ("Tie", "tie"), ("TIE", "tie")):
+        files = [write(tmp_path / f"{w}.jsonl", [said("q", "x", "y", w)]) for w in (name, winner)]
+        (capital,), (small,) = (read_judgements([file]) for file in files)
+        assert (capital.items, capital.is_tie) == (small.items, small.is_tie)
+    (b,) = read_judgements([write(tmp_path / "j.jsonl", [said("q", "x", "y", "B")])])
+    assert b.items == ("y", "x")
