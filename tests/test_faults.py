@@ -418,17 +418,41 @@ def test_a_checkpoint_cut_short(
     newest = tmp_path / "run" / "checkpoints" / "step-4"
     held = newest / "model.safetensors"
     held.write_bytes(held.read_bytes()[:500])
-    line = align("sft", sft_recipe, "resume=auto")
-    assert f"checkpoint {newest}: cannot be read" in line
-    assert "remove it to use an older one" in line
+    shutil.copytree(tmp_path / "run", tmp_path / "without")
+    shutil.rmtree(tmp_path / "without" / "checkpoints" / "step-4")
+    line = align("sft", sft_recipe, "resume=auto", code=0)
+    assert f"resume: checkpoint {newest}: cannot be read: " in line
+    assert "; kept as damaged-step-4, going on from step-3" in line
+    assert (newest.with_name("damaged-step-4") / "model.safetensors").stat().st_size == 500
 
-    shutil.rmtree(newest)
-    align("sft", sft_recipe, "resume=auto", code=0)
-    assert_same_weights(tmp_path / "whole" / "model", tmp_path / "run" / "model")
+    # as if the damaged one had never been, and as if nothing had happened
+    align("sft", sft_recipe, "resume=auto", f"output_dir={tmp_path / 'without'}", code=0)
+    for other in ("without", "whole"):
+        assert_same_weights(tmp_path / other / "model", tmp_path / "run" / "model")
+        assert losses_of(tmp_path / other) == losses_of(tmp_path / "run")
     trust.row(
         "faults", "a checkpoint cut short",
-        found="refused in one line; the one before it goes on", wanted="no loss",
+        found="said in one line; the one before it goes on", wanted="no loss",
     )  # fmt: skip
+
+
+def losses_of(run: Path) -> list[tuple[int, float]]:
+    rows = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    return [(row["step"], row["loss"]) for row in rows if "loss" in row]
+
+
+@pytest.mark.parametrize("file", ["state.json", "model.safetensors", "model.optimizer.safetensors"])
+def test_every_checkpoint_damaged(align: Align, sft_recipe: str, tmp_path: Path, file: str) -> None:
+    align("sft", sft_recipe, "train.keep_checkpoints=4", code=0)
+    undone(tmp_path / "run")
+    places = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    assert len(places) == 4
+    for place in places:
+        (place / file).unlink()
+    line = align("sft", sft_recipe, "resume=auto")
+    assert f"resume: checkpoint {places[-1]}: cannot be read: " in line
+    assert "no other checkpoint is whole; start anew with overwrite=true" in line
+    assert sorted((tmp_path / "run" / "checkpoints").iterdir()) == places, "nothing was renamed"
 
 
 def test_data_that_change_under_a_resumed_run(

@@ -78,7 +78,7 @@ class Fields:
         try:
             turns = read_turns(self.get(field) if value is None else value)
         except NotTurns as error:
-            self.bad(field, str(error))
+            self.bad(field, str(error), error.advice)
         for name in _NOT_TEXT:
             if self.values.get(name):
                 self.bad(name, "not supported", "only text is: remove the row")

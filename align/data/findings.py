@@ -47,3 +47,14 @@ def texts_of(example: Example) -> list[str]:
     if isinstance(example, PreferencePair):
         return [plain(example.prompt), plain(example.chosen), plain(example.rejected)]
     return [plain(example.prompt), *example.references]
+
+
+def roles_of(example: Example) -> set[str]:
+    """Who speaks in an example's turns; nobody in strings."""
+    if isinstance(example, SFTExample):
+        given: list[Any] = [example.prompt, example.completion, example.messages]
+    elif isinstance(example, PreferencePair):
+        given = [example.prompt, example.chosen, example.rejected]
+    else:
+        given = [example.prompt]
+    return {turn["role"] for text in given if text and not isinstance(text, str) for turn in text}

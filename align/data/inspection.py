@@ -15,7 +15,7 @@ from typing import Literal
 
 from align.data.columns import Example, format_name, kind_of
 from align.data.fields import Kind
-from align.data.findings import Finding, Level, findings_of, plain, texts_of
+from align.data.findings import Finding, Level, findings_of, plain, roles_of, texts_of
 from align.data.formats import BadRow, Row, read_source
 from align.data.lengths import longer_wins
 from align.data.naming import UNKNOWN, mapping
@@ -23,6 +23,7 @@ from align.data.oddities import oddities, script
 from align.data.preferences import load_examples, prompt_key
 from align.data.template import Tokenizer
 from align.data.token_findings import Shown, counts, encode_all, of_template, of_tokens, show
+from align.data.turns import ALLOWED, ROLES
 from align.types import AlignError, DataSource, PreferencePair, SFTExample, SourceReport
 
 
@@ -163,6 +164,13 @@ def _of_dialogues(examples: Sequence[Example]) -> Iterator[Finding]:
     ids = [e.id for e in dialogues if e.messages and e.messages[-1]["role"] != "assistant"]
     what = "conversations that do not end in the assistant's turn: nothing is trained on the last"
     yield from findings_of("note", what, ids, "add its answer, or remove that turn")
+    strangers: dict[str, list[str]] = defaultdict(list)
+    for example in examples:
+        for role in roles_of(example) - set(ROLES):
+            strangers[role].append(example.id)
+    for role, ids in strangers.items():
+        advice = f"it stops training unless the model's chat template names it; usual are {ALLOWED}"
+        yield from findings_of("warning", f"role {role!r} is an unusual one", ids, advice)
 
 
 def _of_pairs(examples: Sequence[Example]) -> Iterator[Finding]:

@@ -5,10 +5,12 @@ Works with any template that never changes what it already wrote; others are ref
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any, TypeAlias
 
+from align.data.turns import ALLOWED, ROLES
 from align.types import AlignError, Message
 
 Tokenizer: TypeAlias = Any
@@ -60,6 +62,10 @@ def render(tokenizer: Tokenizer, turns: Sequence[Message], *, open_turn: bool = 
             "the tokenizer has no chat template but the data are turns; put chat_template.jinja "
             "beside the tokenizer, or give prompts and answers as strings"
         )
+    for role in {t["role"] for t in turns} - {"system", "user", "assistant"}:
+        problem = _problem_with(tokenizer, str(tokenizer.chat_template), role)
+        if problem:
+            raise AlignError(problem)
     try:
         return tokenizer.apply_chat_template(
             [dict(t) for t in turns], tokenize=False, add_generation_prompt=open_turn
@@ -70,6 +76,27 @@ def render(tokenizer: Tokenizer, turns: Sequence[Message], *, open_turn: bool = 
             f"the chat template refuses turns in this order ({roles}): {error}; "
             "change the rows or the template"
         ) from error
+
+
+@lru_cache(maxsize=256)
+def _problem_with(tokenizer: Tokenizer, template: str, role: str) -> str:
+    """Why turns of this role cannot be rendered, or nothing.
+
+    Many templates write any role that they are given, so that one nobody meant would be trained on;
+    others leave out what they do not know.
+    """
+    named = re.search(rf"""['"]{re.escape(role)}['"]""", template)
+    if role not in ROLES and not named:
+        return f"role {role!r} is none that the chat template names; allowed: {ALLOWED}"
+    asked = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hello"}]
+    turn = {"role": role, "content": _PROBE}
+    for turns in ([*asked, turn], [turn, *asked]):
+        try:
+            if _PROBE in tokenizer.apply_chat_template(turns, tokenize=False):
+                return ""
+        except Exception:  # a template may raise anything; what it says of the row comes later
+            return ""
+    return f"the chat template leaves out turns of role {role!r}; change the rows or the template"
 
 
 def after(before: str, whole: str) -> str:

@@ -11,14 +11,29 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
+from align.nearest import alike, nearest
 from align.types import Message
 
-_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
+ROLES = (
+    "system", "developer", "user", "assistant", "tool", "function", "ipython", "observation",
+    "document", "context",
+)  # fmt: skip
+"""Who may speak whatever the chat template says; others may where the template names them."""
+
+_ALIASES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
+_COMMON = ("system", "developer", "user", "assistant", "human")
+_NEAR = 0.8
+"""Likeness from which on a role is a misspelt one: a template's own names are further off."""
+
 _HH_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 
 
 class NotTurns(ValueError):
-    """Why a value is no conversation; ``columns.py`` says in which row and field."""
+    """Why a value is no conversation; ``fields.py`` says in which row and field."""
+
+    def __init__(self, reason: str, advice: str = "mend the row") -> None:
+        super().__init__(reason)
+        self.advice = advice
 
 
 def is_list(value: Any) -> TypeGuard[Sequence[Any]]:
@@ -49,7 +64,28 @@ def _read_turn(turn: Any) -> Message:
         content = _text_parts(content)
     if not isinstance(role, str) or not isinstance(content, str):
         raise NotTurns("a turn without a role or without text")
-    return {"role": _ROLES.get(role, role), "content": content}
+    meant = misspelt(role)
+    if meant:
+        advice = f"did you mean {meant}? Allowed: {ALLOWED}"
+        raise NotTurns(f"role {role!r}, which nobody has", advice)
+    return {"role": _ALIASES.get(role, role), "content": content}
+
+
+ALLOWED = f"{', '.join(ROLES)} (or {', '.join(_ALIASES)})"
+
+
+def misspelt(role: str) -> str | None:
+    """The common role that a name was meant for; None for a role, and for what is like none.
+
+    A name that is like none may be one that the chat template has: ``template.py`` looks there.
+    """
+    if role in ROLES or role in _ALIASES:
+        return None
+    bare = role.strip().lower()
+    if bare in ROLES or bare in _ALIASES:
+        return bare
+    near = nearest(bare, _COMMON)
+    return near if near and alike(bare, near) >= _NEAR else None
 
 
 def _text_parts(parts: Sequence[Any]) -> str:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 import shutil
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,9 @@ InHand = tuple[Mapping[str, torch.Tensor], Mapping[str, Any]]
 """Tensors and JSON values of a step that was not finished."""
 
 IN_HAND = "in_hand.safetensors"
+
+UNREADABLE = (OSError, SafetensorError, ValueError, KeyError, TypeError)
+"""What a damaged file raises."""
 
 
 def save_checkpoint(
@@ -101,27 +105,45 @@ def load_checkpoint(place: Path, trained: Trained) -> dict[str, Any]:
             weights = load_file(place / f"{role}.safetensors")
             moments = load_file(place / f"{role}.optimizer.safetensors")
             _restore(model, optimizer, weights, moments, place)
-        state = dict(json.loads((place / "state.json").read_text(encoding="utf-8")))
-        if (state.get("step"),) != _position(place)[:1]:
-            raise ValueError(f"state.json is of step {state.get('step')}")
-        return state
-    except (OSError, SafetensorError, ValueError, TypeError) as error:
+        return _read_state(place)
+    except UNREADABLE as error:
         if isinstance(error, AlignError):
             raise
         raise _unreadable(place, error) from error
 
 
+def damage(place: Path, roles: Iterable[str]) -> str:
+    """Why a checkpoint's files cannot be read, or nothing: headers, sizes, the state; no weights.
+
+    Weights are not compared with anything: a file of the right length whose bits have changed is
+    not told from another.
+    """
+    try:
+        for name in [f"{role}{end}" for role in roles for end in ("", ".optimizer")]:
+            with safe_open(place / f"{name}.safetensors", framework="pt"):
+                pass
+        _read_state(place)
+        if _read_in_hand(place) is None and _position(place)[1:] > (0,):
+            raise ValueError(f"{IN_HAND} is missing, from which its step goes on")
+    except UNREADABLE as error:
+        return f"checkpoint {place}: cannot be read: {error}"
+    return ""
+
+
+def set_aside(place: Path) -> Path:
+    """Rename a damaged checkpoint, so that it neither counts nor is lost; returns its new place."""
+    names = (f"damaged-{place.name}" + (f"-{n}" if n else "") for n in count())
+    aside = next(p for p in map(place.with_name, names) if not p.exists())
+    place.rename(aside)
+    return aside
+
+
 def load_in_hand(place: Path) -> InHand | None:
     """What `save_checkpoint` or `add_in_hand` kept of an unfinished step, if they did."""
-    path = place / IN_HAND
-    if not path.is_file():
-        return None
     try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return tensors, json.loads(file.metadata()["state"])
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise _unreadable(path, error) from error
+        return _read_in_hand(place)
+    except UNREADABLE as error:
+        raise _unreadable(place / IN_HAND, error) from error
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -129,8 +151,13 @@ def checkpoints(folder: Path) -> list[Path]:
 
     One that was set aside to be replaced counts as long as nothing has taken its place.
     """
+    return [place for place in places(folder) if (place / "state.json").is_file()]
+
+
+def places(folder: Path) -> list[Path]:
+    """`checkpoints`, and what was one before its state went missing."""
     aside = [p for p in folder.glob("old-step-*") if not (folder / p.name[4:]).exists()]
-    found = [p for p in [*folder.glob("step-*"), *aside] if (p / "state.json").is_file()]
+    found = [p for p in [*folder.glob("step-*"), *aside] if p.is_dir()]
     return sorted(filter(_position, found), key=_position)
 
 
@@ -139,6 +166,22 @@ def _position(place: Path) -> tuple[int, int] | tuple[()]:
     name = place.name.removeprefix("old-").removeprefix("step-")
     step, _, part = name.partition("-part-")
     return (int(step), int(part or 0)) if (step + part).isdecimal() else ()
+
+
+def _read_in_hand(place: Path) -> InHand | None:
+    path = place / IN_HAND
+    if not path.is_file():
+        return None
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return tensors, json.loads(file.metadata()["state"])
+
+
+def _read_state(place: Path) -> dict[str, Any]:
+    state = dict(json.loads((place / "state.json").read_text(encoding="utf-8")))
+    if (state.get("step"),) != _position(place)[:1]:
+        raise ValueError(f"state.json is of step {state.get('step')}")
+    return state
 
 
 def _unreadable(place: Path, error: Exception) -> AlignError:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import signal
 from collections.abc import Mapping
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, cast
 
@@ -21,8 +22,11 @@ from align.training.checkpoint import (
     Trained,
     add_in_hand,
     checkpoints,
+    damage,
     load_checkpoint,
+    places,
     save_checkpoint,
+    set_aside,
 )
 from align.training.distributed import sum_over_processes
 from align.types import AlignError, Interrupted
@@ -88,21 +92,44 @@ class Saver:
     def resume(self, wanted: bool) -> dict[str, Any] | None:
         """Load the newest whole checkpoint and return its state; None where the run is new.
 
-        ``state["place"]`` is the checkpoint's folder.
+        Damaged ones that are newer are renamed, not removed. ``state["place"]`` is the checkpoint's
+        folder.
+
+        Raises:
+            AlignError: There are checkpoints, and none is whole.
         """
-        found = checkpoints(self.folder) if wanted else []
+        place, damaged = self._newest_whole() if wanted else (None, {})
         self.run.require_unfinished()
-        if not found:
+        if place is None:
             self.run.begin()
             self.run.rewind({})
             return None
         self.run.resume()
-        state = load_checkpoint(found[-1], self.trained)
+        for newer, problem in damaged.items() if self.run.is_main else ():
+            aside = set_aside(newer)
+            warn(f"resume: {problem}; kept as {aside.name}, going on from {place.name}")
+        self.accelerator.wait_for_everyone()
+        state = load_checkpoint(place, self.trained)
         self.best = state["best"]
         self.run.rewind(state["sizes"])
         if self.run.is_main:
-            say(f"{self.run.stage}: resumed from {found[-1]} ({state['step']} steps done)")
-        return {**state, "place": found[-1]}
+            say(f"{self.run.stage}: resumed from {place} ({state['step']} steps done)")
+        return {**state, "place": place}
+
+    def _newest_whole(self) -> tuple[Path | None, dict[Path, str]]:
+        """The newest checkpoint that every process can read, and what is wrong with newer ones."""
+        damaged: dict[Path, str] = {}
+        for place in reversed(places(self.folder)):
+            problem = damage(place, self.trained)
+            if not self._anywhere(bool(problem)):
+                return place, damaged
+            damaged[place] = problem or f"checkpoint {place}: another process cannot read it"
+        if damaged:
+            raise AlignError(
+                f"resume: {next(iter(damaged.values()))}; no other checkpoint is whole; start anew "
+                "with overwrite=true"
+            )
+        return None, {}
 
     # ------------------------------------------------------------ saving
 
@@ -164,10 +191,14 @@ class Saver:
 
     def _agreed(self) -> int:
         """The signal that came to any process; the same answer in all of them."""
-        if self.accelerator.num_processes == 1:
-            return self._signal
-        found = sum_over_processes({"signal": float(self._signal)}, self.accelerator)["signal"]
+        found = self._anywhere(bool(self._signal))
         return self._signal or (signal.SIGTERM if found else 0)
+
+    def _anywhere(self, here: bool) -> bool:
+        """Whether it is so in any process; all have to ask."""
+        if self.accelerator.num_processes == 1:
+            return here
+        return bool(sum_over_processes({"here": float(here)}, self.accelerator)["here"])
 
     # ------------------------------------------------------------ the best
 

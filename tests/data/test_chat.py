@@ -277,3 +277,53 @@ def test_long_text_is_cut_into_pieces_that_lose_nothing(plain, max_tokens: int) 
     assert np.concatenate(pieces).tolist() == whole.input_ids.tolist()
     # every token but the very first is predicted, across the cuts too
     assert int(collate(groups).loss_mask.sum()) == len(whole.input_ids) - 1
+
+
+# ---------------------------------------------------------------- roles
+
+
+def dialogue(role: str) -> SFTExample:
+    turns = ({"role": role, "content": "a word"}, *TWO_ROUNDS[1:3])
+    return SFTExample(id="d.jsonl:7", messages=turns)
+
+
+@pytest.mark.parametrize("role", ["tool", "developer", "function", "observation"])
+def test_roles_of_the_ecosystem_are_rendered(chatml, role) -> None:
+    groups, _, dropped = encode_examples(chatml, [dialogue(role)], max_tokens=99)
+    assert dropped == {}
+    assert f"{role}\na word" in chatml.decode(groups[0].continuations[0].input_ids)
+
+
+def test_an_invented_role_is_refused_with_its_place(chatml) -> None:
+    line = r"^d.jsonl:7: role 'banana' is none that the chat template names; allowed: system, dev"
+    with pytest.raises(AlignError, match=line):
+        encode_examples(chatml, [dialogue("banana")], max_tokens=99)
+
+
+def test_a_role_that_the_template_names_is_one(make_tokenizer, chatml) -> None:
+    named = "{% if messages[0]['role'] == 'narrator' %}{% endif %}" + chatml.chat_template
+    tokenizer = make_tokenizer(template=named, eos="<|im_end|>")
+    groups, _, _ = encode_examples(tokenizer, [dialogue("narrator")], max_tokens=99)
+    assert "narrator\na word" in tokenizer.decode(groups[0].continuations[0].input_ids)
+
+
+def test_a_role_that_the_template_leaves_out_is_refused(make_tokenizer, chatml) -> None:
+    ours = chatml.chat_template.replace(
+        "for m in messages", "for m in messages if m['role'] in ['system', 'user', 'assistant']"
+    )
+    tokenizer = make_tokenizer(template=ours, eos="<|im_end|>")
+    with pytest.raises(AlignError, match=r"^d.jsonl:7: the chat template leaves out turns of role"):
+        encode_examples(tokenizer, [dialogue("developer")], max_tokens=99)
+    assert encode_examples(tokenizer, [dialogue("system")], max_tokens=99)[2] == {}
+
+
+def test_a_role_that_counts_in_front_only_is_rendered(make_tokenizer, chatml) -> None:
+    """As some templates take a developer's turn: the first one."""
+    words = "{% if messages[0]['role'] == 'developer' %}{{ messages[0]['content'] }}{% endif %}"
+    later = chatml.chat_template.replace(
+        "for m in messages", "for m in messages if m['role'] != 'developer'"
+    )
+    first = words + later
+    tokenizer = make_tokenizer(template=first, eos="<|im_end|>")
+    groups, _, _ = encode_examples(tokenizer, [dialogue("developer")], max_tokens=99)
+    assert tokenizer.decode(groups[0].continuations[0].input_ids).startswith("a word")

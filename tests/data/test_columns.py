@@ -336,3 +336,31 @@ def test_bad_prompts_name_their_field() -> None:
     assert refusal("prompt", {"prompt": "q", "references": [""]}).startswith(
         "f.jsonl:7: references: empty; "
     )
+
+
+@pytest.mark.parametrize(
+    ("role", "meant"),
+    [
+        ("assistent", "assistant"),
+        ("Assistant", "assistant"),
+        ("User", "user"),
+        ("usr", "user"),
+        ("sytem", "system"),
+        ("GPT", "gpt"),
+        ("assistant ", "assistant"),
+    ],
+)
+def test_a_misspelt_role_names_the_right_one(role, meant) -> None:
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    row = Row({"messages": [{"role": role, "content": "x"}, *turns]}, "d.jsonl:3")
+    with pytest.raises(BadRow) as caught:
+        read_row(row, "sft", columns={}, source="s")
+    said = f"d.jsonl:3: messages: role {role!r}, which nobody has; did you mean {meant}? Allowed: "
+    assert str(caught.value).startswith(said + "system, developer, user, assistant, tool, ")
+
+
+@pytest.mark.parametrize("role", ["tool", "developer", "ipython", "narrator", "observation"])
+def test_roles_that_a_template_may_have_are_read(role) -> None:
+    turns = [{"role": role, "content": "x"}, {"role": "assistant", "content": "a"}]
+    (example,) = read_row(Row({"messages": turns}, "d"), "sft", columns={}, source="s")
+    assert example.messages[0]["role"] == role

@@ -272,3 +272,15 @@ def test_an_answer_that_prompts_do_not_read_is_told(tmp_path, column) -> None:
 def test_references_of_prompts_are_no_finding(tmp_path) -> None:
     rows = [{"prompt": f"q{n}", "references": ["x"], "source": "s"} for n in range(2)]
     assert inspect([write(tmp_path / "d.jsonl", rows)]).findings == ()
+
+
+def test_an_unusual_role_is_told(tmp_path) -> None:
+    answer = {"role": "assistant", "content": "a"}
+    rows = [
+        {"messages": [{"role": role, "content": role}, answer]}
+        for role in ("user", "tool", "banana")
+    ]
+    source = write(tmp_path / "d.jsonl", rows)
+    (finding,) = inspect([source]).findings
+    assert (finding.level, finding.what) == ("warning", "role 'banana' is an unusual one")
+    assert finding.places == (f"{source.path}:3",)

@@ -493,6 +493,29 @@ def test_resumed_lora_run_is_the_whole_run(
         assert_same_weights(whole / part, resumed / part)
 
 
+def test_a_damaged_newest_checkpoint_is_not_gone_on_from(
+    run_ppo: RunPPO,
+    stop_at: Callable[..., Any],
+    assert_same_weights: Callable[..., None],
+    read_jsonl: ReadJsonl,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The actor of the newest could be loaded, its critic not: neither is."""
+    whole = run_ppo("whole", *SAVING)
+    with stop_at(ppo_phases, "make_experience", 3):
+        run_ppo("cut", *SAVING)
+    places = sorted((whole.parent / "cut" / "checkpoints").iterdir())
+    assert [p.name for p in places] == ["step-1", "step-2"]
+    critic = places[-1] / "critic.optimizer.safetensors"
+    critic.write_bytes(critic.read_bytes()[:-1])
+    resumed = run_ppo("cut", *SAVING, "resume=auto")
+    assert "; kept as damaged-step-2, going on from step-1" in capsys.readouterr().err
+    for part in ("model", "critic"):
+        assert_same_weights(whole / part, resumed / part)
+    texts = [[r["response"] for r in read_jsonl(f / "samples.jsonl")] for f in (whole, resumed)]
+    assert texts[0] == texts[1]
+
+
 def test_same_seed_same_run(
     run_ppo: RunPPO, assert_same_weights: Callable[..., None], read_jsonl: ReadJsonl
 ) -> None:

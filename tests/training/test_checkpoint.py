@@ -177,3 +177,37 @@ def test_a_broken_file_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "step-1" / "model.safetensors").write_bytes(b"x")
     with pytest.raises(AlignError, match=r"step-1: cannot be read: .*; remove it"):
         load_checkpoint(tmp_path / "step-1", pair)
+
+
+FILES = ("state.json", "actor.safetensors", "actor.optimizer.safetensors", "in_hand.safetensors")
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("part", [0, 1])
+@pytest.mark.parametrize("harm", ["cut", "empty", "gone"])
+def test_damage_is_told_without_loading(tmp_path: Path, file: str, harm: str, part: int) -> None:
+    pair = made(0)
+    step(pair, 10)
+    in_hand = ({"x": torch.arange(3)}, {"n": 1})
+    place = save_checkpoint(tmp_path, 1, {"actor": pair}, {}, keep=1, part=part, in_hand=in_hand)
+    assert module.damage(place, ["actor"]) == ""
+    whole = (place / file).read_bytes()
+    if harm == "gone":
+        (place / file).unlink()
+    else:
+        (place / file).write_bytes(whole[: len(whole) - 1] if harm == "cut" else b"")
+    found = module.damage(place, ["actor"])
+    if file == "in_hand.safetensors" and harm == "gone" and part == 0:
+        assert found == ""  # the step is done again from its beginning
+    else:
+        assert found.startswith(f"checkpoint {place}: cannot be read: ")
+
+
+def test_a_damaged_checkpoint_is_set_aside_under_a_name_of_its_own(tmp_path: Path) -> None:
+    pair = {"model": made(0)}
+    for n in (1, 2):
+        save_checkpoint(tmp_path, 3, pair, {"n": n}, keep=1)
+        module.set_aside(tmp_path / "step-3")
+    assert names(tmp_path) == []
+    held = {p.name: json.loads((p / "state.json").read_text())["n"] for p in tmp_path.iterdir()}
+    assert held == {"damaged-step-3": 1, "damaged-step-3-1": 2}
