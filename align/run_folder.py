@@ -34,6 +34,7 @@ from align.run_files import (
     set_aside,
     stillborn,
 )
+from align.run_identity import lasting, plain, require_same
 from align.types import AlignError, SourceReport
 
 
@@ -151,20 +152,7 @@ class Run:
             )
 
     def _require_same(self) -> None:
-        previous = self._previous or {}
-        stage = previous.get("stage", self.stage)
-        if stage != self.stage:
-            raise AlignError(
-                f"resume: {self.folder} holds a run of {stage}, not of {self.stage}; replace it "
-                "with overwrite=true, or name another output_dir"
-            )
-        for key in ("recipe", "data", "start_weights"):
-            before, now = previous.get(key), _plain(self._manifest.get(key))
-            if before is not None and before != now:
-                raise AlignError(
-                    f"resume: {self.folder}: {_first_difference(key, before, now)}; restore it, or "
-                    "start anew with overwrite=true"
-                )
+        require_same(self.folder, self.stage, self._previous or {}, plain(self._manifest))
 
     def _go(self) -> None:
         self._begun = True
@@ -242,7 +230,7 @@ class Run:
         seconds = time.time() - self.started
         self.describe(status="done", seconds=round(seconds, 1), **facts)
         if self.is_main:
-            write_cards(self.folder, _plain(self._manifest))
+            write_cards(self.folder, plain(self._manifest))
             self.keep()
             (self.folder / RUNNING).unlink(missing_ok=True)
             say(table(rows, title=f"\n{self.stage}: done in {duration(seconds)}"))
@@ -263,33 +251,6 @@ class Run:
             write_whole(self.folder / "manifest.json", text)
 
 
-VOLATILE = (
-    "resume", "overwrite", "trackers", "save_every", "eval_every", "keep_checkpoints", "log_every",
-    "output_dir", "on_nonfinite", "timeout",
-)  # fmt: skip
-"""Keys that may change when a run is resumed: every step stays what it was.
-
-With ``keep_best``, `save_every` and `eval_every` say after which steps the held-out number is
-measured, and so from which of them the saved model is chosen: after a change, from other ones.
-"""
-
-
-def lasting(config_yaml: str) -> dict[str, Any]:
-    """The recipe as ``a.b: value``, without what may change."""
-    flat: dict[str, Any] = {}
-
-    def walk(value: Any, key: str) -> None:
-        if isinstance(value, dict):
-            for name, inner in value.items():
-                if name not in VOLATILE:
-                    walk(inner, f"{key}.{name}" if key else str(name))
-        else:
-            flat[key] = value
-
-    walk(yaml.safe_load(config_yaml), "")
-    return flat
-
-
 def _inputs(recipe: Any, key: str = "") -> list[Path]:
     """Every file and folder here that the recipe names as something to read."""
     if isinstance(recipe, dict):
@@ -304,18 +265,3 @@ def _lies_in(path: Path, place: Path) -> bool:
     """Whether ``path`` is ``place`` or inside it, or ``place`` is inside ``path``."""
     inner, outer = path.resolve(), place.resolve()
     return inner == outer or outer in inner.parents
-
-
-def _plain(value: Any) -> Any:
-    return json.loads(json.dumps(value))
-
-
-def _first_difference(key: str, before: Any, now: Any) -> str:
-    if key == "recipe":
-        missing = object()
-        names = {**before, **now}
-        name = next(k for k in names if before.get(k, missing) != now.get(k, missing))
-        return f"{name} was {before.get(name)!r} and is now {now.get(name)!r}"
-    if key == "data":
-        return "a data file has changed since the run began (sha256, or what was read from it)"
-    return "the model that training starts from has other weights than when the run began"

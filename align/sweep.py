@@ -117,15 +117,14 @@ def _run_point(
 def _check_same(manifest: Mapping[str, Any], planned: Any, folder: Path) -> None:
     """A finished point of another recipe is no point of this sweep."""
     from align.recipes_io import to_yaml
-    from align.run_folder import lasting
+    from align.run_identity import first_change, lasting, plain
 
-    before, now = manifest.get("recipe", {}), json.loads(json.dumps(lasting(to_yaml(planned))))
-    changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-    if changed:
-        key = changed[0]
+    change = first_change(manifest.get("recipe", {}), plain(lasting(to_yaml(planned))))
+    if change:
+        key, was, is_now = change
         raise AlignError(
-            f"sweep: {folder} was run with {key}={before.get(key)!r}, and the recipe now says "
-            f"{now.get(key)!r}; restore it, remove the folder, or name another output_dir"
+            f"sweep: {folder} was run with {key}={was}, and the recipe now says {is_now}; "
+            "restore it, remove the folder, or name another output_dir"
         )
 
 

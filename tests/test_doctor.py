@@ -261,6 +261,29 @@ def test_what_is_no_run_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "a run of eval" in capsys.readouterr().err
 
 
+def test_the_run_that_was_meant_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for n in range(8):
+        (tmp_path / "runs" / f"r{n}" / "model").mkdir(parents=True)
+        (tmp_path / "runs" / f"r{n}" / "manifest.json").write_text("{}")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file.jsonl").touch()
+    runs = tmp_path / "runs"
+    for given, said in {
+        "runs": f"it holds runs, name one of them: {runs / 'r0'}, {runs / 'r1'}, ",
+        "runs/r3/model": f"it is inside a run: name {runs / 'r3'}",
+        "rums": f"no such folder; did you mean {runs}?",
+        "empty": "holds no run (manifest.json); name a run, such as runs/tiny/ppo",
+        "file.jsonl": "a file; name a run, such as runs/tiny/ppo",
+    }.items():
+        assert main(["doctor", str(tmp_path / given)]) == 2
+        line = capsys.readouterr().err.strip()
+        assert line.startswith(f"align: doctor: {tmp_path / given}: ")
+        assert said in line
+        assert ("and 2 more" in line) is (given == "runs")
+
+
 def test_a_row_that_a_crash_cut_short_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st', encoding="utf-8")
     assert read_logged(tmp_path / "metrics.jsonl") == [{"step": 1}]

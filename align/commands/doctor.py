@@ -7,6 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from align.nearest import did_you_mean
+from align.types import AlignError
+
+SHOWN = 6
+"""Runs that are named of a folder with more."""
+
 
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
@@ -21,9 +27,9 @@ def run(args: argparse.Namespace) -> int:
     from align.doctor_rules import RULES
     from align.files import read_logged, reason
     from align.run_files import status_of
-    from align.types import AlignError
 
     folder = Path(args.folder)
+    _require_run(folder)
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         stage = manifest["stage"]
@@ -39,3 +45,23 @@ def run(args: argparse.Namespace) -> int:
     for line in closing_lines(stage, rows, findings):
         print(line)
     return 1 if findings else 0
+
+
+def _require_run(folder: Path) -> None:
+    """Refuse what is no run's folder, and name the run that was meant where one is near."""
+    if (folder / "manifest.json").exists():
+        return
+    if not folder.is_dir():
+        what = "a file" if folder.exists() else "no such folder"
+        hint = "" if folder.exists() else did_you_mean(folder)
+        raise AlignError(f"doctor: {folder}: {what}{hint or '; name a run, such as runs/tiny/ppo'}")
+    inside = sorted(str(p.parent) for p in folder.rglob("manifest.json"))
+    around = [p for p in folder.parents if (p / "manifest.json").is_file()]
+    if inside:
+        more = f" and {len(inside) - SHOWN} more" if len(inside) > SHOWN else ""
+        hint = f"it holds runs, name one of them: {', '.join(inside[:SHOWN])}{more}"
+    elif around:
+        hint = f"it is inside a run: name {around[0]}"
+    else:
+        hint = "name a run, such as runs/tiny/ppo"
+    raise AlignError(f"doctor: {folder}: holds no run (manifest.json); {hint}")

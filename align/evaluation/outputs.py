@@ -18,9 +18,11 @@ from align.config import EvalRecipe
 from align.data.chat import encode_completion, encode_prompt, end_token_ids
 from align.data.packing import pack
 from align.evaluation.cache import cached_rollout
+from align.files import reason
 from align.models import Policy, load_policy, load_tokenizer
 from align.models.lora import merged
 from align.models.policy import batch_sequences
+from align.nearest import did_you_mean
 from align.options import GenerationOptions, LoraOptions
 from align.rollout.experience import decode_rollout, over_rollout, rollout_groups
 from align.rollout.sampler import sample
@@ -183,7 +185,7 @@ class TrainingCheckpoint:
         try:
             held = load_file(self.weights)
         except (OSError, SafetensorError) as error:
-            raise AlignError(f"models: {self.weights}: cannot be read: {error}") from error
+            raise AlignError(f"models: {self.weights}: cannot be read: {reason(error)}") from error
         parameters = dict(policy.named_parameters())
         unknown = [name for name in held if name not in parameters]
         if unknown:
@@ -213,7 +215,7 @@ def training_checkpoint(model: str) -> TrainingCheckpoint | None:
         )
     except (OSError, KeyError, IndexError, TypeError, yaml.YAMLError) as error:
         raise AlignError(
-            f"models: {model}: a checkpoint, but not of a run of sft, dpo or ppo: {error}"
+            f"models: {model}: a checkpoint, but not of a run of sft, dpo or ppo: {reason(error)}"
         ) from error
 
 
@@ -232,8 +234,15 @@ def read_outputs(path: str, examples: Sequence[PromptExample]) -> Outputs:
     answers: dict[str, str] = {}
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise AlignError(f"models: {path}: cannot be read: {error}") from error
+    except FileNotFoundError as error:
+        raise AlignError(
+            f"models: {path}: no such file{did_you_mean(Path(path))}; give JSONL rows {_ROW}, or a "
+            "model's folder"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise AlignError(f"models: {path}: not UTF-8 ({error.reason}); save it as UTF-8") from error
+    except OSError as error:
+        raise AlignError(f"models: {path}: cannot be read: {error.strerror}") from error
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue

@@ -18,6 +18,9 @@ DATA_FILES = {".gguf", ".jsonl", ".json", ".csv", ".parquet", ".arrow", ".gz"}
 GIVEN = "another model: a folder, a hub id (org/name) or a .gguf"
 """What a recipe may name as a model."""
 
+SHOWN = 6
+"""Models that are named of a folder that has some below it."""
+
 
 def locate(model: str) -> tuple[str, dict[str, Any]]:
     """What ``from_pretrained`` takes for a folder, a GGUF file or a hub id."""
@@ -88,7 +91,13 @@ def no_model_in(folder: Path) -> str:
     """What is wrong with a folder that holds no model, and where one lies if it is a run's."""
     line = f"model: {folder}: the folder has no config.json, so it holds no model"
     inside = [n for n in ("model", "critic") if (folder / n / "config.json").is_file()]
-    return f"{line}; it is a run's folder: name {folder / inside[0]}" if inside else line
+    if inside:
+        return f"{line}; it is a run's folder: name {folder / inside[0]}"
+    below = sorted(str(p.parent) for n in (1, 2, 3) for p in folder.glob(f"{'*/' * n}config.json"))
+    if below:
+        more = ", ..." if len(below) > SHOWN else ""
+        return f"{line}; there are {', '.join(below[:SHOWN])}{more}"
+    return f"{line}; give {GIVEN}"
 
 
 def adapter_base(model: str) -> str | None:

@@ -242,3 +242,14 @@ def test_a_data_file_is_no_model(tmp_path: Path) -> None:
 
 def test_missing_gguf(tmp_path: Path) -> None:
     refuse(tmp_path / "model.gguf", "no such file")
+
+
+def test_a_folder_of_models_names_them(tiny: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny, tmp_path / "runs" / "sft" / "model")
+    with pytest.raises(AlignError, match=rf"holds no model; there are {tmp_path}/runs/sft/model$"):
+        load_tokenizer(str(tmp_path / "runs"))
+    with pytest.raises(AlignError, match=r"holds no model; it is a run's folder: name .*/model$"):
+        load_tokenizer(str(tmp_path / "runs" / "sft"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(AlignError, match=r"holds no model; give another model: a folder, a hub id"):
+        load_tokenizer(str(tmp_path / "empty"))

@@ -269,7 +269,11 @@ def report(sha256: str) -> SourceReport:
     ("config", "sha256", "weights", "match"),
     [
         ("optim: {lr: 0.2}", "f00", "abc", r"optim.lr was 0.1 and is now 0.2; restore it"),
-        ("optim: {lr: 0.1, eps: 1}", "f00", "abc", r"optim.eps was None and is now 1"),
+        ("optim: {lr: 0.1, eps: 1}", "f00", "abc", r"optim.eps was not set and is now 1; restore"),
+        ("optim: {lr: null}", "f00", "abc", r"optim.lr was 0.1 and is now null; restore it"),
+        ("optim: {lr: 1e-1x}", "f00", "abc", r'optim.lr was 0.1 and is now "1e-1x"; restore it'),
+        ("optim: null", "f00", "abc", r"optim.lr was 0.1 and is now not set; restore it"),
+        ("optim: {lr: {a: 1, b: x}}", "f00", "abc", r'was 0.1 and is now {a: 1, b: "x"}; restore'),
         ("optim: {lr: 0.1}", "bad", "abc", "a data file has changed"),
         ("optim: {lr: 0.1}", "f00", "def", "other weights than when the run began"),
         ("{optim: {lr: 0.1}, train: {save_every: 5}, resume: auto}", "f00", "abc", None),
