@@ -22,7 +22,7 @@ from typing import Any
 
 from align.evaluation.verdict import outcome
 from align.progress import say, table
-from tests.trust import Trust
+from tools.trust import Trust
 
 ROOT = Path(__file__).parents[1]
 GOLD = {"sample_chrf": "chrF of samples", "chrf": "chrF, greedy"}

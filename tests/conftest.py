@@ -15,7 +15,7 @@ import pytest
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
-from tests.trust import Trust
+from tools.trust import Trust
 
 install_import_hook("align.losses", "beartype.beartype")
 settings.register_profile("align", deadline=None)  # a busy machine is no failure
@@ -310,5 +310,5 @@ def assert_same_weights() -> Callable[[Path, Path], None]:
 
 @pytest.fixture
 def trust(request: pytest.FixtureRequest) -> Trust:
-    """Asserts a figure and hands it on to docs/trust.md: see tests/trust.py."""
+    """Asserts a figure and hands it on to docs/trust.md: see tools/trust.py."""
     return Trust(request.node.nodeid.partition("[")[0])

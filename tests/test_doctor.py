@@ -14,7 +14,7 @@ from align.cli import main
 from align.doctor import closing_lines, diagnose
 from align.doctor_rules import FEWEST, LIMITS, Finding
 from align.files import read_logged
-from tests.trust import Trust
+from tools.trust import Trust
 
 ROOT = Path(__file__).parents[1]
 STEPS = 40

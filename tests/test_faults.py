@@ -28,7 +28,7 @@ from align.rollout.sampler import sample
 from align.run_folder import Run
 from align.stages import ppo_update, sft
 from align.types import NonFiniteError
-from tests.trust import Trust
+from tools.trust import Trust
 
 Row = dict[str, Any]
 Align = Callable[..., str]

@@ -18,7 +18,7 @@ from align.cli import QUIET, main
 from align.data.template import render
 from align.models import load_policy, load_scalar_model, load_tokenizer
 from align.types import AlignError
-from tests.trust import Trust
+from tools.trust import Trust
 
 PACKAGE = Path(__file__).parents[1] / "align"
 CPU = torch.device("cpu")

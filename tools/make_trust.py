@@ -2,7 +2,7 @@
 
     python tools/make_trust.py
 
-The files are written by the tests themselves (tests/trust.py) when ALIGN_TRUST is set, as
+The files are written by the tests themselves (tools/trust.py) when ALIGN_TRUST is set, as
 `make oracles` does. No figure on the page is typed.
 """
 

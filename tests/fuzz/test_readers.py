@@ -24,7 +24,7 @@ from align import config
 from align.data.preferences import load_examples
 from align.recipes_io import load_recipe, to_yaml
 from align.types import AlignError, DataSource
-from tests.trust import Trust
+from tools.trust import Trust
 
 INPUTS = int(os.environ.get("ALIGN_FUZZ", "100"))
 KINDS = ("sft", "preference", "prompt")

@@ -16,7 +16,7 @@ from align.data.packing import collate, path
 from align.models import Policy, attention, load_policy, products, varlen
 from align.models.attention import DecodeState, segment_attention
 from align.types import AlignError, Segment, TokenBatch, TokenGroup, TokenSequence
-from tests.trust import Trust
+from tools.trust import Trust
 
 CPU = torch.device("cpu")
 PACKABLE = (

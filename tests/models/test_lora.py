@@ -14,7 +14,7 @@ from align.models import Policy, ScalarModel, load_policy, load_scalar_model, lo
 from align.models.lora import adapter_off
 from align.options import LoraOptions
 from align.types import AlignError, TokenBatch, TokenGroup, TokenSequence
-from tests.trust import Trust
+from tools.trust import Trust
 
 CPU = torch.device("cpu")
 IDS = [1, 20, 30, 40, 41, 42, 2]

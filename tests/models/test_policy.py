@@ -14,7 +14,7 @@ from align.models import Policy, ScalarModel, load_policy, load_scalar_model, lo
 from align.models.policy import batch_sequences
 from align.models.precision import autocast_once
 from align.types import TokenBatch, TokenGroup, TokenSequence
-from tests.trust import Trust
+from tools.trust import Trust
 
 CPU = torch.device("cpu")
 

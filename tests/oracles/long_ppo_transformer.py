@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tests.oracles.language import save_llama
 from tests.oracles.stages import approach, metrics, train_ppo
-from tests.trust import Trust
+from tools.trust import Trust
 
 
 def test_a_transformer_comes_close_to_the_optimum(

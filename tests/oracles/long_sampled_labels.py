@@ -18,7 +18,7 @@ from tests.oracles.stages import (
     write,
 )
 from tests.oracles.test_reward_model import recovered
-from tests.trust import Trust
+from tools.trust import Trust
 
 LABELS = 100_000
 TRAIN = {"minibatch": 5000, "tokens_per_microbatch": 10**6, "epochs": 4.0, "log_every": 20}

@@ -15,7 +15,7 @@ from align.options import GenerationOptions
 from align.stages import generate
 from tests.oracles.language import exact, kl, level
 from tests.oracles.stages import REWARD, TOKENS, write
-from tests.trust import Trust
+from tools.trust import Trust
 
 GROUPS = 2000
 """Sets of n samples: frequencies of 20 responses are off by .04 in all, by chance."""

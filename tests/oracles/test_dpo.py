@@ -23,7 +23,7 @@ from tests.oracles.stages import (
     whole,
     write,
 )
-from tests.trust import Trust
+from tools.trust import Trust
 
 PAIRS = [
     {"prompt": "p", "chosen": "ab", "rejected": "c"},

@@ -28,7 +28,7 @@ from tests.oracles.stages import (
     tokens_of,
     train_ppo,
 )
-from tests.trust import Trust
+from tools.trust import Trust
 
 
 @pytest.fixture(scope="module")

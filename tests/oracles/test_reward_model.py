@@ -10,7 +10,7 @@ import torch
 
 from tests.oracles.language import PROMPTS, level, responses
 from tests.oracles.stages import exact_pairs, score, tokens_of, train_reward_model, whole, write
-from tests.trust import Trust
+from tools.trust import Trust
 
 
 def recovered(run: Path) -> tuple[torch.Tensor, torch.Tensor]:

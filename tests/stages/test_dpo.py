@@ -22,7 +22,7 @@ from align.models.policy import Policy
 from align.stages import dpo
 from align.training import loop
 from align.types import AlignError
-from tests.trust import Trust
+from tools.trust import Trust
 
 ReadJsonl = Callable[[Path], list[dict[str, Any]]]
 Row = dict[str, Any]

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.trust import Trust
+from tools.trust import Trust
 
 ROOT = Path(__file__).parents[2]
 Row = dict[str, Any]

@@ -23,7 +23,7 @@ from align.models import load_scalar_model, load_tokenizer
 from align.models.policy import ScalarModel
 from align.stages import ppo, ppo_phases, ppo_update, reward_model
 from align.types import AlignError, Experience, TokenGroup
-from tests.trust import Trust
+from tools.trust import Trust
 
 CPU = torch.device("cpu")
 Row = dict[str, Any]

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from align.cli import main
 from align.training.distributed import check_sharding, make_accelerator
 from align.types import AlignError
-from tests.trust import Trust
+from tools.trust import Trust
 
 ROOT = Path(__file__).parents[2]
 Rows = Sequence[Mapping[str, Any]]

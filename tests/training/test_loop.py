@@ -18,7 +18,7 @@ from align.stages import sft
 from align.training import loop
 from align.training.loop import num_steps
 from align.types import AlignError
-from tests.trust import Trust
+from tools.trust import Trust
 
 ReadJsonl = Callable[[Path], list[dict[str, Any]]]
 RunSFT = Callable[..., Path]

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from align.cli import main
 from align.models import load_tokenizer
-from tests.trust import Trust
+from tools.trust import Trust
 
 ROOT = Path(__file__).parents[2]
 WriteRows = Callable[[str, Sequence[Mapping[str, Any]]], Path]

@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
-from tests.trust import Trust
+from tools import make_trust
+from tools.trust import Trust
 
-ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def make_trust() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_trust", ROOT / "tools" / "make_trust.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+ROOT = Path(__file__).parents[2]
 
 
-def test_figures_reach_the_page_and_are_replaced(tmp_path: Path, make_trust: ModuleType) -> None:
+def test_figures_reach_the_page_and_are_replaced(tmp_path: Path) -> None:
     trust = Trust("tests/test_x.py::test_y", tmp_path, keep=True)
     trust.at_most("oracles", "KL, nats", 0.5, 1.0)
     trust.at_most("oracles", "KL, nats", 0.25, 1.0)
@@ -47,12 +36,12 @@ def test_nothing_is_written_unasked(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_table_without_a_heading_is_refused(tmp_path: Path, make_trust: ModuleType) -> None:
+def test_a_table_without_a_heading_is_refused(tmp_path: Path) -> None:
     Trust("t", tmp_path, keep=True).row("mystery", "x", found="1", wanted="1")
     with pytest.raises(SystemExit, match="mystery"):
         make_trust.render(tmp_path)
 
 
-def test_the_page_is_up_to_date(make_trust: ModuleType) -> None:
+def test_the_page_is_up_to_date() -> None:
     page = (ROOT / "docs" / "trust.md").read_text(encoding="utf-8")
     assert page == make_trust.render(), "run `python tools/make_trust.py`"
