@@ -70,8 +70,9 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         unknown = re.search(r"invalid choice: '(.*?)' \(choose from", message)
         if unknown and "COMMAND" in message:
-            near = nearest(unknown[1], [*STAGES, *OTHERS])
-            hint = f"; did you mean {near}?" if near else ""
+            commands = [*STAGES, *OTHERS]
+            near = nearest(unknown[1], commands)
+            hint = f"; did you mean {near}?" if near else f"; there are {', '.join(commands)}"
             message = f"{unknown[1]}: no such command{hint}"
         print(f"align: {message}; see `{self.prog} --help`", file=sys.stderr)
         raise SystemExit(2)

@@ -23,6 +23,9 @@ from align.types import AlignError
 
 R = TypeVar("R")
 
+DATA = (".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".gz")
+"""Endings that no recipe has."""
+
 COMMAND_LINE = "command line"
 
 # a date that is none, a number of thousands of digits and deep nesting raise Python's own
@@ -95,6 +98,8 @@ def find_recipe(recipe: str) -> Path:
     """The file of a path or of a shipped name, a path first."""
     path = Path(recipe)
     if path.is_file():
+        if path.name.endswith(DATA):
+            raise AlignError(f"{recipe}: a data file, not a recipe; wanted RECIPE data={recipe}")
         return path
     shipped = shipped_recipes()
     name = recipe.removesuffix(".yaml")

@@ -1,7 +1,7 @@
 """SFT of the tiny suite by TRL's own trainer: a checkpoint that another library made.
 
-Runs in TRL's environment, started by `quality.py`, which reads what is set from the recipe. The order
-of the rows is the trainer's own.
+Runs in TRL's environment, started by `quality.py`, which reads the recipe's numbers. The order of
+the rows is the trainer's own.
 """
 
 from __future__ import annotations

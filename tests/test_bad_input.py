@@ -142,3 +142,17 @@ def test_bad_rows_are_skipped_and_counted_when_asked(tiny: Path, tmp_path: Path)
     report = manifest["data"]["train"][0]
     assert (report["rows_read"], report["rows_kept"]) == (6, 4)
     assert sum(report["dropped"].values()) == 2
+
+
+def test_a_data_file_as_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "pairs.jsonl"
+    write(path, [json.dumps(GOOD)])
+    assert main(["dpo", str(path)]) == 2
+    line = capsys.readouterr().err
+    assert f"{path}: a data file, not a recipe; wanted RECIPE data={path}" in line
+
+
+def test_a_command_like_none(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "tiny/sft"])
+    assert "train: no such command; there are sft, rm, ppo, dpo, eval" in capsys.readouterr().err

@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from align.data.columns import RANK, is_judgement
 from align.data.fields import NEEDED, Kind
 from align.data.formats import BadRow
-from align.data.naming import KIND_NAMES, flags, overrides
+from align.data.naming import KIND_NAMES, flags, other_kind, overrides
 
 NUM_SHOWN = 5
 """Bad rows that a report tells in full."""
@@ -36,11 +37,15 @@ def no_row(path: str, bad: BadRows, kind: Kind, columns: Sequence[str]) -> str:
     """Why nothing of ``path`` can be used; ``columns`` are those that it has."""
     if not bad.first:
         return f"{path}: no row in it; give a file with rows"
+    if kind != "prompt" and is_judgement(columns):
+        return f"{path}: holds judgements, which no stage trains on; {RANK}"
     # a name of `data.columns` that is wrong says so itself
     if flags(kind, columns) and all(reason.endswith(": missing") for reason in bad.reasons):
+        other = other_kind(kind, columns)
         return (
             f"{path}: none of {bad.reasons.total()} rows has the columns of {KIND_NAMES[kind]}: "
-            f"{NEEDED[kind]}; its columns: {', '.join(columns) or 'none'}; say which is which: "
+            f"{NEEDED[kind]}; its columns: {', '.join(columns) or 'none'}; "
+            f"{f'{other}; if not, ' if other else ''}say which is which: "
             f"{overrides(kind, columns)} (`align data`: --columns {flags(kind, columns)})"
         )
     return f"{path}: none of {bad.reasons.total()} rows can be used; the first: {bad.first[0]}"

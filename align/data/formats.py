@@ -29,6 +29,8 @@ SUFFIXES = (
     ".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet",
     ".arrow",
 )  # fmt: skip
+WRAPPERS = ("data", "rows", "examples", "train", "items", "samples", "instances", "records")
+"""Names under which somebody puts all rows of a JSON file."""
 BATCH = 1024
 """Rows of a file in Arrow's formats that are Python values at a time."""
 
@@ -199,19 +201,28 @@ def _read_lines(stream: IO[bytes], path: Path) -> Iterator[Row | BadRow]:
     for number, raw in enumerate(stream, start=1):
         where = f"{path}:{number}"
         if number == 1 and raw.strip() == b"[":
-            raise AlignError(f"{path}: is one JSON list, not an object a line; call it .json")
+            raise _one_list(path)
         try:
             line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
             if line.strip():
                 # without its end, which json would blame where a row breaks off inside a string
-                yield _object(json.loads(line.rstrip("\r\n")), where)
+                value = json.loads(line.rstrip("\r\n"))
+                if number == 1 and _holds_rows(value):
+                    raise _one_list(path)
+                yield _object(value, where)
         except UnicodeDecodeError as error:
             yield _not_utf8(where, f"byte 0x{raw[error.start]:02x} at column {error.start + 1}")
         except json.JSONDecodeError as error:
             advice = f"{_at(error)}: mend the line"
             yield BadRow(where, "row", "malformed JSON", advice)
+        except AlignError:
+            raise
         except (ValueError, RecursionError) as error:  # a number of thousands of digits, nesting
             yield BadRow(where, "row", "malformed JSON", f"{_one_line(error)}: mend the line")
+
+
+def _one_list(path: Path) -> AlignError:
+    return AlignError(f"{path}: is one JSON list, not an object a line; call it .json")
 
 
 def _read_json(stream: IO[bytes], path: Path) -> Iterator[Row | BadRow]:
@@ -219,6 +230,7 @@ def _read_json(stream: IO[bytes], path: Path) -> Iterator[Row | BadRow]:
     is_array = _first_byte(stream) == b"["
     stream.seek(0)
     if not is_array:
+        _refuse_wrapped(stream, path)
         yield from _read_lines(stream, path)
         return
     raw = stream.read()
@@ -237,6 +249,30 @@ def _read_json(stream: IO[bytes], path: Path) -> Iterator[Row | BadRow]:
         raise AlignError(f"{path}: malformed JSON: {_one_line(error)}; mend it") from error
     for number, value in enumerate(values, start=1):
         yield _object(value, f"{path}:row {number}")
+
+
+def _refuse_wrapped(stream: IO[bytes], path: Path) -> None:
+    """One object around the rows, ``{"data": [...]}``, would be read as one row, or as broken."""
+    first = stream.readline().strip()
+    # a line that is an object of its own is the first of many; a wrapped file is read whole
+    if first.endswith(b"}") and stream.readline().strip():
+        stream.seek(0)
+        return
+    stream.seek(0)
+    try:
+        whole = json.loads(stream.read())
+    except (ValueError, RecursionError):
+        whole = None  # lines, or broken: the reader of lines says where
+    stream.seek(0)
+    for name in WRAPPERS if isinstance(whole, dict) else ():
+        if _holds_rows(whole.get(name)):
+            raise AlignError(
+                f"{path}: is one object, whose {name!r} holds the rows; save that list as the file"
+            )
+
+
+def _holds_rows(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
 
 
 def _first_byte(stream: IO[bytes]) -> bytes:

@@ -26,12 +26,26 @@ _USUAL = {
 
 def mapping(kind: Kind, columns: Iterable[str]) -> dict[str, str]:
     """Our name -> the column that looks like it, for every name that the columns lack."""
-    there = {column.lower(): column for column in columns}
+    exact = list(columns)
+    there = {column.strip().lower(): column for column in exact}
     return {
-        ours: next((there[name] for name in _USUAL[ours] if name in there), UNKNOWN)
+        ours: next((there[name] for name in (ours, *_USUAL[ours]) if name in there), UNKNOWN)
         for ours in ASKED[kind]
-        if ours not in there
+        if ours not in exact
     }
+
+
+def other_kind(kind: Kind, columns: Iterable[str]) -> str:
+    """What rows with these columns are instead, and which commands read them, or nothing."""
+    names = set(columns)
+    if kind != "preference" and {"chosen", "rejected"} <= names:
+        return "they are pairs, which `align rm` and `align dpo` read"
+    if kind == "preference" and {"completion", "messages", "conversations", "text"} & names:
+        return "they are SFT rows, which `align sft` reads"
+    beside = {"references", "source_text", "id"}
+    if kind != "prompt" and "prompt" in names and names <= {"prompt"} | beside:
+        return "they are prompts, which `align ppo`, `align generate` and `align eval` read"
+    return ""
 
 
 def flags(kind: Kind, columns: Iterable[str]) -> str:

@@ -67,7 +67,7 @@ def chosen_rejected(fields: Fields) -> Sides:
         both.append(answer)
     shared, chosen, rejected = split_shared(both[0], both[1])
     if not shared:
-        fields.bad("prompt", "missing", "chosen and rejected share no first turn: add a prompt")
+        fields.bad("prompt", "none: chosen and rejected share no first turn", "add a prompt")
     _check_answers(fields, chosen=chosen, rejected=rejected)
     return shared, chosen, rejected
 

@@ -75,7 +75,7 @@ def test_an_implicit_prompt_leaves_an_answer_to_both_sides() -> None:
 
 def test_a_conversation_without_an_answer_is_no_side_of_a_pair() -> None:
     row = {"chosen": [user("q")], "rejected": [user("q"), assistant("a")]}
-    assert refusal("preference", row).startswith("f.jsonl:7: prompt: missing; chosen and rejected")
+    assert refusal("preference", row).startswith("f.jsonl:7: prompt: none: chosen and rej")
 
 
 def test_conversations_that_part_at_a_users_turn_are_no_pair() -> None:

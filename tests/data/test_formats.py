@@ -350,3 +350,29 @@ def test_a_hub_set_is_gone_through_and_never_a_list(monkeypatch: pytest.MonkeyPa
     for number in range(3):
         next(found)
         assert len(taken) == number + 1
+
+
+@pytest.mark.parametrize("name", ["data", "rows"])
+@pytest.mark.parametrize("indent", [None, 1])
+def test_one_object_around_the_rows_is_refused(tmp_path, name: str, indent: int | None) -> None:
+    path = tmp_path / "d.json"
+    path.write_text(json.dumps({"version": 1, name: [{"text": "a"}]}, indent=indent))
+    with pytest.raises(AlignError, match=rf"d.json: is one object, whose '{name}' holds the rows;"):
+        list(formats.read_file(path))
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_lines_in_a_json_file_whose_values_are_lists(tmp_path, rows: int) -> None:
+    line = json.dumps({"messages": [{"role": "user", "content": "q"}], "data": ["a"]})
+    path = tmp_path / "d.json"
+    path.write_text(f"{line}\n" * rows)
+    found = list(formats.read_file(path))
+    assert [row.where for row in found] == [f"{path}:{n + 1}" for n in range(rows)]
+    assert found[0].values["data"] == ["a"]
+
+
+def test_a_list_on_one_line_of_jsonl_is_refused(tmp_path) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text('[{"text": "a"}, {"text": "b"}]\n')
+    with pytest.raises(AlignError, match=r"d.jsonl: is one JSON list, .*; call it .json"):
+        list(formats.read_file(path))

@@ -82,3 +82,33 @@ def test_data_check_says_what_foreign_columns_could_be(
 
 def way_of_pairs(line: str) -> list[str]:
     return line.split("for pairs ")[1].split(";")[0].split()
+
+
+def test_capitals_are_foreign_names_that_look_like_ours() -> None:
+    assert mapping("sft", ["Prompt", "Completion "]) == {
+        "prompt": "Prompt",
+        "completion": "Completion ",
+    }
+    assert mapping("sft", ["prompt", "completion"]) == {}
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "said"),
+    [
+        (
+            "sft",
+            FOREIGN[0] | {"chosen": "a", "rejected": "b"},
+            "pairs, which `align rm` and ",
+        ),
+        ("sft", {"prompt": "q", "references": ["r"]}, "prompts, which `align ppo`, "),
+        ("preference", {"prompt": "q", "completion": "a"}, "SFT rows, which `align sft` reads"),
+        ("preference", {"prompt": "q", "chosn": "a", "rejected": "b"}, None),
+        ("sft", {"prompt": "q", "response": "a"}, None),
+    ],
+)
+def test_rows_of_another_kind_are_told(tmp_path: Path, kind, row, said) -> None:
+    source = DataSource(path=write(tmp_path / "d.jsonl", [row]))
+    with pytest.raises(AlignError) as caught:
+        load_examples([source], kind=kind)
+    assert ("they are" in str(caught.value)) is (said is not None)
+    assert said is None or f"; they are {said}" in str(caught.value)
