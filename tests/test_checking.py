@@ -203,16 +203,19 @@ def test_what_is_not_here_is_said_and_is_no_error(
     assert "runs/a/rowz.jsonl: not there yet, nor is its folder" in out
 
 
+GIVE = "give another model: a folder, a hub id (org/name) or a .gguf"
+
+
 @pytest.mark.parametrize(
     ("name", "line"),
     [
         ("models/smal", "models/smal: no such folder; did you mean models/small?"),
-        ("mistyped/local/path", "mistyped/local/path: no such folder"),
+        ("mistyped/local/path", f"mistyped/local/path: no such folder; {GIVE}"),
         ("./models/smal", "./models/smal: no such folder; did you mean models/small?"),
         ("model/small/x", "model/small/x: no such folder; did you mean models?"),
-        ("small.gguf", "small.gguf: no such file"),
+        ("small.gguf", f"small.gguf: no such file; {GIVE}"),
         # its run is done, and made no such folder
-        ("models/small/model", "models/small/model: no such folder"),
+        ("models/small/model", f"models/small/model: no such folder; {GIVE}"),
     ],
 )
 def test_a_model_that_can_be_no_hub_id_has_to_be_there(
