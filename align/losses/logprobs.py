@@ -17,9 +17,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 CHUNK_ELEMENTS = 2**26
-"""Logits held at a time: rows per chunk = this / vocabulary. Backward holds their gradient too.
+"""Logits held at a time: rows per chunk = this / vocabulary. Their gradient is written over them.
 
-128 MB each in bf16; on a GPU float32 copies of the chunk, 256 MB each, are made of both on the way.
+128 MB in bf16; on a GPU float32 copies of the chunk, 256 MB each, are made of both on the way.
 
 A minibatch of one chunk computes them once; of more, again in the backward pass.
 """
@@ -151,15 +151,17 @@ class _TokenLogprobs(torch.autograd.Function):
                     collision[at] = probs.square().sum(-1).log()
                     entropy[at] = lse[at] - probs.mul_(logits).sum(-1)
         ctx.mark_non_differentiable(collision)
-        kept = raw if len(hidden) <= rows and any(ctx.needs_input_grad) else None
-        ctx.save_for_backward(hidden, weight, targets, bias, lse, entropy, kept)
+        ctx.save_for_backward(hidden, weight, targets, bias, lse, entropy)
+        # not saved as the others are, for the first backward writes over it
+        ctx.kept = raw if len(hidden) <= rows and any(ctx.needs_input_grad) else None
         ctx.options = (temperature, softcap, with_entropy, rows)
         return logprobs, entropy, collision
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor, _: Any) -> Any:
-        hidden, weight, targets, bias, lse, entropy, kept = ctx.saved_tensors
+        hidden, weight, targets, bias, lse, entropy = ctx.saved_tensors
+        kept, ctx.kept = ctx.kept, None
         temperature, softcap, with_entropy, rows = ctx.options
         needs_hidden, needs_weight, _, needs_bias, _ = ctx.needs_input_grad
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
@@ -167,7 +169,6 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias) if needs_bias else None
         for part in _parts(0, len(hidden), rows):
             raw = F.linear(hidden[part], weight) if kept is None else kept
-            grads = torch.empty_like(raw)
             for piece in _pieces(raw):
                 at = slice(part.start + piece.start, part.start + piece.stop)
                 logits = _finished(raw[piece], bias, softcap, temperature)
@@ -191,11 +192,11 @@ class _TokenLogprobs(torch.autograd.Function):
                     grad *= slope
                 if grad_bias is not None:
                     grad_bias += grad.sum(0)
-                grads[piece] = grad
+                raw[piece] = grad
             if grad_hidden is not None:
-                grad_hidden[part] = grads @ weight
+                grad_hidden[part] = raw @ weight
             if needs_weight:
-                update = (grads.T @ hidden[part]).float()
+                update = (raw.T @ hidden[part]).float()
                 grad_weight = update if grad_weight is None else grad_weight.add_(update)
         if needs_weight and grad_weight is None:
             grad_weight = torch.zeros_like(weight, dtype=torch.float32)

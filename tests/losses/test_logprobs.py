@@ -212,3 +212,12 @@ def test_temperature_must_be_positive(problem: dict[str, Tensor], temperature: f
 def test_no_rows() -> None:
     empty = token_logprobs(torch.zeros(0, 4), torch.zeros(3, 4), torch.zeros(0, dtype=torch.int64))
     assert empty.shape == (0,)
+
+
+def test_a_second_backward_through_one_graph_gives_the_same(problem: dict[str, Tensor]) -> None:
+    """The gradients of a single chunk's logits are written where the logits were."""
+    inputs = problem["hidden"], problem["weight"]
+    loss = token_logprobs(*inputs, problem["targets"]).square().sum()
+    first = torch.autograd.grad(loss, inputs, retain_graph=True)
+    for one, other in zip(first, torch.autograd.grad(loss, inputs), strict=True):
+        assert torch.equal(one, other)
