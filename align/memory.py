@@ -130,7 +130,7 @@ def training_bytes(
     is trained, the result before it; what its linear layers multiply, of which autocast makes a
     copy for each of the five that follow a norm; queries, keys, values, what attention gave, on a
     CPU its probabilities (`align.models.products`); four tensors as wide as the MLP. Of the logits
-    a chunk exists at a time, with its gradient, and twice more in float32, on a CPU in pieces.
+    a chunk exists at a time, and twice more in float32, on a CPU in pieces.
     """
     from align.losses.logprobs import CHUNK_ELEMENTS, PIECE_ELEMENTS
     from align.models.products import BLOCK, KEPT
@@ -172,5 +172,5 @@ def training_bytes(
         pieces = chunk if gpu else min(chunk, PIECE_ELEMENTS)
         # the head's gradient, and the embedding's, before they are added to what is there
         dense = 2 * vocabulary * width * 4 if whole else 0
-        found["logits"] = float(2 * product * chunk + 8 * pieces + dense)
+        found["logits"] = float(product * chunk + 8 * pieces + dense)
     return found
