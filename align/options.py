@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 
@@ -26,6 +26,19 @@ class LoraOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class VLLMOptions:
+    """The vLLM engine of a process, for ``engine=vllm``."""
+
+    # share of the GPU's memory (of main memory without a GPU) for its copy of the weights and its
+    # cache, beside what training holds
+    gpu_memory_utilization: float = 0.3
+    # tokens that a prompt and its response may have
+    max_tokens: int = 2048
+    # neither compile nor capture CUDA graphs: starts sooner, samples slower
+    eager: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class GenerationOptions:
     """How responses are sampled."""
 
@@ -39,6 +52,10 @@ class GenerationOptions:
     samples_per_prompt: int = 1
     # sequences decoded side by side
     slots: int = 64
+    # what samples: align's own sampler, or vLLM in the same process (pip install
+    # 'align-rlhf[vllm]'); log-probs are the policy's own with either
+    engine: Literal["align", "vllm"] = "align"
+    vllm: VLLMOptions = field(default_factory=VLLMOptions)
 
 
 @dataclass(frozen=True, kw_only=True)

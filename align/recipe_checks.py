@@ -18,6 +18,7 @@ from align.config import (
     PPORecipe,
     SFTRecipe,
 )
+from align.options import GenerationOptions, VLLMOptions
 from align.recipe_builder import KeyProblem
 
 # the keys of align.evaluation.bleu.CORPUS_METRICS, without importing sacrebleu
@@ -26,8 +27,15 @@ METRIC_NAMES = (
 )  # fmt: skip
 
 
+VLLM_LEAST_TEMPERATURE = 0.01
+"""vLLM takes a smaller temperature for this one."""
+
+
 def check_whole(recipe: Any) -> None:
     """Raise a ``KeyProblem`` about the first thing that is wrong."""
+    for key in ("generation", "sampling"):
+        if getattr(recipe, key, None) is not None:
+            _check_generation(key, getattr(recipe, key))
     if isinstance(recipe, CommonRecipe):
         _check_common(recipe)
     if isinstance(recipe, EvalRecipe):
@@ -76,6 +84,17 @@ def _check_streaming(recipe: CommonRecipe) -> None:
         )
 
 
+def _check_generation(key: str, options: GenerationOptions) -> None:
+    if options.engine != "vllm" and options.vllm != VLLMOptions():
+        raise KeyProblem(f"{key}.vllm", f"has an effect with {key}.engine=vllm only")
+    if options.engine == "vllm" and 0 < options.temperature < VLLM_LEAST_TEMPERATURE:
+        raise KeyProblem(
+            f"{key}.temperature",
+            f"is {options.temperature:g}; vLLM samples at {VLLM_LEAST_TEMPERATURE:g} at least, or "
+            f"greedily at 0; raise it, or set {key}.engine=align",
+        )
+
+
 def _check_eval(recipe: EvalRecipe) -> None:
     if recipe.model is not None and recipe.models:
         raise KeyProblem("models", "set `models` (name: folder) or `model`, not both")
@@ -105,6 +124,13 @@ def _check_eval(recipe: EvalRecipe) -> None:
     for key in ("max_tokens", "max_train_rows", "loss_on", "order", *streaming):
         if key in _changed(recipe.preferences):
             raise KeyProblem(f"preferences.{key}", "has no effect in eval; remove it")
+    engines = {
+        (s.slots, s.vllm) for s in (recipe.generation, recipe.sampling) if s and s.engine == "vllm"
+    }
+    if len(engines) > 1:
+        raise KeyProblem(
+            "sampling", "a process holds one vLLM; give it the slots and vllm of generation"
+        )
     if recipe.generation.samples_per_prompt != 1:
         raise KeyProblem(
             "generation.samples_per_prompt",

@@ -43,6 +43,8 @@ RANGES: dict[str, str] = {
     "GenerationOptions.top_p": "(0, 1]",
     "GenerationOptions.samples_per_prompt": "[1, inf)",
     "GenerationOptions.slots": "[1, inf)",
+    "VLLMOptions.gpu_memory_utilization": "(0, 1]",
+    "VLLMOptions.max_tokens": "[2, inf)",
     "KLConfig.coef": "[0, inf)",
     "KLConfig.target": "(0, inf)",
     "KLConfig.horizon": "[1, inf)",

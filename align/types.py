@@ -264,6 +264,9 @@ class Rollout:
         response_mask: ``[B,R]`` True on sampled tokens up to and including EOS.
         logprobs: ``[B,R]`` log-probabilities of the sampled tokens at the sampling temperature.
         finished: ``[B]`` True where the response ended with EOS rather than at the length limit.
+        engine_logprobs: ``[B,R]`` the same tokens' log-probabilities as the engine had them that
+            drew them; None where that was the policy itself, or where they are of another
+            distribution (``top_p`` below 1).
     """
 
     prompt_ids: tuple[np.ndarray, ...]
@@ -271,6 +274,7 @@ class Rollout:
     response_mask: Bool[Tensor, "batch response"]
     logprobs: Float[Tensor, "batch response"]
     finished: Bool[Tensor, " batch"]
+    engine_logprobs: Float[Tensor, "batch response"] | None = None
 
 
 @dataclass(frozen=True)

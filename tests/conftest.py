@@ -288,6 +288,22 @@ def spy_steps(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], dict[str, list
     return spy
 
 
+@pytest.fixture
+def fake_vllm(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """``import vllm`` finds a stand-in, and no engine runs yet; its ``LLM`` is returned."""
+    import sys
+
+    from align.rollout import vllm_engine
+    from tests import fake_vllm
+
+    made = fake_vllm.module()
+    monkeypatch.setitem(sys.modules, "vllm", made)
+    monkeypatch.setattr(vllm_engine, "_running", [])
+    for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL"):
+        monkeypatch.setenv(name, "")  # put back afterwards
+    return made.LLM
+
+
 @pytest.fixture(scope="session")
 def read_jsonl() -> Callable[[Path], list[dict[str, Any]]]:
     return lambda path: [json.loads(line) for line in path.read_text("utf-8").splitlines()]

@@ -125,6 +125,25 @@ def test_numbers_survive_the_round_trip(tmp_path_factory, lr: float, seed: int) 
             "generation.top_p=0.9",
             "generation.top_p: must be 1 for PPO: the ratio needs all tokens",
         ),
+        (
+            PPORecipe,
+            PPO,
+            "generation.vllm.eager=true",
+            "generation.vllm: has an effect with generation.engine=vllm only",
+        ),
+        (
+            GenerateRecipe,
+            BASE + "generation: {engine: vllm}",
+            "generation.temperature=0.001",
+            "generation.temperature: is 0.001; vLLM samples at 0.01 at least, or greedily at 0; "
+            "raise it, or set generation.engine=align",
+        ),
+        (
+            EvalRecipe,
+            "output_dir: o\nmodel: m\ngeneration: {engine: vllm}\nsampling: {engine: vllm}",
+            "sampling.slots=8",
+            "sampling: a process holds one vLLM; give it the slots and vllm of generation",
+        ),
         (PPORecipe, BASE, None, "reward: is empty; name a reward model, a function or a metric"),
         (
             PPORecipe,

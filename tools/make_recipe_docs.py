@@ -119,14 +119,18 @@ def _overview(recipes: dict[str, type]) -> str:
 
 
 def _sections(recipes: Any) -> dict[str, type]:
-    """Section -> class, the sections of a source and of a reward included, in order of use."""
+    """Section -> class, sections of sections included, in order of use."""
     found: dict[str, type] = {}
     for cls in recipes:
         for name, hint in get_type_hints(cls).items():
             inner = _section_class(hint)
             if inner is not None:
                 same = {"sampling": "generation", "preferences": "data"}
-                found.setdefault(same.get(name, name), inner)
+                section = same.get(name, name)
+                found.setdefault(section, inner)
+                for part, of_section in get_type_hints(inner).items():
+                    if is_dataclass(of_section):
+                        found.setdefault(f"{section}.{part}", of_section)  # type: ignore[arg-type]
     found["data.train"] = DataSource
     order = ["data", "data.train", *(n for n in found if not n.startswith("data"))]
     return {name: found[name] for name in order}

@@ -36,7 +36,8 @@ def cached_rollout(
 ) -> Rollout:
     """The rollout of these weights, prompts and options from ``folder``, or ``make`` and keep it.
 
-    A file that cannot be read counts as none. ``slots`` is no part of the key: it changes nothing.
+    A file that cannot be read counts as none. ``slots`` and ``vllm`` are no part of the key: they
+    change nothing.
     """
     if folder is None:
         return make()
@@ -74,7 +75,9 @@ def _key(
     end_ids: Sequence[int],
     seed: int,
 ) -> str:
-    drawn = {name: value for name, value in asdict(options).items() if name != "slots"}
+    drawn = {
+        name: value for name, value in asdict(options).items() if name not in ("slots", "vllm")
+    }
     if options.temperature == 0:
         seed = 0  # nothing is drawn
     facts = [fingerprint(policy.inner), policy.precision, drawn, list(end_ids), seed]

@@ -37,6 +37,7 @@ from align.rewards import (
     require_arguments,
 )
 from align.rewards.model import reward_model_loader
+from align.rollout.engine import require_engine
 from align.run_folder import Run
 from align.types import AlignError, PreferencePair, PromptExample, RewardSource, RewardTerm
 
@@ -49,6 +50,9 @@ def run(recipe: EvalRecipe) -> None:
     for name in models:
         if Path(name).name != name:
             raise AlignError(f"models: {name!r} names a file in outputs/; give it a plain name")
+    for options in (recipe.generation, recipe.sampling):
+        if options is not None:
+            require_engine(options)
     state = PartialState()
     if state.num_processes > 1:
         raise AlignError("eval: runs in one process; start it without `accelerate launch`")

@@ -24,8 +24,8 @@ from align.models.lora import merged
 from align.models.policy import batch_sequences
 from align.nearest import did_you_mean
 from align.options import GenerationOptions, LoraOptions
+from align.rollout.engine import sample
 from align.rollout.experience import decode_rollout, over_rollout, rollout_groups
-from align.rollout.sampler import sample
 from align.types import AlignError, PromptExample, Rollout, TokenGroup, TokenSequence
 
 

@@ -158,6 +158,29 @@ def merged(model: PeftModel) -> PreTrainedModel:
     return copy.deepcopy(model, twins).merge_and_unload()
 
 
+@torch.no_grad()
+def plain_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights under the names of a model without adapters, one by one, each tensor once.
+
+    A weight that an adapter updates is made anew with the update in it, float32 as in `merged`; the
+    others are the model's own tensors, which must not be written to.
+    """
+    inner = unwrapped(model)
+    adapted = {name: module for name, module in inner.named_modules() if _is_adapted(module)}
+    seen: set[int] = set()
+    for name, tensor in inner.state_dict(keep_vars=True).items():
+        if "lora_" in name or id(tensor) in seen:  # tied weights stand under two names
+            continue
+        seen.add(id(tensor))
+        layer, is_base, leaf = name.partition(".base_layer.")
+        weight = tensor.detach()
+        if is_base and leaf == "weight":
+            module = adapted[layer]
+            updates = [module.get_delta_weight(a).float() for a in module.active_adapters]
+            weight = weight.float() + sum(updates)
+        yield name.replace(".base_layer.", "."), weight
+
+
 def _is_adapted(module: torch.nn.Module) -> bool:
     return isinstance(module, BaseTunerLayer)
 

@@ -72,7 +72,13 @@ def sample(
             _Sampler(policy, options, end_ids, prefill_tokens).run(requests, on_tokens)
     finally:
         policy.train(training)
-    return _to_rollout(requests, end_ids, policy.device)
+    return to_rollout(
+        [r.prompt for r in requests],
+        [r.tokens for r in requests],
+        [r.logprobs for r in requests],
+        end_ids=end_ids,
+        device=policy.device,
+    )
 
 
 def _requests(
@@ -281,22 +287,28 @@ def _first_above(reached: Tensor, point: Tensor) -> Tensor:
     return torch.searchsorted(reached, point, right=True)
 
 
-def _to_rollout(
-    requests: Sequence[_Request], end_ids: Sequence[int], device: torch.device
+def to_rollout(
+    prompts: Sequence[np.ndarray],
+    tokens: Sequence[Sequence[int]],
+    logprobs: Sequence[Sequence[float]],
+    *,
+    end_ids: Sequence[int],
+    device: torch.device,
 ) -> Rollout:
-    width = max(len(r.tokens) for r in requests)
-    input_ids = torch.zeros(len(requests), width, dtype=torch.int64)
-    logprobs = torch.zeros(len(requests), width)
-    lengths = torch.tensor([len(r.tokens) for r in requests])
-    for i, request in enumerate(requests):
-        input_ids[i, : lengths[i]] = torch.tensor(request.tokens)
-        logprobs[i, : lengths[i]] = torch.tensor(request.logprobs)
+    """One row for each response; each has a token at least."""
+    lengths = torch.tensor([len(row) for row in tokens])
+    width = int(lengths.max())
+    input_ids = torch.zeros(len(tokens), width, dtype=torch.int64)
+    padded = torch.zeros(len(tokens), width)
+    for i, length in enumerate(lengths):
+        input_ids[i, :length] = torch.tensor(tokens[i])
+        padded[i, :length] = torch.tensor(logprobs[i])
     mask = torch.arange(width)[None] < lengths[:, None]
-    finished = torch.tensor([r.tokens[-1] in end_ids for r in requests])
+    finished = torch.tensor([row[-1] in end_ids for row in tokens])
     return Rollout(
-        prompt_ids=tuple(r.prompt for r in requests),
+        prompt_ids=tuple(prompts),
         input_ids=input_ids.to(device),
         response_mask=mask.to(device),
-        logprobs=logprobs.to(device),
+        logprobs=padded.to(device),
         finished=finished.to(device),
     )

@@ -20,8 +20,8 @@ from align.models import load_policy
 from align.progress import Progress, say
 from align.rewards import build_reward
 from align.rewards.model import reward_model_loader
+from align.rollout.engine import require_engine, sample
 from align.rollout.experience import decode_rollout
-from align.rollout.sampler import sample
 from align.stages.common import (
     Session,
     open_session,
@@ -42,6 +42,7 @@ def run(recipe: GenerateRecipe) -> None:
         raise AlignError("pairs: samples are ranked by a reward; set `reward`, for instance chrf")
     if recipe.data.test:
         raise AlignError("data.test: generate samples from every prompt; put them in data.train")
+    require_engine(recipe.generation)
     session = open_session(recipe, "generate")
     every_prompt = replace(recipe.data, test_fraction=0.0)
     prompts, _ = load_data(session, every_prompt, "prompt", seed=recipe.seed)

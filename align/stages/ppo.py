@@ -22,6 +22,7 @@ from align.data.packing import longest_of
 from align.losses import adapt_kl_coef
 from align.models.policy import check_length
 from align.progress import Progress, change
+from align.rollout.engine import require_engine
 from align.stages.common import (
     Session,
     introduce,
@@ -43,6 +44,7 @@ from align.types import Experience, NonFiniteError, PromptExample, Rollout
 
 def run(recipe: PPORecipe) -> None:
     """Optimise ``recipe.model`` against ``recipe.reward``; saves actor and critic."""
+    require_engine(recipe.generation)
     session = open_session(recipe, "ppo")
     prompts, held_out = load_data(session, recipe.data, "prompt", seed=recipe.seed)
     roles = load_roles(recipe, session)

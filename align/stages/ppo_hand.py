@@ -39,7 +39,8 @@ class Hand:
 
     def packed(self) -> InHand:
         """As tensors and JSON values, for a checkpoint."""
-        tensors = {name: getattr(self.rollout, name) for name in ROLLOUT if self.rollout}
+        held = {name: getattr(self.rollout, name, None) for name in ROLLOUT}
+        tensors = {name: tensor for name, tensor in held.items() if tensor is not None}
         if self.scores is not None:
             tensors["raw_scores"] = self.scores
         if self.experience is not None:
@@ -54,7 +55,8 @@ class Hand:
         if in_hand is None:
             return cls()
         tensors, state = {k: v.to(device) for k, v in in_hand[0].items()}, in_hand[1]
-        rollout = Rollout(tuple(prompt_ids), **{name: tensors[name] for name in ROLLOUT})
+        held = {name: tensors[name] for name in ROLLOUT if name in tensors}
+        rollout = Rollout(tuple(prompt_ids), **held)
         made = {n: tensors.get(f"experience.{n}") for n in EXPERIENCE}
         experience = None if None in made.values() else Experience(rollout, **made)  # type: ignore[arg-type]
         return cls(

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from align.config import PPORecipe
+from align.rollout.engine import sample
 from align.rollout.experience import (
     decode_rollout,
     make_experience,
     over_rollout,
     rollout_groups,
 )
-from align.rollout.sampler import sample
 from align.stages.common import Session, policy_end_ids
 from align.stages.data import Split
 from align.stages.ppo_roles import Roles

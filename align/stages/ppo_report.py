@@ -28,6 +28,9 @@ def describe(
     # the same for every response to a prompt at the optimum: the live distance to it
     soft_value = (experience.scores - kl_coef * kl).view(-1, k)
     gap = {"optimality_gap": soft_value.std(1).mean().item()} if k > 1 else {}
+    engine = rollout.engine_logprobs
+    if engine is not None:
+        gap["engine_mismatch"] = masked_mean((engine - rollout.logprobs).abs(), mask).item()
     return gap | {
         "score_mean": scores.mean().item(),
         "score_std": scores.std().item() if len(scores) > 1 else 0.0,

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from align.data.packing import collate
 from align.models import Policy, ScalarModel, load_policy, load_scalar_model, load_tokenizer
-from align.models.lora import adapter_off
+from align.models.lora import adapter_off, merged, plain_weights
 from align.options import LoraOptions
 from align.types import AlignError, TokenBatch, TokenGroup, TokenSequence
 from tools.trust import Trust
@@ -87,6 +87,24 @@ def test_merged_model_is_the_adapted_model(
     trust.at_most("equivalences", f"{name}: LoRA merged = beside, log-probs, nats", apart, 1e-5)
     assert not [k for k in load_file(tmp_path / "model" / "model.safetensors") if "lora" in k]
     assert (tmp_path / "model_adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2"])
+def test_plain_weights_are_those_of_the_merged_model(
+    name: str, architecture: Callable[[str], Path]
+) -> None:
+    """To the bit, under its names, each tensor once; the model's own are not written to."""
+    adapted = policy(architecture(name))
+    as_if_trained(adapted)
+    before = {key: tensor.clone() for key, tensor in adapted.state_dict().items()}
+    found = list(plain_weights(adapted.model))
+    wanted = dict(merged(adapted.model).named_parameters())
+    assert [key for key, _ in found] == list(wanted)
+    assert all(tensor.equal(wanted[key]) for key, tensor in found)
+    assert all(tensor.equal(before[key]) for key, tensor in adapted.state_dict().items())
+    whole = load_policy(str(architecture(name)), device=CPU, precision="fp32").model
+    own = dict(whole.named_parameters())
+    assert all(tensor.data_ptr() == own[key].data_ptr() for key, tensor in plain_weights(whole))
 
 
 def test_adapter_on_the_head_counts(tiny: Path, batch: TokenBatch) -> None:

@@ -77,6 +77,38 @@ def run_ppo(tiny_sft: Path, tmp_path: Path, make_recipe: MakeRecipe, prompts_fil
     return run
 
 
+@pytest.mark.parametrize("lora", ["lora=null", "lora={r: 4}"])
+def test_sampling_with_vllm(
+    run_ppo: RunPPO, read_jsonl: ReadJsonl, fake_vllm: Any, lora: str
+) -> None:
+    """Old log-probs are the policy's own in every iteration, and vLLM has its weights of then."""
+    logged = steps(run_ppo("run", "generation.engine=vllm", lora), read_jsonl)
+    assert len(logged) == 3
+    assert max(row["first_ratio_error"] for row in logged) < 1e-5
+    assert all(0 < row["engine_mismatch"] < 1e-4 for row in logged)
+    assert logged[-1]["kl"] > 1e-3  # the weights had moved
+    assert len(fake_vllm.started) == 1
+
+
+def test_a_resumed_run_has_what_vllm_thought_of_the_rollout_in_hand(
+    run_ppo: RunPPO,
+    read_jsonl: ReadJsonl,
+    fake_vllm: Any,
+    stop_at: Callable[..., Any],
+    assert_same_weights: Callable[[Path, Path], None],
+) -> None:
+    options = ("generation.engine=vllm", "save_every=1")
+    whole = run_ppo("whole", *options)
+    with stop_at(ppo_phases, "make_experience", 2):
+        run_ppo("killed", *options)
+    killed = run_ppo("killed", *options, "resume=auto")
+    mismatches = [
+        [row["engine_mismatch"] for row in steps(folder, read_jsonl)] for folder in (whole, killed)
+    ]
+    assert mismatches[0] == mismatches[1]
+    assert_same_weights(whole / "model", killed / "model")
+
+
 @pytest.fixture
 def reward_folder(
     tiny: Path,

@@ -1,0 +1,71 @@
+"""What samples responses: align's own sampler or vLLM, behind one function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from align.models.policy import Policy
+from align.options import GenerationOptions
+from align.rollout import sampler, vllm_engine
+from align.types import Rollout
+
+
+class Engine(Protocol):
+    """A policy's current weights and prompts -> responses with the policy's log-probabilities.
+
+    Row ``i * k + j`` is sample j of prompt i. `align.rollout.sampler.sample` says what the
+    arguments are; every engine keeps to it.
+    """
+
+    def __call__(
+        self,
+        policy: Policy,
+        prompts: Sequence[np.ndarray],
+        options: GenerationOptions,
+        *,
+        end_ids: Sequence[int],
+        seed: int,
+        numbers: Sequence[int] | None = None,
+        prefill_tokens: int = 4096,
+        on_tokens: Callable[[int], None] | None = None,
+    ) -> Rollout: ...
+
+
+ENGINES: dict[str, Engine] = {"align": sampler.sample, "vllm": vllm_engine.sample}
+
+
+def require_engine(options: GenerationOptions) -> None:
+    """Refuse an engine that cannot be had here, before anything slow.
+
+    Raises:
+        AlignError: vLLM is not installed, or several processes were started.
+    """
+    if options.engine == "vllm":
+        vllm_engine.require_vllm()
+
+
+def sample(
+    policy: Policy,
+    prompts: Sequence[np.ndarray],
+    options: GenerationOptions,
+    *,
+    end_ids: Sequence[int],
+    seed: int,
+    numbers: Sequence[int] | None = None,
+    prefill_tokens: int = 4096,
+    on_tokens: Callable[[int], None] | None = None,
+) -> Rollout:
+    """What `Engine` says, by the engine that ``options.engine`` names."""
+    return ENGINES[options.engine](
+        policy,
+        prompts,
+        options,
+        end_ids=end_ids,
+        seed=seed,
+        numbers=numbers,
+        prefill_tokens=prefill_tokens,
+        on_tokens=on_tokens,
+    )
