@@ -80,7 +80,14 @@ def _key(
     }
     if options.temperature == 0:
         seed = 0  # nothing is drawn
-    facts = [fingerprint(policy.inner), policy.precision, drawn, list(end_ids), seed]
+    facts = [
+        fingerprint(policy.inner),
+        policy.precision,
+        policy.attention,
+        drawn,
+        list(end_ids),
+        seed,
+    ]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for ids in prompts:
         digest.update(np.int64(len(ids)).tobytes() + np.asarray(ids, np.int32).tobytes())

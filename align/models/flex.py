@@ -17,13 +17,24 @@ from torch import Tensor
 from align.models.segments import columns_seen
 from align.types import Segment
 
+LEVELS = 2
+"""What a segment may continue and that in turn: an answer its prompt, that what all open with.
+
+A mask of fewer is made of as many, and a window is data, so that one compiled graph serves them.
+"""
+RECOMPILATIONS = 64
+"""For one model and another, with and without gradients, few tokens and many; torch stops at 8 and
+then holds all scores."""
+
 
 @lru_cache(maxsize=1)
 def _compiled() -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
-    # lengths differ from microbatch to microbatch
-    return torch.compile(flex_attention, dynamic=True)
+    limit = getattr(torch._dynamo.config, "recompile_limit", 0)
+    torch._dynamo.config.recompile_limit = max(limit, RECOMPILATIONS)
+    # lengths differ from microbatch to microbatch; a graph in pieces would hold all scores
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
 
 def kernel(device: torch.device) -> Any:
@@ -43,38 +54,41 @@ def block_mask(
 ) -> Any:
     """BlockMask ``[rows,1,columns,columns]``; columns in no segment see themselves.
 
-    While it is made there is one boolean for each of its entries.
+    While it is made, some numbers of 4 bytes are held for each of its entries.
+
+    Raises:
+        NotImplementedError: A segment stands behind more than `LEVELS` others.
     """
     from torch.nn.attention.flex_attention import create_block_mask
 
     parents = {(s.row, s.start, s.stop): s for s in segments}
-    lines: list[list[tuple[int, int]]] = []  # of each segment, where what it continues lies
-    for s in segments:
-        above, at = [], s
+    own_start = np.arange(columns, dtype=np.int32) * np.ones((rows, 1), np.int32)
+    place = np.zeros((rows, columns), np.int32)
+    # bounds of what is continued; nothing lies between 0 and 0
+    bounds = np.zeros((LEVELS, 2, rows, columns), np.int32)
+    for s, seen in zip(segments, columns_seen(segments, columns), strict=True):
+        own = s.row, slice(s.start, s.stop)
+        own_start[own] = s.start
+        place[own] = np.arange(len(seen) - (s.stop - s.start), len(seen))
+        at, level = s, 0
         while at.prefix_stop:
+            if level == LEVELS:
+                raise NotImplementedError(f"attention=flex: segments behind over {LEVELS} others")
             at = parents[at.row, at.prefix_start, at.prefix_stop]
-            above.append((at.start, at.stop))
-        lines.append(above)
-    depth = max(map(len, lines), default=0)
-    first = np.arange(columns).repeat(rows).reshape(columns, rows).T.copy()
-    place = np.zeros((rows, columns), np.int64)
-    above_of = np.zeros((max(depth, 1), 2, rows, columns), np.int64)
-    for s, above, seen in zip(segments, lines, columns_seen(segments, columns), strict=True):
-        own = slice(s.start, s.stop)
-        first[s.row, own] = s.start
-        place[s.row, own] = np.arange(len(seen) - (s.stop - s.start), len(seen))
-        for level, bounds in enumerate(above):
-            above_of[level, 0, s.row, own], above_of[level, 1, s.row, own] = bounds
-    start, position, prefixes = (torch.from_numpy(a).to(device) for a in (first, place, above_of))
+            bounds[level, 0][own], bounds[level, 1][own] = at.start, at.stop
+            level += 1
+    # a window of all columns hides nothing
+    width = torch.tensor(columns if window is None else window, dtype=torch.int32, device=device)
+    first, position, prefixes = (
+        torch.from_numpy(array).to(device) for array in (own_start, place, bounds)
+    )
 
     def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        allowed = (k >= start[b, q]) & (k <= q)
-        for level in range(depth):
-            from_, to = prefixes[level, 0, b, q], prefixes[level, 1, b, q]
-            allowed = allowed | ((k >= from_) & (k < to))
-        if window is None:
-            return allowed
-        return allowed & (position[b, q] - position[b, k] < window)
+        allowed = (k >= first[b, q]) & (k <= q)
+        for level in range(LEVELS):
+            after, before = prefixes[level, 0, b, q], prefixes[level, 1, b, q]
+            allowed = allowed | ((k >= after) & (k < before))
+        return allowed & (position[b, q] - position[b, k] < width)
 
     return create_block_mask(visible, rows, None, columns, columns, device=str(device))
 

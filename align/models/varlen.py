@@ -21,9 +21,12 @@ from torch.nn import functional as F
 from align.models.segments import columns_seen
 from align.types import Segment
 
+OPTIONS = {"scale", "window_size", "enable_gqa"}
+"""Arguments of the kernel that are needed, and that its first releases did not have."""
+
 
 def kernel() -> Any:
-    """``torch.nn.attention.varlen.varlen_attn``, of torch 2.10 and later."""
+    """``torch.nn.attention.varlen.varlen_attn``, as torch 2.13 has it."""
     from torch.nn.attention.varlen import varlen_attn
 
     return varlen_attn

@@ -99,6 +99,6 @@ def _read(path: Path) -> np.ndarray | None:
 
 def _key(reference: Policy, groups: GroupFile) -> str:
     digest = hashlib.sha256(fingerprint(reference.inner).encode())
-    digest.update(reference.precision.encode())
+    digest.update(f"{reference.precision} {reference.attention}".encode())
     groups.update(digest)
     return digest.hexdigest()[:32]
