@@ -74,6 +74,28 @@ def check(command: str, recipe: Any) -> Iterator[str]:
     tokens_per_row, dropped = _tokenised(recipe, sample)
     yield from (f"data        {line} (of {len(sample):,} rows tokenised)" for line in dropped)
     yield from models_and_memory(command, recipe, tokens_per_row)
+    yield from (f"not here    {line}" for line in _only_elsewhere(recipe))
+
+
+def _only_elsewhere(recipe: Any) -> Iterator[str]:
+    """What a run of the recipe is refused for on this machine, though another may have it."""
+    import torch
+
+    from align.models.offload import require_gpu
+    from align.rollout.engine import require_engine
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type != "cuda" and recipe.attention in ("flash", "flex"):
+        yield f"attention: {recipe.attention} needs a CUDA GPU"
+    try:
+        if getattr(recipe, "activation_offload", False):
+            require_gpu(device)
+        for name in ("generation", "sampling"):
+            options = getattr(recipe, name, None)
+            if options is not None:
+                require_engine(options)
+    except AlignError as error:
+        yield str(error)
 
 
 def _check_kinds(command: str, recipe: Any) -> None:

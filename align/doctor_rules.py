@@ -266,7 +266,7 @@ def _lr_too_high(rows: Rows, manifest: Row) -> Finding | None:
 
 def _too_little_data(rows: Rows, manifest: Row) -> Finding | None:
     limit = LIMITS["too_little_data"]
-    count = manifest.get("train_rows", limit)
+    count = limit if "stream" in manifest else manifest.get("train_rows", limit)
     if count < limit:
         says = f"only {count} training rows, fewer than {limit:g}: they will be learnt by heart"
         return Finding("too_little_data", count, limit, says, "add rows")

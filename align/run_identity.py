@@ -54,11 +54,20 @@ def require_same(
         )
     for key in ("recipe", "data", "start_weights"):
         before, now = previous.get(key), manifest.get(key)
+        if key == "recipe" and before is not None and _begins_to_skip(before, now):
+            continue
         if before is not None and before != now:
             raise AlignError(
                 f"resume: {folder}: {_difference(key, before, now)}; restore it, or "
                 "start anew with overwrite=true"
             )
+
+
+def _begins_to_skip(before: Mapping[str, Any], now: Any) -> bool:
+    """Whether all that differs is that bad rows of a stream are skipped: those before were good."""
+    streamed = before.get("data.streaming") is True
+    stopped = before.get("data.on_bad_row") == "stop"
+    return streamed and stopped and {**before, "data.on_bad_row": "skip"} == now
 
 
 def plain(value: Any) -> Any:

@@ -6,17 +6,26 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import LlamaConfig
 
-from align import cli
+from align import checking, cli
 from align.checking import check
-from align.config import DataConfig, DPOConfig, DPORecipe, PPORecipe, SFTRecipe, TrainOptions
+from align.config import (
+    DataConfig,
+    DPOConfig,
+    DPORecipe,
+    GenerateRecipe,
+    PPORecipe,
+    SFTRecipe,
+    TrainOptions,
+)
 from align.memory import HOLES, largest_microbatch, training_bytes
 from align.model_sizes import Size, count_parameters
 from align.models.locate import looks_like_hub_id
-from align.options import LoraOptions
+from align.options import GenerationOptions, LoraOptions
 from align.types import DataSource, RewardTerm
 
 # embedding and head 2 x 256 x 64; a layer: q, k, v, o 4 x 64 x 64, gate, up, down 3 x 64 x 128,
@@ -336,3 +345,26 @@ def test_the_stage_of_a_recipe(tmp_path: Path, file: str, text: str, command: st
     path = tmp_path / file
     path.write_text("output_dir: o\n" + text)
     assert stage_of(str(path), list(cli.STAGES)) == command
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"attention": "flash"}, "attention: flash needs a CUDA GPU"),
+        ({"activation_offload": True}, "activation_offload: has no effect on a cpu"),
+        ({}, None),
+    ],
+)
+def test_what_this_machine_cannot_run_is_said(
+    monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], says: str | None
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    found = list(checking._only_elsewhere(SFTRecipe(model="m", output_dir="o", **change)))
+    assert [line.startswith(says or "") for line in found] == ([True] if says else [])
+
+
+def test_a_missing_engine_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    recipe = GenerateRecipe(model="m", output_dir="o", generation=GenerationOptions(engine="vllm"))
+    (line,) = checking._only_elsewhere(recipe)
+    assert line.startswith("generation.engine: vllm is not installed")

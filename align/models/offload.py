@@ -2,10 +2,11 @@
 
 Every tensor that autograd saves inside of `kept_on_cpu` is copied there, and back when it is asked
 for: in the stream that computes, so that nothing has to be waited for, into page-locked memory.
-Left where they are: what is small, what is expanded (a copy would be larger than the tensor), and
-whatever shares its memory with a parameter, since a copy of that would free nothing. With gradient
-checkpointing a block saves what came into it alone, and that is what is copied. A tensor that
-several operations save is copied for each of them.
+Left where they are: what is small, what is expanded (a copy would be larger than the tensor),
+whatever shares its memory with a parameter, since a copy of that would free nothing, and autocast's
+copies of parameters, known by their shape, which would have to be moved for every microbatch. With
+gradient checkpointing a block saves what came into it alone, and that is what is copied. A tensor
+that several operations save is copied for each of them.
 """
 
 from __future__ import annotations
@@ -33,12 +34,13 @@ def kept_on_cpu(model: nn.Module) -> saved_tensors_hooks:
     """A context for the forward pass of ``model``; the backward pass may run outside of it."""
     # what is saved of a parameter is a view of it, not the parameter itself
     weights = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
+    shapes = {p.shape for p in model.parameters()} | {p.shape[::-1] for p in model.parameters()}
 
     def pack(tensor: Tensor) -> Tensor | tuple[Tensor, torch.device]:
         small = tensor.numel() * tensor.element_size() < LEAST_BYTES
         storage = tensor.untyped_storage()
         expanded = tensor.numel() * tensor.element_size() > storage.nbytes()
-        if small or expanded or storage.data_ptr() in weights:
+        if small or expanded or storage.data_ptr() in weights or tensor.shape in shapes:
             return tensor
         pinned = tensor.device.type == "cuda"
         kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)

@@ -67,7 +67,8 @@ def sample(
     training = policy.training
     policy.eval()
     try:
-        requests = _requests(prompts, numbers or range(len(prompts)), options, seed)
+        numbers = range(len(prompts)) if numbers is None else numbers
+        requests = _requests(prompts, numbers, options, seed)
         with autocast_once(policy, policy.precision, policy.device):
             _Sampler(policy, options, end_ids, prefill_tokens).run(requests, on_tokens)
     finally:

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from align.files import fsync, move_into_place, writing
+from align.progress import warn
 from align.training.distributed import laid_out_as, own_parameters, whole_tensors
 from align.types import AlignError
 
@@ -123,7 +124,8 @@ def damage(place: Path, roles: Iterable[str]) -> str:
             with safe_open(place / f"{name}.safetensors", framework="pt"):
                 pass
         _read_state(place)
-        if _read_in_hand(place) is None and _position(place)[1:] > (0,):
+        # one of a whole step is whole without, see `load_in_hand`
+        if _position(place)[1:] > (0,) and _read_in_hand(place) is None:
             raise ValueError(f"{IN_HAND} is missing, from which its step goes on")
     except UNREADABLE as error:
         return f"checkpoint {place}: cannot be read: {error}"
@@ -139,11 +141,18 @@ def set_aside(place: Path) -> Path:
 
 
 def load_in_hand(place: Path) -> InHand | None:
-    """What `save_checkpoint` or `add_in_hand` kept of an unfinished step, if they did."""
+    """What `save_checkpoint` or `add_in_hand` kept of an unfinished step, if they did.
+
+    What was added to a whole step and cannot be read is left out, with a line: the step is done
+    again from its beginning.
+    """
     try:
         return _read_in_hand(place)
     except UNREADABLE as error:
-        raise _unreadable(place / IN_HAND, error) from error
+        if _position(place)[1:] > (0,):
+            raise _unreadable(place / IN_HAND, error) from error
+        warn(f"resume: {place / IN_HAND}: cannot be read: {error}; its step is begun again")
+        return None
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -14,6 +14,7 @@ from types import FrameType, TracebackType
 from typing import Any, cast
 
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
 from align.progress import say, warn
 from align.run_folder import Run
@@ -119,7 +120,11 @@ class Saver:
     def _newest_whole(self) -> tuple[Path | None, dict[Path, str]]:
         """The newest checkpoint that every process can read, and what is wrong with newer ones."""
         damaged: dict[Path, str] = {}
-        for place in reversed(places(self.folder)):
+        # one process's list for all: each has to ask as often as the others
+        listed = [places(self.folder)]
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(listed)
+        for place in reversed(listed[0]):
             problem = damage(place, self.trained)
             if not self._anywhere(bool(problem)):
                 return place, damaged

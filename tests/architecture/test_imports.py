@@ -61,7 +61,8 @@ ALLOWED: dict[str, set[str]] = {
     "recipes_io": {"config", "recipe_builder", "recipe_checks"},
     "model_sizes": {"models"} | CONFIG,
     "memory": {"models", "losses", "model_sizes"} | CONFIG,
-    "checking": {"data", "models", "memory", "model_sizes", "rewards", "training", "stages"}
+    "checking": {"data", "models", "memory", "model_sizes", "rewards", "rollout", "training"}
+    | {"stages"}
     | CONFIG,
     "feedback": {"data"},
     "commands": {"data", "models", "feedback"},

@@ -115,8 +115,11 @@ def test_with_checkpointing_only_what_enters_a_layer_is_copied(
     assert not any(t.shape[-1:] == (mlp,) for t in copied)
 
 
-def test_no_weight_is_copied(tiny: Path, batch: TokenBatch, copied: list[Tensor]) -> None:
-    policy = load_policy(str(tiny), device=CPU, precision="fp32")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_no_weight_is_copied(
+    tiny: Path, batch: TokenBatch, copied: list[Tensor], precision: str
+) -> None:
+    policy = load_policy(str(tiny), device=CPU, precision=precision)
     policy.activation_offload = True
     policy.train()(batch)
     shapes = {tuple(p.shape) for p in policy.parameters() if p.ndim == 2}

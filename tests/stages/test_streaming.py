@@ -299,3 +299,24 @@ def test_a_streamed_run_is_reported_and_cannot_be_traced(
     capsys.readouterr()
     assert main(["data", "trace", str(folder)]) == 2
     assert "its rows were streamed (data.streaming=true)" in capsys.readouterr().err
+
+
+def test_a_run_that_a_bad_row_ended_goes_on_without_it(
+    run_stage: RunStage, write_rows: Callable[..., Path], preferences: list[Row]
+) -> None:
+    """What came before was trained on already, and is the same with bad rows left out."""
+    path = write_rows("late.jsonl", preferences[:20])
+    with path.open("a") as file:
+        file.write("{\n" + "".join(json.dumps(row) + "\n" for row in preferences[20:]))
+    common = (f"data.train={path}", "data.test_fraction=0", "train.save_every=1")
+    with pytest.raises(AlignError, match=r"late.jsonl:21: "):
+        run_stage("rm", "ended", *common, "data.on_bad_row=stop")
+    with pytest.raises(AlignError, match="start anew"):
+        run_stage("rm", "ended", *common, "data.on_bad_row=skip", "data.order=given", "resume=auto")
+    ended = run_stage("rm", "ended", *common, "data.on_bad_row=skip", "resume=auto")
+    whole = run_stage("rm", "whole", *common, "data.on_bad_row=skip")
+    steps = [json.loads(line)["step"] for line in (ended / "metrics.jsonl").open()]
+    assert steps == sorted(steps)
+    files = [folder / "model" / "model.safetensors" for folder in (ended, whole)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert manifest(ended)["recipe"]["data.on_bad_row"] == "skip"
