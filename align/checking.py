@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -81,21 +82,23 @@ def _only_elsewhere(recipe: Any) -> Iterator[str]:
     """What a run of the recipe is refused for on this machine, though another may have it."""
     import torch
 
-    from align.models.offload import require_gpu
+    from align.models import backends, offload
     from align.rollout.engine import require_engine
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type != "cuda" and recipe.attention in ("flash", "flex"):
-        yield f"attention: {recipe.attention} needs a CUDA GPU"
-    try:
-        if getattr(recipe, "activation_offload", False):
-            require_gpu(device)
-        for name in ("generation", "sampling"):
-            options = getattr(recipe, name, None)
-            if options is not None:
-                require_engine(options)
-    except AlignError as error:
-        yield str(error)
+    checks = [partial(backends.require_gpu, recipe.attention, device)]
+    if getattr(recipe, "activation_offload", False):
+        checks.append(partial(offload.require_gpu, device))
+    for name in ("generation", "sampling"):
+        if getattr(recipe, name, None) is not None:
+            checks.append(partial(require_engine, getattr(recipe, name)))
+    found: dict[str, None] = {}  # of two sections with one engine the line is said once
+    for require in checks:
+        try:
+            require()
+        except AlignError as error:
+            found[str(error)] = None
+    yield from found
 
 
 def _check_kinds(command: str, recipe: Any) -> None:

@@ -133,13 +133,13 @@ def training_bytes(
     a chunk exists at a time, and twice more in float32, on a CPU in pieces.
     """
     from align.losses.logprobs import CHUNK_ELEMENTS, PIECE_ELEMENTS
+    from align.models.backends import head_shape
     from align.models.products import BLOCK, KEPT
 
     text = config.get_text_config()
     width, layers, vocabulary = text.hidden_size, text.num_hidden_layers, text.vocab_size
-    heads = text.num_attention_heads
-    size = getattr(text, "head_dim", None) or width // heads
-    queries, keys = heads * size, (getattr(text, "num_key_value_heads", None) or heads) * size
+    heads, shared, size = head_shape(config)
+    queries, keys = heads * size, shared * size
     mlp = getattr(text, "intermediate_size", None) or 4 * width
     whole = recipe.lora is None
     product = 2 if _in_bf16(recipe, gpu=gpu) else 4

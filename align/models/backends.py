@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from align.models import varlen
-from align.models.attention import segment_attention
+from align.models.attention import BACKENDS, segment_attention
 from align.models.policy import Packed, check_packable
 from align.progress import say
 from align.types import AlignError, Segment
 
-CHOICES = ("auto", "segments", "flash", "flex")
+CHOICES = ("auto", *BACKENDS)
 LARGEST_HEAD = 256
 """Of the flash kernel; a multiple of 8."""
 WORSE = 3.0
@@ -68,13 +68,11 @@ def prove(backend: str, config: Any, device: torch.device) -> None:
         ValueError: They are off by more. What a kernel raises passes through.
     """
     text = config.get_text_config()
-    heads = text.num_attention_heads
-    shared = getattr(text, "num_key_value_heads", None) or heads
-    softcap = getattr(text, "attn_logit_softcapping", None)
+    heads, shared, size = head_shape(config)
     # the model's own window would hide nothing here
     for window in (None, 100) if getattr(text, "sliding_window", None) else (None,):
-        options = {"sliding_window": window, "softcap": softcap}
-        shapes = [(1, n, TRIAL[-1].stop, _head_size(text)) for n in (heads, shared, shared, heads)]
+        options = {"sliding_window": window, "softcap": _softcap(config)}
+        shapes = [(1, n, TRIAL[-1].stop, size) for n in (heads, shared, shared, heads)]
         generator = torch.Generator().manual_seed(0)
         drawn = [torch.randn(shape, generator=generator).bfloat16() for shape in shapes]
         *inputs, upstream = (t.to(device) for t in drawn)
@@ -102,6 +100,15 @@ def _attended(inputs: list[Tensor], upstream: Tensor, backend: str, **options: A
     return [t.detach().float() for t in (out, *grads)]
 
 
+def require_gpu(wanted: str, device: torch.device) -> None:
+    """Refuse a kernel for GPUs elsewhere."""
+    if wanted in ("flash", "flex") and device.type != "cuda":
+        raise AlignError(
+            f"attention: {wanted} needs a CUDA GPU, and the model is on {device.type}; auto finds "
+            "what works"
+        )
+
+
 def candidates(
     wanted: str, config: Any, *, device: torch.device, precision: str
 ) -> tuple[str, ...]:
@@ -114,25 +121,23 @@ def candidates(
         raise AlignError(f"attention: got {wanted!r}; allowed are {', '.join(CHOICES)}")
     on_gpu = device.type == "cuda"
     unfit_for_flash = _unfit_for_flash(config, precision) if on_gpu else None
+    require_gpu(wanted, device)
+    if wanted == "flash" and unfit_for_flash:
+        raise AlignError(f"attention: flash {unfit_for_flash}; auto finds what works")
     if wanted in ("flash", "flex"):
-        problem = unfit_for_flash if wanted == "flash" else None
-        if not on_gpu:
-            problem = f"needs a CUDA GPU, and the model is on {device.type}"
-        if problem:
-            raise AlignError(f"attention: {wanted} {problem}; auto finds what works")
         return (wanted,)
     if wanted == "segments" or not on_gpu or precision != "bf16":
         return ("segments",)
     if unfit_for_flash is None:
         return ("flash", "segments")
-    return ("flex", "segments") if _caps_scores(config) else ("segments",)
+    return ("flex", "segments") if _softcap(config) is not None else ("segments",)
 
 
 def _unfit_for_flash(config: Any, precision: str) -> str | None:
     """What the flash kernel lacks for such a model."""
     if precision != "bf16":
         return f"needs precision=bf16, not {precision}"
-    if _caps_scores(config):
+    if _softcap(config) is not None:
         return "cannot cap scores, as this model does"
     try:
         known = set(signature(varlen.kernel()).parameters)
@@ -140,15 +145,19 @@ def _unfit_for_flash(config: Any, precision: str) -> str | None:
         known = set()
     if not known >= varlen.OPTIONS:
         return "needs a newer torch (2.13 has its kernel), or set attention=flex"
-    size = _head_size(config.get_text_config())
+    *_, size = head_shape(config)
     if size > LARGEST_HEAD or size % 8:
         return f"takes heads of 8, 16, ... {LARGEST_HEAD}, not of {size}"
     return None
 
 
-def _head_size(text: Any) -> int:
-    return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+def head_shape(config: Any) -> tuple[int, int, int]:
+    """(heads of queries, heads of keys and values, numbers of a head)."""
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return heads, getattr(text, "num_key_value_heads", None) or heads, size
 
 
-def _caps_scores(config: Any) -> bool:
-    return getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+def _softcap(config: Any) -> float | None:
+    return getattr(config.get_text_config(), "attn_logit_softcapping", None)

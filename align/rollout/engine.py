@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import numpy as np
 
@@ -12,29 +11,7 @@ from align.options import GenerationOptions
 from align.rollout import sampler, vllm_engine
 from align.types import Rollout
 
-
-class Engine(Protocol):
-    """A policy's current weights and prompts -> responses with the policy's log-probabilities.
-
-    Row ``i * k + j`` is sample j of prompt i. `align.rollout.sampler.sample` says what the
-    arguments are; every engine keeps to it.
-    """
-
-    def __call__(
-        self,
-        policy: Policy,
-        prompts: Sequence[np.ndarray],
-        options: GenerationOptions,
-        *,
-        end_ids: Sequence[int],
-        seed: int,
-        numbers: Sequence[int] | None = None,
-        prefill_tokens: int = 4096,
-        on_tokens: Callable[[int], None] | None = None,
-    ) -> Rollout: ...
-
-
-ENGINES: dict[str, Engine] = {"align": sampler.sample, "vllm": vllm_engine.sample}
+ENGINES = {"align": sampler.sample, "vllm": vllm_engine.sample}
 
 
 def require_engine(options: GenerationOptions) -> None:
@@ -58,7 +35,11 @@ def sample(
     prefill_tokens: int = 4096,
     on_tokens: Callable[[int], None] | None = None,
 ) -> Rollout:
-    """What `Engine` says, by the engine that ``options.engine`` names."""
+    """The policy's current weights and prompts -> responses with the policy's log-probabilities.
+
+    By the engine that ``options.engine`` names. Row ``i * k + j`` is sample j of prompt i;
+    `align.rollout.sampler.sample` says what the arguments are, and every engine keeps to it.
+    """
     return ENGINES[options.engine](
         policy,
         prompts,

@@ -189,7 +189,9 @@ class _Sampler:
         assert self.cache is not None
         logits = self.policy.logits(hidden)
         requests = [request for request in (self.live[slot] for slot in slots) if request]
-        _require_finite(logits, [request.row for request in requests])
+        # a token drawn from NaN would be an arbitrary one; minus infinity forbids a token: allowed
+        largest = logits.amax(-1).tolist()
+        require_finite("the", "logits", largest, [request.row for request in requests])
         uniforms = torch.tensor(
             [request.uniforms[len(request.tokens)] for request in requests], dtype=torch.float64
         )
@@ -216,16 +218,15 @@ class _Sampler:
         self.last = self.last[index.to(self.last.device)]
 
 
-def _require_finite(logits: Tensor, rows: Sequence[int]) -> None:
-    """A token drawn from NaN would be an arbitrary one. Minus infinity forbids a token: allowed."""
-    largest = logits.amax(-1).tolist()
-    bad = [(row, value) for row, value in zip(rows, largest, strict=True) if not isfinite(value)]
+def require_finite(article: str, what: str, values: Sequence[float], rows: Sequence[int]) -> None:
+    """Refuse to go on with NaN or infinity; ``rows`` are the responses that ``values`` are of."""
+    bad = [(row, value) for row, value in zip(rows, values, strict=True) if not isfinite(value)]
     if bad:
         cure = "try precision=fp32, or lower optim.lr"
         raise NonFiniteError(
-            f"sampling: the logits became {bad[0][1]} on response {bad[0][0]}; the model's weights "
-            f"are broken or its numbers overflow: {cure}",
-            what="logits",
+            f"sampling: {article} {what} became {bad[0][1]} on response {bad[0][0]}; the model's "
+            f"weights are broken or its numbers overflow: {cure}",
+            what=what,
             value=bad[0][1],
             rows=[row for row, _ in bad],
             cure=cure,

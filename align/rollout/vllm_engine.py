@@ -31,8 +31,8 @@ from align.models.lora import plain_weights
 from align.models.policy import Policy, check_length
 from align.options import GenerationOptions, VLLMOptions
 from align.rollout.experience import over_rollout, rollout_groups
-from align.rollout.sampler import to_rollout
-from align.types import AlignError, NonFiniteError, Rollout
+from align.rollout.sampler import require_finite, to_rollout
+from align.types import AlignError, Rollout
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
@@ -99,7 +99,8 @@ def sample(
         on_tokens(sum(len(row) for row in tokens))
     drawn = to_rollout(repeated, tokens, logprobs, end_ids=end_ids, device=policy.device)
     own = _logprobs(policy, drawn, options, prefill_tokens)
-    _require_finite(own)
+    sums = own.sum(-1).tolist()
+    require_finite("a", "log-probability", sums, range(len(sums)))
     _require_same(policy, own, drawn, options)
     engine_logprobs = drawn.logprobs if options.top_p == 1 else None
     return replace(drawn, logprobs=own, engine_logprobs=engine_logprobs)
@@ -313,21 +314,6 @@ def _random_numbers_kept(device: torch.device) -> Iterator[None]:
 
 
 # ---------------------------------------------------------------- what cannot be right
-
-
-def _require_finite(logprobs: Tensor) -> None:
-    bad = [i for i, row in enumerate(logprobs.tolist()) if not all(map(math.isfinite, row))]
-    if bad:
-        value = next(x for x in logprobs[bad[0]].tolist() if not math.isfinite(x))
-        cure = "try precision=fp32, or lower optim.lr"
-        raise NonFiniteError(
-            f"sampling: a log-probability became {value} on response {bad[0]}; the model's weights "
-            f"are broken or its numbers overflow: {cure}",
-            what="log-probability",
-            value=value,
-            rows=bad,
-            cure=cure,
-        )
 
 
 def _require_same(policy: Policy, own: Tensor, drawn: Rollout, options: GenerationOptions) -> None:
