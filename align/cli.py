@@ -15,7 +15,6 @@ import re
 import shutil
 import signal
 import sys
-import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import NoReturn
 
 from align import __version__
 from align.commands import data, doctor, label
+from align.console import complain, say, say_traceback
 from align.nearest import nearest
 
 # command -> (recipe class in align.config, module:function, what --help says)
@@ -75,7 +75,7 @@ class OneLineParser(argparse.ArgumentParser):
             near = nearest(unknown[1], commands)
             hint = f"; did you mean {near}?" if near else f"; there are {', '.join(commands)}"
             message = f"{unknown[1]}: no such command{hint}"
-        print(f"align: {message}; see `{self.prog} --help`", file=sys.stderr)
+        complain(f"{message}; see `{self.prog} --help`")
         raise SystemExit(2)
 
 
@@ -93,17 +93,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return args.run(args) or 0
     except KeyboardInterrupt as interrupt:
         if debug:
-            traceback.print_exc()
-        print(f"align: {str(interrupt) or 'interrupted'}", file=sys.stderr)
+            say_traceback()
+        complain(str(interrupt) or "interrupted")
         return 128 + getattr(interrupt, "number", signal.SIGINT)
     except BrokenPipeError:  # `align ls | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
         if debug:
-            traceback.print_exc()
+            say_traceback()
         line, code = _explain(error)
-        print(f"align: {line}", file=sys.stderr)
+        complain(line)
         return code
 
 
@@ -247,7 +247,7 @@ def run_ls(args: argparse.Namespace) -> None:
         )
     width = max(map(len, found))
     for name, path in found.items():
-        print(f"{name:<{width}}  {first_comment(path)}".rstrip())
+        say(f"{name:<{width}}  {first_comment(path)}".rstrip())
 
 
 def run_cp(args: argparse.Namespace) -> None:
@@ -263,7 +263,7 @@ def run_cp(args: argparse.Namespace) -> None:
     if not dest.parent.is_dir():
         raise AlignError(f"{dest}: the folder {dest.parent} does not exist; make it first")
     shutil.copyfile(source, dest)
-    print(f"{dest}: copied from {args.name}; change it, then `align check {dest}`")
+    say(f"{dest}: copied from {args.name}; change it, then `align check {dest}`")
 
 
 def run_report(args: argparse.Namespace) -> None:
@@ -275,7 +275,7 @@ def run_report(args: argparse.Namespace) -> None:
         return
     from align.report.page import write_report
 
-    print(f"{write_report(args.runs, args.output)}: written; open it in a browser")
+    say(f"{write_report(args.runs, args.output)}: written; open it in a browser")
 
 
 def run_sweep(args: argparse.Namespace) -> None:
@@ -296,4 +296,4 @@ def run_check(args: argparse.Namespace) -> None:
     command = args.stage or stage_of(args.recipe, list(STAGES))
     recipe_class = getattr(config, STAGES[command][0])
     for line in check(command, load_recipe(recipe_class, args.recipe, args.overrides)):
-        print(line)
+        say(line)

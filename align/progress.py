@@ -9,6 +9,10 @@ from types import TracebackType
 
 from tqdm import tqdm
 
+from align.console import one_line, printable, say
+
+__all__ = ["Progress", "change", "duration", "say", "table", "warn"]
+
 
 class Progress:
     """A bar over steps with ETA and tokens per second; nothing at all when not on a terminal."""
@@ -16,7 +20,7 @@ class Progress:
     def __init__(self, total: int, what: str, *, unit: str = "step", shown: bool = True) -> None:
         self._bar = tqdm(
             total=total,
-            desc=what,
+            desc=printable(what),
             unit=unit,
             disable=not (shown and sys.stderr.isatty()),
             leave=False,
@@ -48,6 +52,7 @@ class Progress:
 
 def table(rows: Sequence[Sequence[str]], *, title: str) -> str:
     """Aligned plain text: the first row is the heading, the first column the names."""
+    rows = [[printable(cell.replace("\n", " ")) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
 
     def line(row: Sequence[str]) -> str:
@@ -80,12 +85,7 @@ def _short(value: float) -> str:
     return "0" if abs(value) < 1e-6 else f"{value:.4g}"
 
 
-def say(text: str) -> None:
-    """A line for the user, on stdout, at once."""
-    print(text, flush=True)
-
-
 def warn(text: str) -> None:
     """A line for the user on stderr, above a bar that may stand there."""
-    tqdm.write(f"align: warning: {text}", file=sys.stderr)
+    tqdm.write(f"align: warning: {one_line(text)}", file=sys.stderr)
     sys.stderr.flush()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from align.commands import rank, trace
 from align.commands.files import write_rows
+from align.console import say
 from align.types import AlignError, DataSource
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def run_check(args: argparse.Namespace) -> int:
 
 def _report(found: Inspection, args: argparse.Namespace) -> int:
     if args.json:
-        print(json.dumps(asdict(found), ensure_ascii=False, indent=1))
+        say(json.dumps(asdict(found), ensure_ascii=False, indent=1))
     else:
         from align.commands.data_page import print_page
 
@@ -129,7 +130,7 @@ def run_convert(args: argparse.Namespace) -> None:
         flag = str(error).replace("set data.on_bad_row=skip", "add --skip-bad-rows")
         raise AlignError(flag) from error
     write_rows(output, [convert(example, args.to) for example in loaded.examples])
-    print(f"{output}: {len(loaded.examples)} rows ({kind}), as {args.to}")
+    say(f"{output}: {len(loaded.examples)} rows ({kind}), as {args.to}")
     for report in loaded.reports:
         for reason, count in report.dropped.items():
-            print(f"  {report.path}: left out {count} rows: {reason}")
+            say(f"  {report.path}: left out {count} rows: {reason}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.text import Text
 
+from align.console import printable
 from align.data.findings import Finding
 from align.data.inspection import Inspection
 from align.data.token_findings import Shown
@@ -18,7 +19,7 @@ LONGEST = 1200
 def print_page(found: Inspection) -> None:
     console = Console(highlight=False, soft_wrap=True)
     for path, name in found.formats.items():
-        console.print(f"{path}: read as {found.kind}, format: {name}")
+        console.print(_text(f"{path}: read as {found.kind}, format: {name}"))
     for report in found.reports:
         console.print(f"  {report.rows_kept:,} of {report.rows_read:,} rows usable")
     if found.tokens:
@@ -41,15 +42,20 @@ def print_page(found: Inspection) -> None:
     console.print("{} errors, {} warnings, {} notes".format(*counts))
 
 
+def _text(text: str, style: str = "") -> Text:
+    """Text of a file as it is: neither the terminal nor rich's markup obeys it."""
+    return Text(printable(text), style=style)
+
+
 def _row(row: Shown) -> Text:
-    text = Text(f"\n{row.id}\n", style="")
+    text = _text(f"\n{row.id}\n")
     for name, tokens in row.parts:
-        text.append(f"{name:>9} " if name else "", style="bold")
+        text.append(_text(f"{name:>9} " if name else "", "bold"))
         room = LONGEST
         for i, (piece, trained) in enumerate(tokens):
             # every other token a little lighter, so that their bounds show
             style = TRAINED + (" italic" if i % 2 else "") if trained else SEEN
-            text.append(piece.replace("\n", "↵\n").replace("\t", "→"), style=style)
+            text.append(_text(piece.replace("\n", "↵\n").replace("\t", "→"), style))
             room -= len(piece)
             if room < 0:
                 text.append(f" ... {len(tokens) - i - 1} more tokens")
@@ -59,7 +65,7 @@ def _row(row: Shown) -> Text:
 
 
 def _print_finding(console: Console, finding: Finding) -> None:
-    level = Text(f"{finding.level:>8}", style=COLOURS[finding.level])
-    console.print(level, Text(f"{finding.count:,} x {finding.what}; {finding.advice}"))
+    level = _text(f"{finding.level:>8}", COLOURS[finding.level])
+    console.print(level, _text(f"{finding.count:,} x {finding.what}; {finding.advice}"))
     for place in finding.places:
-        console.print(Text(f"{'':>11}{place}", style="dim"))
+        console.print(_text(f"{'':>11}{place}", "dim"))

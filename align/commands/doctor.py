@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from align.console import say
 from align.nearest import did_you_mean
 from align.types import AlignError
 
@@ -43,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     manifest["status"] = status_of(folder, manifest)
     findings = diagnose(stage, rows, manifest)
     for line in closing_lines(stage, rows, findings):
-        print(line)
+        say(line)
     return 1 if findings else 0
 
 

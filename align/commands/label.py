@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from align.commands.files import write_rows
+from align.console import say
 from align.types import AlignError, DataSource
 
 EPILOG = """\
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
     if args.export:
         judgements = store.judgements()
         write_rows(Path(args.export), judgements)
-        print(f"{args.export}: {len(judgements)} judgements")
+        say(f"{args.export}: {len(judgements)} judgements")
         return
     serve(store, goal=args.goal, overlap=args.overlap, port=args.port)
 
@@ -98,6 +99,6 @@ def serve(store: Any, *, goal: int | None, overlap: float, port: int) -> None:
         server = make_server("127.0.0.1", port, app, threaded=True)
     except (OSError, SystemExit) as error:
         raise AlignError(f"--port {port}: cannot be listened on; choose another") from error
-    print(f"http://127.0.0.1:{server.server_port}/{store.token}/", flush=True)
-    print(f"answers go to {store.path}; end with Ctrl-C", flush=True)
+    say(f"http://127.0.0.1:{server.server_port}/{store.token}/")
+    say(f"answers go to {store.path}; end with Ctrl-C")
     server.serve_forever()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from align.commands.files import write_rows
+from align.console import say
 from align.progress import table
 from align.types import AlignError
 
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
         write_rows(Path(args.pairs), pairs)
         found["pairs"] = {"file": args.pairs, "rows": len(pairs), "left_out": left_out}
     if args.json:
-        print(json.dumps(found, ensure_ascii=False, indent=1))
+        say(json.dumps(found, ensure_ascii=False, indent=1))
         return
     print_tables(found)
 
@@ -70,20 +71,20 @@ def print_tables(found: dict[str, Any]) -> None:
                     *(str(r[word]) for word in ("wins", "losses", "ties")),
                 ]
             )
-        print(table(rows, title="leaderboard (strength: nats by maximum likelihood)"))
+        say(table(rows, title="leaderboard (strength: nats by maximum likelihood)"))
     a = found["agreement"]
-    print(f"{a['judgements']} judgements of {a['annotators']} annotators")
-    print(f"  Krippendorff's alpha {_number(a['krippendorff_alpha'])} (1 = all agree, 0 = chance)")
+    say(f"{a['judgements']} judgements of {a['annotators']} annotators")
+    say(f"  Krippendorff's alpha {_number(a['krippendorff_alpha'])} (1 = all agree, 0 = chance)")
     for k in a["cohen_kappa"]:
         names = f"{k['a']} and {k['b']}"
-        print(f"  Cohen's kappa {_number(k['kappa'])}: {names}, {k['common']} in common")
+        say(f"  Cohen's kappa {_number(k['kappa'])}: {names}, {k['common']} in common")
     for name, r in a["reliability"].items():
         error = "" if r["slope"] is None else f" +- {_number(r['error'])}"
-        print(f"  reliability {_number(r['slope'])}{error}: {name}")
+        say(f"  reliability {_number(r['slope'])}{error}: {name}")
     if "pairs" in found:
-        print(f"{found['pairs']['file']}: {found['pairs']['rows']} pairs")
+        say(f"{found['pairs']['file']}: {found['pairs']['rows']} pairs")
         for reason, count in found["pairs"]["left_out"].items():
-            print(f"  left out {count}: {reason}")
+            say(f"  left out {count}: {reason}")
 
 
 def _number(value: float | None) -> str:

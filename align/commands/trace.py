@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from align.console import say
 from align.files import read_logged, reason
 from align.progress import warn
 from align.run_files import NONFINITE
@@ -29,10 +30,10 @@ def run(args: argparse.Namespace) -> None:
         _require_done(folder, args.step)
         members = members_of(manifest, lengths, args.step)
     if args.json:
-        print(json.dumps([ids[i] for i in members], ensure_ascii=False))
+        say(json.dumps([ids[i] for i in members], ensure_ascii=False))
         return
     for i in members:
-        print(ids[i])
+        say(ids[i])
 
 
 def read_trained_rows(folder: Path) -> tuple[list[str], list[int], dict[str, Any]]:

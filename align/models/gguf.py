@@ -7,10 +7,10 @@ every time; a folder is also what other tools read.
 from __future__ import annotations
 
 import argparse
-import sys
 
 from transformers.utils import logging
 
+from align.console import complain
 from align.models.load import load_causal_lm, load_tokenizer
 from align.types import AlignError
 
@@ -32,7 +32,7 @@ def main() -> int:
     try:
         convert(args.gguf_file, args.folder)
     except AlignError as error:
-        print(f"align: {error}", file=sys.stderr)
+        complain(str(error))
         return 2
     return 0
 

@@ -10,6 +10,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from align.console import printable
 from align.report.runs import RunRecord, read_run
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -46,8 +47,10 @@ def picture(run: RunRecord) -> Group:
         values = run.series(key)[1]
         if values:
             # Text, not a string: a key with brackets is no markup
-            grid.add_row(Text(key), f"{values[0]:.4g}", f"{values[-1]:.4g}", sparkline(values))
-    return Group(Text(heading, style="bold"), grid)
+            grid.add_row(
+                Text(printable(key)), f"{values[0]:.4g}", f"{values[-1]:.4g}", sparkline(values)
+            )
+    return Group(Text(printable(heading), style="bold"), grid)
 
 
 def sparkline(values: list[float]) -> str:
