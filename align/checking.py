@@ -134,6 +134,7 @@ SAMPLED = 2000
 def _read_as_the_run(source: DataSource, data: DataConfig, kind: Kind) -> tuple[Sequence[Any], str]:
     """Rows of one source, read and checked as the run will do it."""
     from align.data.preferences import load_examples, with_columns
+    from align.data.unread import not_read
 
     not_here = _not_here(source)
     if not_here:
@@ -142,6 +143,7 @@ def _read_as_the_run(source: DataSource, data: DataConfig, kind: Kind) -> tuple[
     loaded = load_examples(sources, kind=kind, on_bad_row=data.on_bad_row)
     dropped = sum(sum(report.dropped.values()) for report in loaded.reports)
     note = f", {dropped:,} bad ones left out" if dropped else ""
+    note += not_read(name for report in loaded.reports for name in report.unread)
     return loaded.examples, f"{source.path}: {len(loaded.examples):,} rows{note}"
 
 
@@ -150,6 +152,7 @@ def _read_beginning(source: DataSource, data: DataConfig, kind: Kind) -> tuple[S
     from align.data.preferences import with_columns
     from align.data.source_rows import SourceRows
     from align.data.stream_counts import SourceCounts, examples_of, require_some
+    from align.data.unread import not_read
 
     not_here = _not_here(source)
     if not_here:
@@ -164,6 +167,7 @@ def _read_beginning(source: DataSource, data: DataConfig, kind: Kind) -> tuple[S
         require_some(counts, source, kind)
     bad = counts.bad.reasons.total()
     note = f", {bad:,} bad ones left out" if bad else ""
+    note += not_read(counts.unread)
     whole = "" if counts.num_read < SAMPLED else "; what is behind them is read by the run alone"
     return examples, f"{source.path}: streamed; read here: {counts.num_read:,} rows{note}{whole}"
 

@@ -16,8 +16,12 @@ if TYPE_CHECKING:  # a misspelt recipe key is answered without waiting for torch
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
-Message: TypeAlias = Mapping[str, str]
-"""One turn of a conversation: ``{"role": ..., "content": ...}``."""
+Message: TypeAlias = Mapping[str, Any]
+"""One turn of a conversation: ``role`` and ``content``, both strings, and what else it has.
+
+Other keys (``name``, ``tool_calls``, ``reasoning_content``, ...) go to the chat template as they
+are. ``train`` is ours: False = not trained on, absent = trained; no template ever gets it.
+"""
 
 Text: TypeAlias = str | tuple[Message, ...]
 """A plain string, or the turns of a conversation."""
@@ -121,17 +125,22 @@ class PromptExample:
     """A prompt to answer, with reference answers where there are any.
 
     ``source_text`` is what the task rewrites (for the copy-the-input baseline), if it has one.
+    ``extra`` holds the row's columns that nothing reads, as JSON has them.
     """
 
     id: str
     prompt: Text
     references: tuple[str, ...] = ()
     source_text: str | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceReport:
-    """What became of one file's rows: ``rows_read == rows_kept + sum(dropped.values())``."""
+    """What became of one file's rows: ``rows_read == rows_kept + sum(dropped.values())``.
+
+    ``unread`` are columns that the format does not read.
+    """
 
     path: str
     sha256: str | None
@@ -139,6 +148,7 @@ class SourceReport:
     rows_kept: int
     dropped: Mapping[str, int]
     first_dropped: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
 
 
 # ---------------------------------------------------------------- tokens on the host

@@ -9,6 +9,7 @@ from align.console import printable
 from align.data.findings import Finding
 from align.data.inspection import Inspection
 from align.data.token_findings import Shown
+from align.data.unread import not_read
 
 COLOURS = {"error": "bold red", "warning": "yellow", "note": "cyan"}
 TRAINED, SEEN = "black on green", "dim"
@@ -21,7 +22,8 @@ def print_page(found: Inspection) -> None:
     for path, name in found.formats.items():
         console.print(_text(f"{path}: read as {found.kind}, format: {name}"))
     for report in found.reports:
-        console.print(f"  {report.rows_kept:,} of {report.rows_read:,} rows usable")
+        unread = not_read(report.unread)
+        console.print(f"  {report.rows_kept:,} of {report.rows_read:,} rows usable{unread}")
     if found.tokens:
         t = {name: f"{value:,.0f}" for name, value in found.tokens.items()}
         console.print(f"  {t['rows']} rows fit: {t['tokens']} tokens, {t['trained']} trained on")

@@ -66,6 +66,7 @@ def read_responses(file: str) -> Iterator[tuple[Any, str, str | None]]:
     """(prompt, text, model) of every response of a file."""
     from align.data.fields import Fields
     from align.data.formats import BadRow, Row, read_source
+    from align.data.unread import unread_columns
 
     for row in read_source(DataSource(path=file)):
         try:
@@ -82,6 +83,7 @@ def read_responses(file: str) -> Iterator[tuple[Any, str, str | None]]:
             for n, text in enumerate(texts):
                 name = models[n] if n < len(models) else None
                 yield prompt, fields.string("response", text), name
+            unread_columns(fields)
         except BadRow as error:
             raise AlignError(str(error)) from None
 

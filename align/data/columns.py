@@ -6,13 +6,22 @@ Which format a row is in is decided by its columns alone. Preference rows are ``
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Mapping, MutableMapping
 from typing import TypeAlias
 
 from align.data.fields import Fields, Kind, fields_of
 from align.data.formats import BadRow, Row
 from align.data.naming import every_way
-from align.data.pairs import alpaca, chosen_rejected, matched, pair_format, read_pair
+from align.data.pairs import (
+    NAMED_SETS,
+    PairFormat,
+    alpaca,
+    alpaca_answer,
+    chosen_rejected,
+    matched,
+    pair_format,
+    read_pair,
+)
 from align.data.rankings import (
     RANKING,
     RATING,
@@ -21,13 +30,21 @@ from align.data.rankings import (
     read_ranking,
     read_rating,
 )
+from align.data.references import reference_of, references_of
+from align.data.turn_keys import TRAIN
+from align.data.unread import completed, unread_columns, with_extras
 from align.types import PreferencePair, PromptExample, SFTExample, Text
 
 Example: TypeAlias = SFTExample | PreferencePair | PromptExample
 
 
 def read_row(
-    row: Row, kind: Kind, *, columns: Mapping[str, str], source: str
+    row: Row,
+    kind: Kind,
+    *,
+    columns: Mapping[str, str],
+    source: str,
+    unread: MutableMapping[str, None] | None = None,
 ) -> tuple[Example, ...] | Rated:
     """What one row says: one example, of a ranking several, or a response with its score.
 
@@ -36,11 +53,27 @@ def read_row(
         kind: What it is to be read as.
         columns: Our field -> the file's column; ``info.post`` and ``texts.0`` reach inside.
         source: Name of the data set, kept with a pair.
+        unread: Takes the names of the row's columns that its format does not read.
 
     Raises:
-        BadRow: A field is missing, empty or of the wrong type, or the pair is no preference.
+        BadRow: A field is missing, empty or of the wrong type, the pair is no preference, or a
+            column carries a meaning that this format has no place for.
     """
     fields = fields_of(row, columns, kind)
+    found = _read(fields, kind, source)
+    if isinstance(found, Rated):
+        found = completed(found, fields)
+    else:
+        found = tuple(completed(example, fields) for example in found)
+    names = unread_columns(fields)
+    if unread is not None:
+        unread.update(dict.fromkeys(names))
+    if names and not isinstance(found, Rated):
+        return tuple(with_extras(example, fields, names) for example in found)
+    return found
+
+
+def _read(fields: Fields, kind: Kind, source: str) -> tuple[Example, ...] | Rated:
     if kind == "sft":
         return (_sft(fields),)
     if kind == "prompt":
@@ -50,6 +83,8 @@ def read_row(
         return read_rating(fields, source)
     if listwise == RANKING:
         return read_ranking(fields, source)
+    if "response" in fields and "prompt" in fields and "chosen" not in fields:
+        raise fields.missing("score")
     return (read_pair(fields, source),)
 
 
@@ -58,14 +93,18 @@ def format_name(row: Row, kind: Kind, *, columns: Mapping[str, str]) -> str:
     fields = fields_of(row, columns, kind)
     if kind == "preference":
         return listwise_format(fields) or pair_format(fields).name
-    if kind == "sft" and "completion" in fields:
+    if kind == "sft" and "completion" in fields and "instruction" not in fields:
         return "prompt + completion"
+    if kind == "prompt" and _named_set(fields):
+        return f"prompts of {_named_set(fields)[0].name}"
+    if kind == "prompt" and isinstance(fields.values.get("reward_model"), Mapping):
+        return "verl prompts"
     names = {
         "prompt": "prompts",
         "messages": "messages",
         "conversations": "ShareGPT",
         "chosen": "prompts of pairs",
-        "instruction": "alpaca",
+        "instruction": "alpaca" if "output" in fields else "instruction + response",
         "text": "plain text",
     }
     return next((name for column, name in names.items() if column in fields), "unknown")
@@ -85,7 +124,7 @@ def kind_of(row: Row, *, columns: Mapping[str, str]) -> Kind:
     if {"chosen", "summaries", "human_ref_A", "answer_0"} & names or listwise_format(fields):
         return "preference"
     learnt = {"completion", "messages", "conversations", "text"} & names
-    if learnt or {"instruction", "output"} <= names:
+    if learnt or ("instruction" in names and alpaca_answer(fields)):
         return "sft"
     if not {"prompt", "instruction"} & names:
         there = ", ".join(map(str, row.values)) or "none"
@@ -108,15 +147,16 @@ def _sft(fields: Fields) -> SFTExample:
     for name in ("messages", "conversations"):
         if name in fields:
             messages = fields.turns(name)
-            if not any(t["role"] == "assistant" for t in messages):
+            if not any(t["role"] == "assistant" and TRAIN not in t for t in messages):
                 fields.bad(name, "no assistant turn to learn from")
             return SFTExample(id=fields.where, messages=messages)
+    if "instruction" in fields and "prompt" not in fields:
+        answer = fields.string(alpaca_answer(fields) or "output")
+        turns = (*alpaca(fields), {"role": "assistant", "content": answer})
+        return SFTExample(id=fields.where, messages=turns)
     if "completion" in fields or ("prompt" in fields and "text" not in fields):
         prompt, (completion,) = matched(fields, fields.text("prompt"), "completion")
         return SFTExample(id=fields.where, prompt=prompt, completion=completion)
-    if "instruction" in fields:
-        answer = {"role": "assistant", "content": fields.string("output")}
-        return SFTExample(id=fields.where, messages=(*alpaca(fields), answer))
     if "text" in fields:
         return SFTExample(id=fields.where, text=fields.string("text"))
     raise fields.missing("messages")
@@ -135,31 +175,29 @@ def _prompt(fields: Fields) -> PromptExample:
     )
 
 
+def _named_set(fields: Fields) -> tuple[PairFormat, ...]:
+    """The well-known set of pairs that a row is of, if it is one and has no prompt of its own."""
+    if "prompt" in fields or "instruction" in fields:
+        return ()
+    return tuple(pairs for pairs in NAMED_SETS if pairs.holds(fields))[:1]
+
+
 def _prompt_and_references(fields: Fields) -> tuple[Text, tuple[str, ...]]:
     if "prompt" in fields:
-        return fields.text("prompt"), _references(fields)
+        return fields.text("prompt"), references_of(fields)
     for name in ("messages", "conversations"):
         if name in fields and "chosen" not in fields:
             turns = fields.turns(name)
             if turns[-1]["role"] == "assistant" and len(turns) > 1:
-                return turns[:-1], (turns[-1]["content"],)
-            return turns, _references(fields)
+                return turns[:-1], (reference_of(fields, name, turns),)
+            return turns, references_of(fields)
     if "chosen" in fields:
-        return chosen_rejected(fields)[0], _references(fields)
+        return chosen_rejected(fields)[0], references_of(fields)
     if "instruction" in fields:
-        output = fields.values.get("output")
-        return alpaca(fields), (fields.string("output"),) if output else ()
+        answer = alpaca_answer(fields)
+        if answer is None or not fields.value(answer):
+            return alpaca(fields), references_of(fields)
+        return alpaca(fields), (fields.string(answer),)
+    for pairs in _named_set(fields):
+        return pairs.read(fields)[0], references_of(fields)
     raise fields.missing("prompt")
-
-
-def _references(fields: Fields) -> tuple[str, ...]:
-    for name in ("references", "reference", "completion"):
-        if name not in fields:
-            continue
-        value = fields.get(name)
-        if isinstance(value, str):
-            return (fields.string(name),)
-        if isinstance(value, Sequence) and all(isinstance(v, str) for v in value):
-            return tuple(fields.string(name, v) for v in value)
-        return (fields.turns(name)[-1]["content"],)
-    return ()

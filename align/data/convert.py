@@ -61,9 +61,10 @@ def _hh(pair: PreferencePair) -> RowOut:
     return {**row, "chosen": _hh_string(row["chosen"]), "rejected": _hh_string(row["rejected"])}
 
 
-def _hh_string(turns: list[Message]) -> str:
+def _hh_string(turns: list[RowOut]) -> str:
     names = {"user": "Human", "assistant": "Assistant"}
     for turn in turns:
+        _require_bare(turn, "HH-RLHF")
         if turn["role"] not in names:
             raise _CannotSay(f"HH-RLHF has no {turn['role']} turn")
         if "\n\nHuman:" in turn["content"] or "\n\nAssistant:" in turn["content"]:
@@ -87,6 +88,8 @@ def _alpaca_pair(pair: PreferencePair) -> RowOut:
 
 
 def _ranking(pair: PreferencePair) -> RowOut:
+    if pair.margin is not None:
+        raise _CannotSay("a ranking has no margin")
     row = _strings(pair) if isinstance(pair.prompt, str) else _messages(pair)
     return {"prompt": row["prompt"], "responses": [row["chosen"], row["rejected"]]}
 
@@ -153,27 +156,42 @@ def _string(text: Text) -> str:
     if len(text) != 1 or text[0]["role"] == "system":
         roles = ", ".join(turn["role"] for turn in text)
         raise _CannotSay(f"turns of {roles} are no single string")
-    return text[0]["content"]
+    _require_bare(text[0], "a string")
+    return str(text[0]["content"])
 
 
-def _turns(text: Text, role: str) -> list[Message]:
+def _require_bare(turn: Message, format: str) -> None:
+    """Refuse a turn with more than words for a format that has no place for it."""
+    more = sorted(turn.keys() - {"role", "content"})
+    if more:
+        raise _CannotSay(f"{format} has no place for {', '.join(more)} of a turn")
+
+
+def _turns(text: Text, role: str) -> list[RowOut]:
     return [{"role": role, "content": text}] if isinstance(text, str) else [dict(t) for t in text]
 
 
-def _without_system(turns: list[Message]) -> tuple[list[Message], RowOut]:
+def _without_system(turns: list[RowOut]) -> tuple[list[RowOut], RowOut]:
     if turns and turns[0]["role"] == "system":
+        _require_bare(turns[0], "the column system")
         return turns[1:], {"system": turns[0]["content"]}
     return turns, {}
 
 
-def _from_value(turns: list[Message]) -> list[RowOut]:
+def _from_value(turns: list[RowOut]) -> list[RowOut]:
     names = {"user": "human", "assistant": "gpt"}
-    return [{"from": names.get(t["role"], t["role"]), "value": t["content"]} for t in turns]
+    return [
+        {"from": names.get(t["role"], t["role"]), "value": t["content"]}
+        | {key: value for key, value in t.items() if key not in ("role", "content")}
+        for t in turns
+    ]
 
 
 def _alpaca_prompt(prompt: Text) -> RowOut:
     """``instruction``, ``system``, and earlier exchanges as ``history``."""
     turns, row = _without_system(_turns(prompt, "user"))
+    for turn in turns:
+        _require_bare(turn, "alpaca")
     *earlier, last = [t["content"] for t in turns]
     if [t["role"] for t in turns] != ["user", "assistant"] * (len(earlier) // 2) + ["user"]:
         raise _CannotSay("alpaca's history is question, answer, question, ...")

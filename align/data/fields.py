@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn, TypeAlias
 
 from align.data.formats import BadRow, Row
-from align.data.turns import NotTurns, is_list, read_turns
+from align.data.turn_keys import NotTurns, is_list, says_more
+from align.data.turns import AS_A_LIST, is_written_turns, kind_name, read_turns
 from align.nearest import nearest
 from align.types import AlignError, Message, Text
 
@@ -20,19 +21,21 @@ Turns: TypeAlias = tuple[Message, ...]
 
 NEEDED: dict[Kind, str] = {
     "sft": "messages, prompt + completion, instruction + output, or text",
-    "preference": "prompt + chosen + rejected, or chosen + rejected as whole conversations",
+    "preference": "prompt + chosen + rejected, or chosen + rejected as whole conversations, or "
+    "prompt + response + score",
     "prompt": "prompt, or messages",
 }
 NAMES = (
     "prompt", "completion", "messages", "conversations", "text", "chosen", "rejected", "margin",
-    "references", "responses", "response", "score", "source", "subset", "instruction", "input",
-    "output", "history", "system", "labels", "human_ref_A", "human_ref_B", "summaries", "choice",
-    "info", "question", "answer_0", "answer_1", "score_0", "score_1", "targets", "target_scores",
+    "references", "reference", "responses", "response", "score", "rating", "label", "source",
+    "source_text", "subset", "instruction", "input", "context", "output", "history", "system",
+    "system_prompt", "labels", "human_ref_A", "human_ref_B", "summaries", "choice", "info",
+    "question", "answer_0", "answer_1", "score_0", "score_1", "targets", "target_scores",
     "tools", "images", "videos", "audios",
 )  # fmt: skip
 """All names that a format has: what ``columns`` may say."""
-
-_NOT_TEXT = ("tools", "images", "videos", "audios")  # columns whose loss would change the task
+_PROMPTS = ("prompt", "instruction")
+_TRUTH = {"true": 1.0, "false": 0.0}
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,11 @@ class Fields:
     kind: Kind
     # names that the row has, with nothing in them
     null: frozenset[str] = frozenset()
+    # ours -> the file's column, where `columns` says so; of a path its first part
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    # names that were read, and keys of turns that were left out: `unread.py` looks at the others
+    used: set[str] = field(default_factory=set)
+    left_out: set[str] = field(default_factory=set)
 
     def __contains__(self, field: str) -> bool:
         return field in self.values
@@ -64,30 +72,32 @@ class Fields:
     def get(self, field: str) -> Any:
         if field not in self.values:
             raise self.missing(field)
-        return self.values[field]
+        return self.value(field)
+
+    def value(self, field: str) -> Any:
+        """The value, which counts as read from now on; None where there is none."""
+        self.used.add(field)
+        return self.values.get(field)
 
     def string(self, field: str, value: Any = None) -> str:
         value = self.get(field) if value is None else value
         if not isinstance(value, str):
-            self.bad(field, f"not a string but {type(value).__name__}")
+            advice = "write it in quotes" if isinstance(value, int | float) else "mend the row"
+            self.bad(field, f"not a string but {kind_name(value)}", advice)
         self.check_words(field, value)
+        if is_written_turns(value):
+            self.bad(field, "turns written as text", AS_A_LIST)
         return value
 
     def turns(self, field: str, value: Any = None) -> Turns:
-        """A conversation, ``system`` of the row in front of it if there is one."""
+        """A conversation, its words checked."""
         try:
-            turns = read_turns(self.get(field) if value is None else value)
+            turns = read_turns(self.get(field) if value is None else value, self.left_out)
         except NotTurns as error:
             self.bad(field, str(error), error.advice)
-        for name in _NOT_TEXT:
-            if self.values.get(name):
-                self.bad(name, "not supported", "only text is: remove the row")
         for turn in turns:
-            if turn["role"] != "system":
-                self.check_words(field, turn["content"])
-        system = self.values.get("system")
-        if field in ("conversations", "instruction") and system:
-            return ({"role": "system", "content": self.string("system")}, *turns)
+            may_be_empty = turn["role"] in ("system", "developer") or says_more(turn)
+            self.check_words(field, turn["content"], may_be_empty=may_be_empty)
         return turns
 
     def text(self, field: str) -> Text:
@@ -97,16 +107,27 @@ class Fields:
             return self.turns(field)
         return self.string(field)
 
-    def check_words(self, field: str, value: str) -> None:
-        if not value.strip():
+    def check_words(self, field: str, value: str, *, may_be_empty: bool = False) -> None:
+        if not may_be_empty and not value.strip():
             self.bad(field, "empty", "give it a text or remove the row")
         try:
             value.encode("utf-8")
         except UnicodeEncodeError:
             self.bad(field, "half of a surrogate pair (\\ud800...), which is no character")
 
+    def label(self, field: str) -> float:
+        """A number, or a boolean as JSON, CSV or a spreadsheet writes it."""
+        value = self.get(field)
+        if isinstance(value, bool):
+            return float(value)
+        if isinstance(value, str) and value.strip().lower() in _TRUTH:
+            return _TRUTH[value.strip().lower()]
+        return self.number(field)
+
     def number(self, field: str) -> float:
         value = self.get(field)
+        if isinstance(value, bool):
+            self.bad(field, "not a number", f"it is {value}")
         try:
             number = float(value)
         except (TypeError, ValueError, OverflowError):
@@ -127,7 +148,7 @@ def check_names(columns: Mapping[str, str]) -> None:
 
 def fields_of(row: Row, columns: Mapping[str, str], kind: Kind) -> Fields:
     """The row's values under our names; ``columns`` is ours -> the file's."""
-    values = dict(row.values)
+    values, renamed = dict(row.values), {}
     for ours, theirs in columns.items():
         found, value = _dig(row.values, theirs)
         if not found:
@@ -135,8 +156,13 @@ def fields_of(row: Row, columns: Mapping[str, str], kind: Kind) -> Fields:
             advice = f"there: {there}; correct data.columns.{ours} (`align data`: --columns)"
             raise BadRow(row.where, ours, f"column {theirs!r} is missing", advice)
         values[ours] = value
+        renamed[ours] = theirs if theirs in row.values else theirs.partition(".")[0]
+    for ours, theirs in renamed.items():
+        if ours in _PROMPTS and theirs in _PROMPTS and theirs not in columns and ours != theirs:
+            values.pop(theirs)  # the prompt is moved: which name it has decides how it is read
     given = {name: value for name, value in values.items() if value is not None}
-    return Fields(given, row.where, kind, frozenset(values.keys() - given.keys()))
+    null = frozenset(values.keys() - given.keys())
+    return Fields(given, row.where, kind, null, renamed)
 
 
 def _dig(values: Any, path: str) -> tuple[bool, Any]:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from align.data.fields import Fields, Turns
-from align.data.turns import is_hh, is_list, read_hh, split_shared, without_prompt
+from align.data.turn_keys import TRAIN, is_list
+from align.data.turns import is_hh, read_hh, split_shared, without_prompt
 from align.types import Message, PreferencePair, Text
 
 Sides: TypeAlias = tuple[Text, Text, Text]
@@ -47,13 +48,14 @@ def read_pair(fields: Fields, source: str) -> PreferencePair:
 def _part(fields: Fields, source: str) -> str:
     """RewardBench's ``subset``, or a column ``source``: the part of the data that a pair is of."""
     for name in ("subset", "source"):
-        if isinstance(fields.values.get(name), str):
-            return str(fields.values[name])
+        given = fields.value(name)
+        if isinstance(given, str) and given.strip():
+            return fields.string(name)
     return source
 
 
 def chosen_rejected(fields: Fields) -> Sides:
-    prompt = _given_prompt(fields)
+    prompt = given_prompt(fields)
     if prompt is not None:
         prompt, (chosen, rejected) = matched(fields, prompt, "chosen", "rejected")
         return prompt, chosen, rejected
@@ -72,7 +74,8 @@ def chosen_rejected(fields: Fields) -> Sides:
     return shared, chosen, rejected
 
 
-def _given_prompt(fields: Fields) -> Text | None:
+def given_prompt(fields: Fields) -> Text | None:
+    """The prompt by the first name that has one; None where the answers hold it."""
     if "prompt" in fields:
         return fields.text("prompt")
     if "conversations" in fields:
@@ -120,12 +123,14 @@ def _check_answers(fields: Fields, **answers: Turns) -> None:
             fields.bad(
                 name, "not an answer to the prompt", f"its turns are {roles}: only assistant turns"
             )
+        if any(TRAIN in t for t in turns):
+            fields.bad(name, "a turn that is not to be trained on", "remove the mark, or the row")
 
 
 def _shp(fields: Fields) -> Sides:
     """Stanford Human Preferences: ``labels`` 1 = reply A was preferred, 0 = B."""
     a, b = fields.string("human_ref_A"), fields.string("human_ref_B")
-    label = fields.number("labels")
+    label = fields.label("labels")
     if label not in (0, 1):
         fields.bad("labels", "not 0 or 1")
     prompt = fields.string("prompt" if "prompt" in fields else "history")
@@ -134,16 +139,16 @@ def _shp(fields: Fields) -> Sides:
 
 def _summaries(fields: Fields) -> Sides:
     """summarize-from-feedback, ``comparisons``: ``choice`` is the index of the better summary."""
-    summaries, choice = fields.get("summaries"), fields.number("choice")
+    summaries, choice = fields.get("summaries"), fields.label("choice")
     if not is_list(summaries) or len(summaries) != 2 or choice not in (0, 1):
         fields.bad("choice", "not 0 or 1 for two summaries")
     texts = [
         fields.string("summaries", s.get("text", "") if isinstance(s, Mapping) else s)
         for s in summaries
     ]
-    info = fields.values.get("info")
+    info = fields.value("info")
     info = info if isinstance(info, Mapping) else {}
-    prompt = fields.values.get("prompt") or info.get("post") or info.get("article") or ""
+    prompt = fields.value("prompt") or info.get("post") or info.get("article") or ""
     return fields.string("info.post", prompt), texts[int(choice)], texts[1 - int(choice)]
 
 
@@ -162,9 +167,9 @@ def _webgpt(fields: Fields) -> Sides:
 
 def _hhh(fields: Fields) -> Sides:
     """HHH alignment: ``targets`` (``choices``, ``labels``), or BIG-bench's ``target_scores``."""
-    scores = fields.values.get("target_scores")
+    scores = fields.value("target_scores")
     if not isinstance(scores, Mapping):
-        targets = fields.values.get("targets")
+        targets = fields.value("targets")
         targets = targets if isinstance(targets, Mapping) else {}
         choices, labels = targets.get("choices") or [], targets.get("labels") or []
         if not is_list(choices) or not is_list(labels) or len(choices) != len(labels):
@@ -179,7 +184,8 @@ def _hhh(fields: Fields) -> Sides:
     prompt = fields.string("input")
     asked = prompt.removesuffix("Assistant:").rstrip()
     turns = fields.turns("input", read_hh(asked) if is_hh(asked) else _user(asked))
-    answers = [({"role": "assistant", "content": text},) for text in (chosen[0], rejected[0])]
+    texts = [fields.string("targets", text) for text in (chosen[0], rejected[0])]
+    answers = [({"role": "assistant", "content": text},) for text in texts]
     _check_answers(fields, chosen=answers[0], rejected=answers[1])
     return turns, answers[0], answers[1]
 
@@ -191,17 +197,23 @@ def _user(text: str) -> Turns:
 def alpaca(fields: Fields) -> Turns:
     """``instruction``, ``input``, ``history`` as turns of a dialogue, as LLaMA-Factory has them."""
     turns: list[Message] = []
-    history = fields.values.get("history") or ()
+    history = fields.value("history") or ()
     if not is_list(history) or not all(is_list(e) and len(e) == 2 for e in history):
         fields.bad("history", "not a list of (question, answer)")
     for exchange in history:
         question, answer = (fields.string("history", said) for said in exchange)
         turns += ({"role": "user", "content": question}, {"role": "assistant", "content": answer})
     asked = [fields.string("instruction")]
-    if fields.values.get("input"):
-        asked.append(fields.string("input"))
+    for name in ("input", "context") if "output" not in fields else ("input",):
+        if fields.value(name):  # `context` is Dolly's name for it
+            asked.append(fields.string(name))
     turns.append({"role": "user", "content": "\n".join(asked)})
     return fields.turns("instruction", turns)
+
+
+def alpaca_answer(fields: Fields) -> str | None:
+    """Which column answers an instruction: alpaca's, Dolly's, or our own."""
+    return next((name for name in ("output", "response", "completion") if name in fields), None)
 
 
 def _has(*names: str, without: str = "") -> Callable[[Fields], bool]:
@@ -213,12 +225,16 @@ def _is_text_then_turns(fields: Fields) -> bool:
     return isinstance(prompt, str) and is_list(chosen)
 
 
-PAIR_FORMATS = (
+NAMED_SETS = (
     PairFormat("Stanford Human Preferences", _has("human_ref_A", without="chosen"), _shp),
     PairFormat("summarize-from-feedback", _has("summaries", without="chosen"), _summaries),
     PairFormat("HHH alignment", _has("input", "targets", without="chosen"), _hhh),
     PairFormat("BIG-bench HHH", _has("input", "target_scores", without="chosen"), _hhh),
     PairFormat("WebGPT comparisons", _has("answer_0", without="chosen"), _webgpt),
+)
+"""Sets whose prompt has columns of its own too."""
+PAIR_FORMATS = (
+    *NAMED_SETS,
     PairFormat("UltraFeedback binarized", _is_text_then_turns, chosen_rejected),
     PairFormat("prompt + chosen + rejected", _has("prompt"), chosen_rejected),
     PairFormat("LLaMA-Factory ShareGPT pair", _has("conversations"), chosen_rejected),

@@ -112,7 +112,8 @@ def load_examples(
         if source.weight <= 0:
             raise AlignError(f"{source.path}: weight is {source.weight}, must be above 0")
         for path, sha256, rows in _open(source):
-            kept, bad, columns = _read(rows, source, kind, on_bad_row, _Units(store))
+            unread: dict[str, None] = {}
+            kept, bad, columns = _read(rows, source, kind, on_bad_row, _Units(store), unread)
             if not kept.num_rows:
                 raise AlignError(no_row(path, bad, kind, columns))
             num_kept, num_used = sum(kept.num_rows), 0
@@ -136,6 +137,7 @@ def load_examples(
                     rows_kept=num_used,
                     dropped=dropped,
                     first_dropped=tuple(bad.first),
+                    unread=tuple(unread),
                 )
             )
     return Loaded(tuple(examples) if spool is None else examples, tuple(reports))
@@ -202,8 +204,9 @@ def _read(
     kind: Kind,
     on_bad_row: OnBadRow,
     kept: _Units,
+    unread: dict[str, None],
 ) -> tuple[_Units, BadRows, list[str]]:
-    """What is used, what is not, and the file's columns.
+    """What is used, what is not, and the file's columns; ``unread`` takes those not read.
 
     To stop takes a row that can be used, before the bad one or after it: leaving bad rows out is no
     way out for a file that has no other.
@@ -216,7 +219,7 @@ def _read(
             if isinstance(row, BadRow):
                 raise row
             columns |= dict.fromkeys(map(str, row.values))
-            found = read_row(row, kind, columns=source.columns, source=source.path)
+            found = read_row(row, kind, columns=source.columns, source=source.path, unread=unread)
             if isinstance(found, Rated):
                 text = _text_key(found.prompt).encode("utf-8", "surrogatepass")
                 prompt = hashlib.sha256(text).digest()

@@ -8,13 +8,14 @@ scores differ, the difference as margin.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
 from align.data.fields import Fields
-from align.data.pairs import matched
-from align.data.turns import is_list
+from align.data.pairs import given_prompt, matched
+from align.data.turn_keys import is_list
+from align.data.turns import AS_A_LIST
 from align.types import PreferencePair, Text
 
 RANKING, RATING = "ranking", "rating"
@@ -35,7 +36,7 @@ class Rated:
 
 def listwise_format(fields: Fields) -> str | None:
     """Which of the two kinds of rows this is, if it is one."""
-    if "chosen" in fields or "prompt" not in fields:
+    if "chosen" in fields or not ("prompt" in fields or "instruction" in fields):
         return None
     if "responses" in fields:
         return RANKING
@@ -51,10 +52,11 @@ def read_ranking(fields: Fields, source: str) -> tuple[PreferencePair, ...]:
             advice = f"sort the responses best first and leave {name} out"
             fields.bad(name, "would be ignored: `responses` are read best first", advice)
     if not is_list(given) or len(given) < 2:
-        fields.bad("responses", "not a list of at least two", "give them best first")
+        text = f"{AS_A_LIST}, " if isinstance(given, str) else ""
+        fields.bad("responses", "not a list of at least two", f"{text}best first")
     numbered = {f"responses[{i}]": response for i, response in enumerate(given)}
-    inside = Fields({**fields.values, **numbered}, fields.where, fields.kind)
-    prompt, responses = matched(inside, fields.text("prompt"), *numbered)
+    inside = replace(fields, values={**fields.values, **numbered})
+    prompt, responses = matched(inside, given_prompt(fields) or fields.text("prompt"), *numbered)
     if len(set(map(str, responses))) < len(responses):
         fields.bad("responses", "holds the same response twice", "remove one")
     return tuple(
@@ -72,8 +74,8 @@ def read_ranking(fields: Fields, source: str) -> tuple[PreferencePair, ...]:
 def read_rating(fields: Fields, source: str) -> Rated:
     name = _first(fields, "response", "completion") or "response"
     by = _first(fields, "score", "rating", "label") or "score"
-    prompt, (response,) = matched(fields, fields.text("prompt"), name)
-    return Rated(fields.where, prompt, response, fields.number(by), source)
+    prompt, (response,) = matched(fields, given_prompt(fields) or fields.text("prompt"), name)
+    return Rated(fields.where, prompt, response, fields.label(by), source)
 
 
 def pairs_of(rated: Sequence[Rated]) -> tuple[PreferencePair, ...]:

@@ -31,6 +31,7 @@ class SourceCounts:
     Attributes:
         left_out: By the source's weight.
         columns: Of the rows, as long as none could be used.
+        unread: Columns that the rows' format does not read.
     """
 
     path: str
@@ -39,6 +40,7 @@ class SourceCounts:
     left_out: int = 0
     bad: BadRows = field(default_factory=BadRows)
     columns: dict[str, None] = field(default_factory=dict)
+    unread: dict[str, None] = field(default_factory=dict)
 
     @property
     def num_good(self) -> int:
@@ -54,13 +56,16 @@ class SourceCounts:
             "dropped": dropped,
             "left_out_by_weight": self.left_out,
             "first_dropped": list(self.bad.first),
+            "unread": list(self.unread),
         }
 
     @classmethod
     def of(cls, report: Mapping[str, Any]) -> SourceCounts:
         bad = BadRows(Counter(report["dropped"]), list(report["first_dropped"]))
         left_out = report["left_out_by_weight"]
-        return cls(report["path"], report["rows_read"], report["rows_kept"], left_out, bad)
+        counted = cls(report["path"], report["rows_read"], report["rows_kept"], left_out, bad)
+        counted.unread |= dict.fromkeys(report.get("unread", ()))
+        return counted
 
 
 @dataclass
@@ -117,7 +122,9 @@ def examples_of(
             raise row
         if not counts.num_good:
             counts.columns |= dict.fromkeys(map(str, row.values))
-        found = read_row(row, kind, columns=source.columns, source=source.path)
+        found = read_row(
+            row, kind, columns=source.columns, source=source.path, unread=counts.unread
+        )
     except BadRow as error:
         counts.bad.add(error)
     if isinstance(found, Rated):

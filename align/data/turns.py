@@ -9,8 +9,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeGuard
+from typing import Any
 
+from align.data.turn_keys import (
+    TRAIN,
+    NotTurns,
+    has_content,
+    is_list,
+    keys_of_turn,
+    says_more,
+)
 from align.nearest import alike, nearest
 from align.types import Message
 
@@ -28,47 +36,72 @@ _NEAR = 0.8
 _HH_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 
 
-class NotTurns(ValueError):
-    """Why a value is no conversation; ``fields.py`` says in which row and field."""
+def read_turns(value: Any, left_out: set[str] | None = None) -> tuple[Message, ...]:
+    """Messages of a list of turns, or of one, with ``role``/``content`` or ``from``/``value``.
 
-    def __init__(self, reason: str, advice: str = "mend the row") -> None:
-        super().__init__(reason)
-        self.advice = advice
-
-
-def is_list(value: Any) -> TypeGuard[Sequence[Any]]:
-    """Whether a value of a row is a list; text is none, though Python counts it as a sequence."""
-    return isinstance(value, Sequence) and not isinstance(value, str)
-
-
-def read_turns(value: Any) -> tuple[Message, ...]:
-    """Messages of a list of turns, or of one, with ``role``/``content`` or ``from``/``value``."""
+    Args:
+        left_out: Takes the names of the turns' keys that are not kept.
+    """
     turns = [value] if isinstance(value, Mapping) else value
     if not is_list(turns):
         is_json = isinstance(turns, str) and turns.lstrip().startswith(("[", "{"))
-        as_text = ", but text that may hold one (a CSV has no lists: save it as JSONL or Parquet)"
-        raise NotTurns("not a list of turns" + (as_text if is_json else ""))
+        if is_json or is_written_turns(turns):
+            raise NotTurns("not a list of turns, but text that may hold one", AS_A_LIST)
+        raise NotTurns(f"not a list of turns but {kind_name(turns)}")
     if not turns:
         raise NotTurns("empty")
-    return tuple(_read_turn(t) for t in turns)
+    left_out = set() if left_out is None else left_out
+    return tuple(_read_turn(t, left_out) for t in turns)
 
 
-def _read_turn(turn: Any) -> Message:
+def _read_turn(turn: Any, left_out: set[str]) -> Message:
+    if isinstance(turn, str):
+        raise NotTurns("a turn that is text alone: who speaks?", _EXAMPLE)
     if not isinstance(turn, Mapping):
-        raise NotTurns("a turn is not an object")
-    role = turn.get("role", turn.get("from"))
-    content = turn.get("content", turn.get("value"))
-    if turn.get("tool_calls"):
-        raise NotTurns("tool calls, which are not supported")
+        raise NotTurns("a turn is not an object", _EXAMPLE)
+    role, content = _either(turn, "role", "from"), _either(turn, "content", "value")
     if is_list(content):
         content = _text_parts(content)
-    if not isinstance(role, str) or not isinstance(content, str):
-        raise NotTurns("a turn without a role or without text")
+    if not isinstance(role, str):
+        raise NotTurns("a turn without a role or without text", _has_keys(turn))
     meant = misspelt(role)
     if meant:
         advice = f"did you mean {meant}? Allowed: {ALLOWED}"
-        raise NotTurns(f"role {role!r}, which nobody has", advice)
-    return {"role": _ALIASES.get(role, role), "content": content}
+        raise NotTurns(f"role {role!r:.40}, which nobody has", advice)
+    role = _ALIASES.get(role, role)
+    keys = keys_of_turn(turn, role, left_out)
+    if content is None and says_more(keys):
+        content = ""  # a call of a tool may have no words
+    if not isinstance(content, str):
+        raise NotTurns("a turn without a role or without text", _has_keys(turn))
+    return {"role": role, "content": content, **keys}
+
+
+def _either(turn: Mapping[str, Any], name: str, other: str) -> Any:
+    """The value under either name: where formats are mixed in Parquet, each turn has both keys."""
+    value, second = turn.get(name), turn.get(other)
+    if value is None:
+        return second
+    if has_content(second) and second != value:
+        raise NotTurns(f"a turn whose {name} and {other} differ", "keep one of them")
+    return value
+
+
+_EXAMPLE = 'write {"role": "user", "content": "..."}'
+
+
+def _has_keys(turn: Mapping[str, Any]) -> str:
+    there = ", ".join(f"{key} ({kind_name(value)})" for key, value in turn.items())
+    return f"{_EXAMPLE}; there: {there:.200}"
+
+
+def kind_name(value: Any) -> str:
+    """What a value is, for a message: ``null``, ``a number (int)``, ``list``."""
+    if value is None:
+        return "null"
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    kind = type(value).__name__
+    return f"a number ({kind})" if is_number else kind
 
 
 ALLOWED = f"{', '.join(ROLES)} (or {', '.join(_ALIASES)})"
@@ -88,12 +121,49 @@ def misspelt(role: str) -> str | None:
     return near if near and alike(bare, near) >= _NEAR else None
 
 
+_TEXT_TYPES = (None, "text", "input_text", "output_text")
+_TEXT_KEYS = ("type", "text", "value", "cache_control", "annotations", "citations", "index", "id")
+
+
 def _text_parts(parts: Sequence[Any]) -> str:
     """``[{"type": "text", "text": ...}, ...]`` as one string."""
-    texts = [p.get("text", p.get("value")) if isinstance(p, Mapping) else None for p in parts]
-    if not all(isinstance(t, str) for t in texts):
-        raise NotTurns("a turn with something other than text")
-    return "".join(t for t in texts if t is not None)
+    texts = []
+    for part in parts:
+        if not isinstance(part, Mapping):
+            raise NotTurns("a turn with something other than text", _EXAMPLE)
+        text, kind = _either(part, "text", "value"), part.get("type")
+        more = [key for key in part if key not in _TEXT_KEYS and has_content(part[key])]
+        if kind not in _TEXT_TYPES or more or not isinstance(text, str):
+            named = kind if kind not in _TEXT_TYPES else more[0] if more else kind_name(text)
+            advice = f"a part of it is {named!s:.40}: only text is supported; remove the row"
+            raise NotTurns("a turn with something other than text", advice)
+        texts.append(text)
+    return "".join(texts)
+
+
+AS_A_LIST = (
+    "give the list itself, in JSONL or Parquet (a CSV has no lists; of pandas: "
+    'df.to_json(path, orient="records", lines=True))'
+)
+_SPEAKERS = "|".join((*ROLES, *_ALIASES))
+_WRITTEN_ROLE = re.compile(rf"""['"](?:role|from)['"]\s*:\s*['"](?:{_SPEAKERS})['"]""")
+_WRITTEN_WORDS = re.compile(r"""['"](?:content|value|tool_calls|function_call)['"]\s*:""")
+_WRITTEN = re.compile(r"""\A\s*"?\s*(?:array\()?\s*[\[(]?\s*(?:\{|dict\()""")
+_LOOKED_AT = 100_000
+
+
+def is_written_turns(value: Any) -> bool:
+    """Whether a text is turns as JSON or as Python prints them: a cell of a CSV, a string twice.
+
+    It has to begin and end as a list or an object does, and to name a role and its words: text that
+    only begins with a bracket, and JSON of other things, is text.
+    """
+    if not isinstance(value, str) or not _WRITTEN.match(value):
+        return False
+    if value.rstrip()[-1] not in ']})"':
+        return False
+    text = value[:_LOOKED_AT].replace('\\"', '"')
+    return bool(_WRITTEN_ROLE.search(text) and _WRITTEN_WORDS.search(text))
 
 
 def is_hh(value: Any) -> bool:
@@ -133,4 +203,10 @@ def without_prompt(prompt: tuple[Message, ...], answer: tuple[Message, ...]) -> 
 
 
 def same_turn(a: Message, b: Message) -> bool:
-    return a["role"] == b["role"] and a["content"].strip() == b["content"].strip()
+    """Whether two turns say the same; whether they are trained on is not what they say."""
+
+    def said(turn: Message) -> dict[str, Any]:
+        words = {"content": turn["content"].strip()}
+        return {key: value for key, value in {**turn, **words}.items() if key != TRAIN}
+
+    return said(a) == said(b)

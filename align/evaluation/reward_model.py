@@ -94,7 +94,13 @@ def answer_text(answer: Text, where: str) -> str:
             f"preferences: {where}: the answers have {len(answer)} turns; a reward scores one "
             "answer: leave such rows out"
         )
-    return answer[0]["content"]
+    more = sorted(answer[0].keys() - {"role", "content"})
+    if more:
+        raise AlignError(
+            f"preferences: {where}: an answer has {', '.join(more)}, and a reward scores its words "
+            "alone: leave such rows out"
+        )
+    return str(answer[0]["content"])
 
 
 def shuffled(text: str, rng: random.Random) -> str:

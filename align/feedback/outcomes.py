@@ -16,6 +16,7 @@ from typing import Any
 
 from align.data.fields import Fields
 from align.data.formats import BadRow, Row, read_source
+from align.data.unread import unread_columns
 from align.feedback.ranking import Comparison
 from align.types import AlignError, DataSource, Text
 
@@ -61,14 +62,21 @@ def judgements_of(file: str) -> Iterator[Judgement | BadRow]:
     """What each row of the file says, in its order."""
     for row in read_source(DataSource(path=file)):
         try:
-            yield row if isinstance(row, BadRow) else _judgement(row)
+            yield row if isinstance(row, BadRow) else _whole(row)
         except BadRow as error:
             yield error
 
 
-def _judgement(row: Row) -> Judgement:
+def _whole(row: Row) -> Judgement:
+    """The judgement, of which no column with a meaning of its own is lost."""
     values = {name: value for name, value in row.values.items() if value is not None}
     fields = Fields(values, row.where, "preference")
+    judgement = _judgement(row, fields)
+    unread_columns(fields)
+    return judgement
+
+
+def _judgement(row: Row, fields: Fields) -> Judgement:
     prompt = fields.text("prompt") if "prompt" in fields else None
     annotator = fields.string("annotator") if "annotator" in fields else ""
     if "ranking" in fields:
@@ -81,7 +89,7 @@ def _judgement(row: Row) -> Judgement:
         return Judgement(row.where, prompt, items, annotator=annotator, models=models)
     for name in ("winner", "a", "b"):
         if name not in fields:
-            there = ", ".join(map(str, values)) or "none"
+            there = ", ".join(map(str, fields.values)) or "none"
             fields.bad(name, "missing", f"a judgement has a, b, winner, or ranking; there: {there}")
     said = fields.get("winner")
     winner = said.lower() if isinstance(said, str) else None

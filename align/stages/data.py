@@ -32,6 +32,7 @@ from align.data.token_cache import (
     write_entry,
 )
 from align.data.tokenise import Tally, batches_of
+from align.data.unread import not_read
 from align.options import TrainOptions
 from align.progress import Progress, say
 from align.stages.common import Session
@@ -224,6 +225,7 @@ def _tell(reports: Sequence[SourceReport], dropped: dict[str, int], facts: dict[
     say(
         f"  data: {facts['train_rows']} rows ({facts['train_tokens']} tokens), "
         f"{facts['test_rows']} more held out"
+        f"{not_read(name for report in reports for name in report.unread)}"
     )
     reasons = dict(dropped)
     for report in reports:

@@ -18,6 +18,7 @@ from align.data.stream import TokenStream
 from align.data.stream_counts import Counts
 from align.data.stream_windows import Window, WindowReader
 from align.data.subset import pick
+from align.data.unread import not_read
 from align.options import TrainOptions
 from align.progress import say
 from align.run_folder import Run
@@ -71,9 +72,10 @@ def open_stream(
     places = [place for source in sources for place in _places(source)]
     session.run.describe(data={"train": places, "test": list(held_out.reports)})
     if session.run.is_main:
+        unread = (name for counts in first.counts.sources for name in counts.unread)
         say(
             f"  data: streamed; {first.counts.rows} rows in the first window "
-            f"({first.counts.tokens} tokens), {held_out.rows} more held out"
+            f"({first.counts.tokens} tokens), {held_out.rows} more held out{not_read(unread)}"
         )
         _say_dropped(first.counts)
     stream.each_window(_Teller(session.run, held_out))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -63,7 +65,12 @@ def test_a_conversation_is_no_single_string(pair: PreferencePair) -> None:
 def test_strings_and_rankings_come_back() -> None:
     pair = PreferencePair(id="f:1", prompt="q", chosen="a", rejected="b", margin=2.0, source="f")
     assert back(convert(pair, "strings"), "preference") == pair
-    assert convert(pair, "ranking") == {"prompt": "q", "responses": ["a", "b"]}
+    with pytest.raises(AlignError, match="a ranking has no margin"):
+        convert(pair, "ranking")
+    assert convert(replace(pair, margin=None), "ranking") == {
+        "prompt": "q",
+        "responses": ["a", "b"],
+    }
     assert convert(pair, "hh") == {
         "chosen": "\n\nHuman: q\n\nAssistant: a",
         "rejected": "\n\nHuman: q\n\nAssistant: b",

@@ -1,0 +1,157 @@
+"""Columns that a format does not read: extra ones, which are reported, and meaningful ones.
+
+Readers take values through ``Fields``, which remembers what was asked for. What is left over after
+a row was read is looked at here, whatever the format. A column that other tools give a meaning
+(system text, tools, images, weights, thinking, ...) would change the task if it were left out, so
+its row is refused; any other is an extra column, and its name is reported.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from align.data.fields import Fields
+from align.data.rankings import Rated
+from align.data.turn_keys import TRAIN, has_content
+from align.types import Message, PreferencePair, PromptExample, SFTExample, Text
+
+Read = TypeVar("Read", bound=SFTExample | PreferencePair | PromptExample | Rated)
+
+SYSTEM = ("system", "system_prompt")
+_MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+_TOOLS = ("tools", "functions", "function_call", "tool_calls")
+_THOUGHTS = ("thinking", "thinking_content", "reasoning", "reasoning_content")
+
+MOST_SHOWN = 12
+"""Names of a line."""
+_REMOVE = "remove the column, or the row"
+MEANING: dict[str, tuple[str, str]] = {
+    **dict.fromkeys(
+        SYSTEM,
+        (
+            "beside a prompt that is a string, which no chat template is put around",
+            'write the prompt as turns: [{"role": "system", "content": ...}, {"role": "user", '
+            '"content": ...}], or have it read as the instruction of a conversation: '
+            "data.columns.instruction=COLUMN",
+        ),
+    ),
+    **dict.fromkeys(_MEDIA, ("not supported", "only text is: remove the row")),
+    **dict.fromkeys(
+        _TOOLS,
+        ("not supported", f"write tools into the system turn, calls into turns, or {_REMOVE}"),
+    ),
+    "history": ("not read in this format", "write the conversation as turns: messages, or prompt"),
+    "chat_template_kwargs": ("not supported", _REMOVE),
+    "weights": ("not supported", 'mark turns that are not trained on with "weight": 0 in them'),
+    "message_tree_id": (
+        "rows that are messages of a tree (OASST)",
+        "write each path from root to leaf as one row of messages",
+    ),
+}
+_OF_ANSWERS = dict.fromkeys(
+    _THOUGHTS,
+    (
+        "not read: thinking belongs into its turn",
+        'give turns: {"role": "assistant", "reasoning_content": ..., "content": ...}, '
+        f"or {_REMOVE}",
+    ),
+)
+_MARGIN = ("not read in this format", f"give prompt + chosen + rejected + margin, or {_REMOVE}")
+
+
+def unread_columns(fields: Fields) -> list[str]:
+    """The file's columns that were not read, and keys of turns as ``turns[].key``.
+
+    Raises:
+        BadRow: One of them carries a meaning, or `data.columns` names it: it would have no effect.
+    """
+    taken = {fields.renamed[name] for name in fields.used if name in fields.renamed}
+    extra = []
+    for name, value in fields.values.items():
+        if name in fields.used or (name in taken and name not in fields.renamed):
+            continue
+        problem = _problem(fields, name, value)
+        if problem is not None:
+            fields.bad(name, *problem)
+        if name in fields.renamed and fields.kind != "prompt":
+            advice = f"take data.columns.{name} out (`align data`: --columns)"
+            fields.bad(name, "named in data.columns, but this format does not read it", advice)
+        extra.append(name)
+    return [*extra, *(f"turns[].{key}" for key in sorted(fields.left_out))]
+
+
+def not_read(unread: Iterable[str]) -> str:
+    """The end of a line about data: which of their columns go nowhere; nothing where all do."""
+    names = list(dict.fromkeys(unread))
+    shown = ", ".join(names[:MOST_SHOWN])
+    more = f" and {len(names) - MOST_SHOWN} more" if len(names) > MOST_SHOWN else ""
+    return f"; columns not read: {shown}{more}" if names else ""
+
+
+def _problem(fields: Fields, name: str, value: Any) -> tuple[str, str] | None:
+    """Why a row with this column cannot be used, and what to do; None for an extra column."""
+    if name in ("weight", "sample_weight"):
+        try:
+            return None if float(value) == 1 else ("of a row is not supported", _WEIGHT)
+        except (TypeError, ValueError):
+            return None  # of something else
+    if name in ("label", "kto_tag") and fields.kind == "sft" and "text" not in fields.used:
+        is_no = value == 0 or str(value).strip().lower() in ("false", "0")
+        return ("false: an answer that is not to be learnt", "remove the row") if is_no else None
+    if not has_content(value):
+        return None
+    if name == "margin" and fields.kind == "preference":
+        return _MARGIN
+    if name == "context" and "instruction" in fields.used:
+        return "not read beside output", "name it: data.columns.input=context"
+    if name in _OF_ANSWERS and fields.kind != "prompt":
+        # beside two answers it is a judge's, of whom nothing is learnt
+        is_judges = name == "reasoning" and fields.kind == "preference"
+        return None if is_judges else _OF_ANSWERS[name]
+    return MEANING.get(name)
+
+
+_WEIGHT = "give data.train[].weight to a file of such rows, or remove the column"
+
+
+def completed(example: Read, fields: Fields) -> Read:
+    """The example with the row's system text as its first turn; a prompt of strings stays as it is.
+
+    Marks of turns that are not trained on are taken out of prompts, of which nothing is.
+
+    Raises:
+        BadRow: The conversation has another system turn already.
+    """
+    where = "prompt"
+    if isinstance(example, SFTExample) and example.messages is not None:
+        where = "messages"
+    turns: Text | None = getattr(example, where)
+    if turns is None or isinstance(turns, str):
+        return example
+    whole = (*_system(fields, turns), *turns)
+    if where == "prompt":
+        whole = tuple({key: turn[key] for key in turn if key != TRAIN} for turn in whole)
+    changed: dict[str, Any] = {where: whole}
+    return example if whole == turns else replace(example, **changed)
+
+
+def _system(fields: Fields, turns: Sequence[Message]) -> tuple[Message, ...]:
+    """The turn that has to be put in front of the others, if there is one."""
+    names = [name for name in SYSTEM if has_content(fields.values.get(name))]
+    said = [fields.string(name) for name in names]
+    own = [turn["content"] for turn in turns if turn["role"] in ("system", "developer")]
+    if len({text.strip() for text in (*said, *own[:1])}) > 1 and said:
+        fields.bad(names[0], "differs from the row's other system text", "keep one of them")
+    return ({"role": "system", "content": said[0]},) if said and not own else ()
+
+
+def with_extras(example: Read, fields: Fields, names: Collection[str]) -> Read:
+    """A prompt with the values of these unread columns, as JSON has them, for rewards."""
+    if not isinstance(example, PromptExample):
+        return example
+    given = {name: fields.values[name] for name in names if name in fields.values}
+    changed: dict[str, Any] = {"extra": json.loads(json.dumps(given, default=str))}
+    return replace(example, **changed)
