@@ -48,12 +48,16 @@ def check(command: str, recipe: Any) -> Iterator[str]:
         from align.stages.dpo_options import check_options
 
         check_options(recipe)
-    for term in getattr(recipe, "reward", ()):
-        if term.function:
-            from align.rewards.function import load_function, require_arguments
+    for key in ("reward", "gold_reward"):
+        if any(term.function for term in getattr(recipe, key, ())):
+            from align.rewards import check_functions
 
-            found = require_arguments("reward.function", load_function(term.function))
-            yield f"reward      {found.name}: found"
+            for found in check_functions(key, getattr(recipe, key)):
+                yield f"{key:<11} {found.name}: found"
+    if isinstance(recipe, EvalRecipe):
+        from align.evaluation.harness import check_plugins
+
+        check_plugins(recipe)
     _check_kinds(command, recipe)
     rows = 0
     sample: list[Any] = []

@@ -34,7 +34,7 @@ Row = dict[str, Any]
 Align = Callable[..., str]
 
 REWARDS = """
-import time, math
+import time, math, os
 calls = 0
 
 def counted(value, at):
@@ -49,7 +49,7 @@ def counted(value, at):
 
 nan_once = counted(math.nan, 2)
 nan_last = counted(math.nan, 7)
-always_nan = lambda p, r, refs: [math.nan] * len(r)
+always_nan = lambda responses: [math.nan] * len(responses)
 
 def hangs(prompts, responses, references):
     time.sleep(60)
@@ -59,6 +59,9 @@ def raises(prompts, responses, references):
 
 def leaves(prompts, responses, references):
     raise SystemExit(0)
+
+def ends(prompts, responses, references):
+    os._exit(0)
 
 def one_short(prompts, responses, references):
     return [1.0] * (len(responses) - 1)
@@ -342,6 +345,7 @@ def test_logits_that_become_nan_are_never_drawn_from(tiny_sft: Path, trust: Trus
         ("raises", "raised ValueError: no such key", "raises"),
         ("one_short", "returned 7 scores for 8 responses", "returns too few scores"),
         ("leaves", "raised SystemExit: 0", "leaves the program"),
+        ("ends", "raised os._exit(0)", "ends the process with code 0"),
         ("hangs", "no answer within 0.2 s for 8 responses", "hangs"),
     ],
 )

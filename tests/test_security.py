@@ -73,7 +73,7 @@ def test_modules_are_imported_by_name_for_commands_and_named_rewards_only() -> N
         if "load_function(" in path.read_text(encoding="utf-8")
     }
     assert naming == {
-        "rewards/function.py", "rewards/__init__.py", "checking.py",
+        "rewards/function.py", "rewards/__init__.py",
         "evaluation/harness.py", "evaluation/measure.py",  # keys of the recipe: judge, metrics
     }  # fmt: skip
 
@@ -188,7 +188,7 @@ def test_what_data_say_of_a_reward_is_no_reward(
 ) -> None:  # fmt: skip
     """Neither a column of the data nor a model's own config names the function that runs."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "evil.py").write_text("open('touched', 'w')\ndef f(*_): return []\n")
+    (tmp_path / "evil.py").write_text("open('touched', 'w')\ndef f(**_): return []\n")
     model = shutil.copytree(tiny_sft, tmp_path / "model")
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     config["reward"] = {"function": "evil:f"}

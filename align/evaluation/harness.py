@@ -22,7 +22,8 @@ from align.config import EvalRecipe
 from align.data.preferences import load_examples, split_by_prompt, with_columns
 from align.data.subset import pick
 from align.evaluation.agreement import best_of_n, best_of_n_kl
-from align.evaluation.measure import Measurer, System
+from align.evaluation.bleu import CORPUS_METRICS
+from align.evaluation.measure import Measurer, System, own_metric
 from align.evaluation.outputs import Answerer, Outputs, Reference, ReferenceFit, read_outputs
 from align.evaluation.reward_model import agreement_with, evaluate_reward
 from align.evaluation.systems import Judge, comparisons, judge_of, pooled, win_rates
@@ -32,6 +33,7 @@ from align.recipes_io import to_yaml
 from align.rewards import (
     FunctionReward,
     build_reward,
+    check_functions,
     load_function,
     needs_references,
     require_arguments,
@@ -53,6 +55,7 @@ def run(recipe: EvalRecipe) -> None:
     for options in (recipe.generation, recipe.sampling):
         if options is not None:
             require_engine(options)
+    check_plugins(recipe)
     state = PartialState()
     if state.num_processes > 1:
         raise AlignError("eval: runs in one process; start it without `accelerate launch`")
@@ -99,7 +102,18 @@ def _judge(name: str | None) -> FunctionReward | None:
     """Looked at before anything is sampled."""
     if name is None:
         return None
-    return require_arguments("judge", load_function(name), ("prompts", "a", "b", "references"))
+    named = replace(load_function(name, key="judge"), kind="judge")
+    return require_arguments("judge", named, ("prompts", "a", "b", "references"))
+
+
+def check_plugins(recipe: EvalRecipe) -> None:
+    """Refuse functions that cannot be called, before any model is loaded for them."""
+    check_functions("reward", recipe.reward)
+    check_functions("gold_reward", recipe.gold_reward)
+    _judge(recipe.judge)
+    for name in recipe.metrics:
+        if name not in CORPUS_METRICS:
+            own_metric(name)
 
 
 class _Evaluation:
@@ -171,7 +185,7 @@ class _Evaluation:
         if self.gold is not None:
             judges[self.gold.name] = "gold"
         if self.judge is not None:
-            judges[self.judge.name] = judge_of(self.judge.function, self.judge.name, self.examples)
+            judges[self.judge.name] = judge_of(self.judge, self.examples)
         return {
             "models": [s.row for s in self.systems],
             "pooled": pooled(self.systems),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import evaluate
@@ -15,6 +16,7 @@ from align.evaluation.intervals import corpus_ci95, mean_ci95, proportion_ci95
 from align.evaluation.outputs import Outputs, ReferenceFit, mean
 from align.evaluation.text import distinct_n, distinct_n_ci95, exact_matches, repetition
 from align.rewards import load_function, require_arguments
+from align.rewards.guard import guarded
 from align.rewards.metric import MetricReward
 from align.types import AlignError, PromptExample, RewardSource
 
@@ -162,10 +164,10 @@ OwnMetric = Callable[[Sequence[Any], Sequence[str], Sequence[Sequence[str]]], An
 
 def own_metric(name: str) -> OwnMetric:
     """``module:name``: a function like a reward's, or an ``evaluate`` metric (class or object)."""
-    named = load_function(name)
+    named = replace(load_function(name, key="metrics"), kind="metric")
     module: Any = named.function
     if isinstance(module, type) and issubclass(module, evaluate.EvaluationModule):
-        module = module()
+        module = guarded(f"metric {name}", module)
     if not isinstance(module, evaluate.EvaluationModule):
         return require_arguments("metrics", named)
 
@@ -175,11 +177,7 @@ def own_metric(name: str) -> OwnMetric:
         inputs: dict[str, Any] = {"predictions": list(responses)}
         if "references" in module._feature_names():
             inputs["references"] = [list(row) for row in references]
-        try:
-            return dict(module.compute(**inputs))
-        except Exception as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            raise AlignError(f"metrics: {name}: raised {reason}") from error
+        return dict(guarded(f"metric {name}", partial(module.compute, **inputs)))
 
     return compute
 

@@ -13,7 +13,8 @@ from align.evaluation.compare import Comparison, compare_statistics, compare_val
 from align.evaluation.intervals import mean_ci95
 from align.evaluation.measure import System
 from align.evaluation.wins import length_controlled_difference, shares_won, win_rate
-from align.types import PromptExample
+from align.rewards.function import FunctionReward, checked_scores
+from align.types import AlignError, PromptExample
 
 Judge = Callable[[Sequence[str], Sequence[str]], np.ndarray]
 
@@ -121,21 +122,15 @@ def _shares(a: System, b: System, decide: Judge | str, tie_margin: float) -> np.
     return decide(a.outputs.responses, b.outputs.responses)
 
 
-def judge_of(function: Any, name: str, examples: Sequence[PromptExample]) -> Judge:
+def judge_of(judge: FunctionReward, examples: Sequence[PromptExample]) -> Judge:
     """A judge function asked in both orders, so that a taste for the first answer cancels."""
-    from align.rewards.function import checked_scores
-    from align.types import AlignError
-
+    name = judge.name
     prompts = [e.prompt for e in examples]
     references = [e.references for e in examples]
 
     def ask(first: Sequence[str], second: Sequence[str]) -> np.ndarray:
-        try:
-            answers = function(prompts, list(first), list(second), references)
-        except Exception as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            raise AlignError(f"judge {name}: raised {reason}; mend the function") from error
-        shares = np.array(checked_scores(f"judge {name}", answers, len(prompts)))
+        given = dict(prompts=prompts, a=first, b=second, references=references)  # noqa: C408
+        shares = np.array(checked_scores(f"judge {name}", judge.call(given), len(prompts)))
         if ((shares < 0) | (shares > 1)).any():
             raise AlignError(
                 f"judge {name}: gave {shares.min():g} .. {shares.max():g}; wanted 1 where the "

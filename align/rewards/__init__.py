@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from align.progress import warn
 from align.rewards.function import FunctionReward, load_function, require_arguments
 from align.rewards.metric import MetricReward
 from align.rewards.weighted import WeightedReward
@@ -14,9 +15,11 @@ __all__ = [
     "MetricReward",
     "WeightedReward",
     "build_reward",
+    "check_functions",
     "load_function",
     "needs_references",
     "require_arguments",
+    "warn_of_constant",
 ]
 
 
@@ -39,6 +42,38 @@ def build_reward(
     if len(weighted) == 1 and weighted[0][0] == 1:
         return weighted[0][1]
     return WeightedReward(weighted)
+
+
+def check_functions(key: str, terms: Sequence[RewardTerm]) -> list[FunctionReward]:
+    """The functions among the terms, imported; refused here where they cannot be called by name.
+
+    Called before models are loaded, which takes minutes.
+    """
+    return [
+        require_arguments(f"{key}.function", load_function(term.function, term.timeout))
+        for term in terms
+        if term.function is not None
+    ]
+
+
+def warn_of_constant(source: RewardSource, scores: Sequence[float]) -> None:
+    """Say it where every response got the same score, from the whole reward or a term of a sum.
+
+    A term is judged by the scores of its last call.
+    """
+    columns = {source.name: scores}
+    if isinstance(source, WeightedReward) and not _is_constant(scores):
+        columns = dict(source.last_scores)
+    for name, column in columns.items():
+        if _is_constant(column):
+            warn(
+                f"reward {name}: all {len(column)} responses got the same score, {column[0]:g}; "
+                "where that stays so there is nothing to learn from it: check it by hand"
+            )
+
+
+def _is_constant(scores: Sequence[float]) -> bool:
+    return len(scores) > 1 and min(scores) == max(scores)
 
 
 def needs_references(source: RewardSource) -> bool:

@@ -14,6 +14,8 @@ class WeightedReward:
 
     terms: Sequence[tuple[float, RewardSource]]
     name: str = field(init=False)
+    # each term's scores, unweighted, of the last call
+    last_scores: dict[str, Sequence[float]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.name = " + ".join(f"{weight:g}*{source.name}" for weight, source in self.terms)
@@ -31,6 +33,8 @@ class WeightedReward:
     ) -> list[float]:
         weights = [weight for weight, _ in self.terms]
         columns = [source(prompts, responses, references) for _, source in self.terms]
+        names = (source.name for _, source in self.terms)
+        self.last_scores = dict(zip(names, columns, strict=True))
         return [
             sum(weight * score for weight, score in zip(weights, row, strict=True))
             for row in zip(*columns, strict=True)

@@ -18,7 +18,7 @@ from align.config import GenerateRecipe, PairsConfig
 from align.feedback.pairs import choose_pairs
 from align.models import load_policy
 from align.progress import Progress, say
-from align.rewards import build_reward
+from align.rewards import build_reward, check_functions, warn_of_constant
 from align.rewards.model import reward_model_loader
 from align.rollout.engine import require_engine, sample
 from align.rollout.experience import decode_rollout
@@ -43,6 +43,7 @@ def run(recipe: GenerateRecipe) -> None:
     if recipe.data.test:
         raise AlignError("data.test: generate samples from every prompt; put them in data.train")
     require_engine(recipe.generation)
+    check_functions("reward", recipe.reward)
     session = open_session(recipe, "generate")
     every_prompt = replace(recipe.data, test_fraction=0.0)
     prompts, _ = load_data(session, every_prompt, "prompt", seed=recipe.seed)
@@ -147,6 +148,7 @@ def _score(
             [r["response"] for r in rows],
             [r["references"] for r in rows],
         )
+        warn_of_constant(reward, scores)
         for row, score in zip(rows, scores, strict=True):
             row["score"] = score
     return rows

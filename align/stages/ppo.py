@@ -22,6 +22,7 @@ from align.data.packing import longest_of
 from align.losses import adapt_kl_coef
 from align.models.policy import check_length
 from align.progress import Progress, change
+from align.rewards import check_functions, warn_of_constant
 from align.rollout.engine import require_engine
 from align.stages.common import (
     Session,
@@ -45,6 +46,7 @@ from align.types import Experience, NonFiniteError, PromptExample, Rollout
 def run(recipe: PPORecipe) -> None:
     """Optimise ``recipe.model`` against ``recipe.reward``; saves actor and critic."""
     require_engine(recipe.generation)
+    check_functions("reward", recipe.reward)
     session = open_session(recipe, "ppo")
     prompts, held_out = load_data(session, recipe.data, "prompt", seed=recipe.seed)
     roles = load_roles(recipe, session)
@@ -83,6 +85,7 @@ class _PPO:
             best_by=recipe.keep_best,
         )
         self.kl_coef = recipe.kl.coef
+        self.scored_before = False
         # held-out numbers before the first step
         self.before: dict[str, float] = {}
 
@@ -190,6 +193,9 @@ class _PPO:
     def _score_once(self, now: Iteration, rollout: Rollout, responses: Sequence[str]) -> Tensor:
         if now.hand.scores is None:
             now.hand.scores = self.phases.score(now.examples, rollout, responses)
+            if not self.scored_before and self.session.run.is_main:
+                warn_of_constant(self.roles.reward, now.hand.scores.tolist())
+            self.scored_before = True
             if self.recipe.save_every:
                 self.saver.add_in_hand(now.number, now.hand.packed())
             self._stay_or_leave(now)

@@ -64,7 +64,7 @@ ALLOWED: dict[str, set[str]] = {
     "model_sizes": {"models"} | CONFIG,
     "memory": {"models", "losses", "model_sizes"} | CONFIG,
     "checking": {"data", "models", "memory", "model_sizes", "rewards", "rollout", "training"}
-    | {"stages"}
+    | {"stages", "evaluation"}
     | CONFIG,
     "feedback": {"data"},
     "commands": {"data", "models", "feedback"},

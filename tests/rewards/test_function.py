@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 import torch
 
 from align.rewards import FunctionReward, build_reward, load_function
-from align.types import AlignError, RewardTerm
+from align.types import AlignError, RewardSource, RewardTerm
 
 PROMPTS, RESPONSES, REFERENCES = ["p", "q"], ["a", "bb"], [(), ()]
 
@@ -45,18 +47,32 @@ def test_a_module_is_named_without_py() -> None:
 
 def test_function_in_a_package(folder: Path) -> None:
     (folder / "pack").mkdir()
-    (folder / "pack" / "mod.py").write_text("def f(p, r, refs):\n    return [1, 2]\n")
+    (folder / "pack" / "mod.py").write_text("def f(responses):\n    return [1, 2]\n")
     source = load_function("pack.mod:f")
     assert source.name == "pack.mod:f"
     assert source(PROMPTS, RESPONSES, REFERENCES) == [1.0, 2.0]
 
 
 @pytest.mark.parametrize(
-    "scores", [np.array([1.0, 2.0], dtype=np.float32), torch.tensor([1.0, 2.0]), (1, 2.0)]
+    "scores",
+    [
+        np.array([1.0, 0.0], dtype=np.float32),
+        np.array([True, False]),
+        np.array([1, 0.0], dtype=object),
+        torch.tensor([1.0, 0.0], requires_grad=True),
+        torch.tensor([1.0, 0.0], dtype=torch.bfloat16),
+        (1, 0.0),
+        [True, False],
+        [np.float32(1), np.int64(0)],
+        [np.bool_(True), np.float16(0)],
+        [torch.tensor(1.0, requires_grad=True), torch.tensor([0])],
+        [Fraction(1), 0],
+    ],
+    ids=lambda scores: f"{type(scores).__name__} of {type(scores[0]).__name__}",
 )
-def test_arrays_and_tensors_are_scores(scores: object) -> None:
+def test_arrays_tensors_and_their_numbers_are_scores(scores: object) -> None:
     got = FunctionReward("f", lambda *_: scores)(PROMPTS, RESPONSES, REFERENCES)
-    assert got == [1.0, 2.0]
+    assert got == [1.0, 0.0]
     assert all(type(score) is float for score in got)
 
 
@@ -70,6 +86,14 @@ def test_arrays_and_tensors_are_scores(scores: object) -> None:
         ("return [1.0, '2']", "score of response 1 is '2'"),
         ("return [1.0, None]", "score of response 1 is None"),
         ("return [[1.0], [2.0]]", r"score of response 0 is \[1.0\]"),
+        ("return [1.0, 1j]", "score of response 1 is 1j"),
+        ("return [1.0, 10 ** 400]", "score of response 1 is 1000.*must be a finite float$"),
+        ("return [1.0, -1e39]", "score of response 1 is -1e.39.*float32 ends at"),
+        ("return {'a': 1.0, 'b': 2.0}", "returned dict"),
+        ("return (1.0 for _ in responses)", "returned generator, must return a list of 2"),
+        ("return __import__('numpy').zeros((2, 1))", r"score of response 0 is \[0.0\]"),
+        ("return __import__('torch').tensor(1.0)", "returned Tensor, must return a list of 2"),
+        ("async def g(): ...\n    return g()", "returned a coroutine"),
         ("return None", "returned NoneType, must return a list of 2 floats"),
         ("return 'ab'", "returned str"),
         ("return 1.0", "returned float"),
@@ -118,20 +142,105 @@ def test_module_that_does_not_import(body: str, message: str, folder: Path) -> N
         load_function("my_rewards:f")
 
 
+def built(arguments: str, folder: Path, body: str = "return [0.0, 0.0]") -> RewardSource:
+    write_module(folder, f"def f({arguments}):\n    {body}\n")
+    return build_reward([RewardTerm(function="my_rewards:f")], load_model=pytest.fail)
+
+
 @pytest.mark.parametrize(
-    "arguments",
-    ["prompt", "prompts, responses", "a, b, c, d", "prompts, *, responses, references", ""],
+    ("arguments", "seen"),
+    [
+        ("prompts, responses, references", "prompts, responses, references"),
+        ("references, prompts, responses", "prompts, responses, references"),  # by name
+        ("responses", "responses"),
+        ("responses, prompts", "prompts, responses"),
+        ("*, references, responses", "responses, references"),
+        ("references, responses, /", "responses, references"),
+        ("prompts, /, **rest", "prompts, rest['responses'], rest['references']"),
+        ("**rest", "rest['prompts'], rest['responses'], rest['references']"),
+        ("responses, weight=1.0, **rest", "rest['prompts'], responses, weight"),
+        ("*all", "*all,"),
+        ("*all, **rest", "*all, *rest.values()"),
+        ("responses, limit=3, response_weight=2", "responses, limit, response_weight"),
+    ],
 )
-def test_a_function_that_cannot_take_what_it_is_given(arguments: str, folder: Path) -> None:
-    write_module(folder, f"def f({arguments}):\n    raise SystemExit('it was called')\n")
+def test_arguments_are_matched_by_name(arguments: str, seen: str, folder: Path) -> None:
+    columns = {"prompts": ["p", "q"], "responses": ["a", "b"], "references": [("r",), ()]}
+    own = {"weight": 1.0, "limit": 3, "response_weight": 2}
+    reward = built(arguments, folder, f"global got; got = [{seen}]; return [0.0, 0.0]")
+    assert reward(**columns) == [0.0, 0.0]
+    given = sys.modules["my_rewards"].got
+    names = re.findall(r"prompts|responses|references|response_weight|weight|limit", seen)
+    assert given == [(columns | own)[name] for name in names or columns]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        ("prompt, responses", "nothing is given for prompt (did you mean prompts?)"),
+        ("a, b, c", "nothing is given for a: "),
+        ("prompts, responses, refs", "nothing is given for refs"),
+        ("prompts, completions", "nothing is given for completions (did you mean responses?)"),
+        ("completions, **kwargs", "nothing is given for completions (did you mean responses?)"),
+        ("responses, ground_truth", "nothing is given for ground_truth (did you mean references?)"),
+        ("responses, reference=None", "nothing is given for reference (did you mean references?)"),
+        ("responses, completions=()", "nothing is given for completions (did you mean responses?)"),
+        ("prompts, *others", "nothing is given to *others"),
+        ("limit=3", "none of what it is given"),
+        ("", "none of what it is given"),
+    ],
+)
+def test_names_that_nothing_is_given_for_are_refused(
+    arguments: str, what: str, folder: Path
+) -> None:
     with pytest.raises(AlignError) as caught:
-        build_reward([RewardTerm(function="my_rewards:f")], load_model=pytest.fail)
-    assert str(caught.value).startswith(f"reward.function='my_rewards:f': takes ({arguments}), ")
+        built(arguments, folder, "raise SystemExit('it was called')")
+    assert str(caught.value).startswith(
+        f"reward.function='my_rewards:f': takes ({arguments}), {what.partition(':')[0]}"
+    )
     assert str(caught.value).endswith("write `def f(prompts, responses, references):`")
 
 
-@pytest.mark.parametrize("arguments", ["a, b, c", "*all", "a, b, c, d=1", "a, b, *rest"])
-def test_names_and_further_defaults_are_the_functions_own(arguments: str, folder: Path) -> None:
-    write_module(folder, f"def f({arguments}):\n    return [0.0]\n")
-    reward = build_reward([RewardTerm(function="my_rewards:f")], load_model=pytest.fail)
-    assert reward(["p"], ["r"], [()]) == [0.0]
+@pytest.mark.parametrize(
+    ("module", "what"),
+    [
+        ("async def f(responses): ...", "an async function"),
+        ("async def f(responses):\n    yield 1", "an async generator"),
+        ("def f(responses):\n    yield 1.0", "a generator"),
+        ("class f:\n    def __init__(self, responses): ...", "a class"),
+        ("class C:\n    async def __call__(self, responses): ...\nf = C()", "an async function"),
+    ],
+)
+def test_what_returns_before_it_has_computed_is_refused(
+    module: str, what: str, folder: Path
+) -> None:
+    write_module(folder, module)
+    with pytest.raises(AlignError, match=f"reward.function='my_rewards:f': is {what}"):
+        build_reward([RewardTerm(function="my_rewards:f")], load_model=pytest.fail)
+
+
+def test_objects_partials_and_builtins_can_be_rewards(folder: Path) -> None:
+    write_module(
+        folder,
+        "from functools import partial\n"
+        "class C:\n    def __call__(self, responses): return [2.0] * len(responses)\n"
+        "def g(responses, scale): return [scale] * len(responses)\n"
+        "f, h = C(), partial(g, scale=3.0)\n",
+    )
+    for name, score in (("f", 2.0), ("h", 3.0)):
+        source = [RewardTerm(function=f"my_rewards:{name}")]
+        assert build_reward(source, load_model=pytest.fail)(["p"], ["r"], [()]) == [score]
+
+
+def test_a_function_works_on_copies(folder: Path) -> None:
+    body = (
+        "prompts[0][0]['content'] = 'x'; prompts.clear(); responses.sort(); "
+        "references[:] = []; return [0.0, 0.0]"
+    )
+    prompts = [({"role": "user", "content": "q"},), "p"]
+    responses, references = ["b", "a"], [("r",), ()]
+    assert built("prompts, responses, references", folder, body)(
+        prompts, responses, references
+    ) == [0.0, 0.0]
+    assert prompts == [({"role": "user", "content": "q"},), "p"]
+    assert (responses, references) == (["b", "a"], [("r",), ()])

@@ -5,8 +5,8 @@ import pytest
 from align.rewards import FunctionReward, MetricReward, WeightedReward, build_reward
 from align.types import AlignError, RewardSource, RewardTerm
 
-LENGTH = FunctionReward("length", lambda p, responses, refs: [len(r) for r in responses])
-ONE = FunctionReward("one", lambda p, responses, refs: [1.0] * len(responses))
+LENGTH = FunctionReward("length", lambda responses: [len(r) for r in responses])
+ONE = FunctionReward("one", lambda responses: [1.0] * len(responses))
 
 
 def no_model(name: str) -> RewardSource:

@@ -1,8 +1,7 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,11 @@ from transformers import (
     AutoTokenizer,
 )
 
-from align.config import EvalRecipe, PPORecipe, RewardRecipe
+from align.config import EvalRecipe, RewardRecipe
 from align.evaluation import harness
 from align.models import load_scalar_model, load_tokenizer
 from align.models.policy import ScalarModel
-from align.stages import ppo, ppo_phases, ppo_update, reward_model
+from align.stages import ppo_phases, ppo_update, reward_model
 from align.types import AlignError, Experience, TokenGroup
 from tools.trust import Trust
 
@@ -31,50 +30,7 @@ ReadJsonl = Callable[[Path], list[Row]]
 RunPPO = Callable[..., Path]
 MakeRecipe = Callable[..., Any]
 
-REWARDS = """
-def count_o(prompts, responses, references):
-    return [float(r.count("o")) for r in responses]
-
-def length(prompts, responses, references):
-    return [len(r) / 10 for r in responses]
-"""
-
-
-@pytest.fixture(autouse=True)
-def rewards_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    (tmp_path / "tiny_rewards.py").write_text(REWARDS)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", sys.path[:])
-    yield
-    sys.modules.pop("tiny_rewards", None)
-
-
-@pytest.fixture
-def prompts_file(write_rows: Callable[..., Path], demonstrations: list[Row]) -> Path:
-    rows = [{"prompt": r["prompt"], "references": [r["completion"]]} for r in demonstrations]
-    return write_rows("prompts.jsonl", rows)
-
-
-@pytest.fixture
-def run_ppo(tiny_sft: Path, tmp_path: Path, make_recipe: MakeRecipe, prompts_file: Path) -> RunPPO:
-    """Three iterations of eight prompts with two samples each, two steps on each."""
-    tree = {
-        "model": str(tiny_sft),  # its responses differ in length
-        "data": {"train": str(prompts_file), "test_fraction": 0.1},
-        "precision": "fp32",
-        "reward": {"function": "tiny_rewards:count_o"},
-        "generation": {"max_new_tokens": 8, "temperature": 0.7, "samples_per_prompt": 2},
-        "ppo": {"iterations": 3, "rollout_batch": 16, "epochs": 2},
-        "kl": {"coef": 0.05},
-        "optim": {"lr": 0.003, "schedule": "constant", "warmup_fraction": 0.0},
-    }
-
-    def run(name: str, *overrides: str) -> Path:
-        folder = tmp_path / name
-        ppo.run(make_recipe(PPORecipe, tree, f"output_dir={folder}", *overrides))
-        return folder
-
-    return run
+pytestmark = pytest.mark.usefixtures("rewards_module")
 
 
 @pytest.mark.parametrize("lora", ["lora=null", "lora={r: 4}"])
@@ -109,27 +65,6 @@ def test_a_resumed_run_has_what_vllm_thought_of_the_rollout_in_hand(
     assert_same_weights(whole / "model", killed / "model")
 
 
-@pytest.fixture
-def reward_folder(
-    tiny: Path,
-    tmp_path: Path,
-    make_recipe: MakeRecipe,
-    write_rows: Callable[..., Path],
-    preferences: list[Row],
-) -> Path:
-    """A reward model, trained by the stage that ships."""
-    tree = {
-        "model": str(tiny),
-        "output_dir": str(tmp_path / "rm"),
-        "precision": "fp32",
-        "data": {"train": str(write_rows("pairs.jsonl", preferences)), "test_fraction": 0},
-        "train": {"max_steps": 10, "minibatch": 16},
-        "optim": {"lr": 0.01},
-    }
-    reward_model.run(make_recipe(RewardRecipe, tree))
-    return tmp_path / "rm" / "model"
-
-
 def steps(folder: Path, read_jsonl: ReadJsonl) -> list[Row]:
     return [r for r in read_jsonl(folder / "metrics.jsonl") if "policy_loss" in r]
 
@@ -145,21 +80,6 @@ def plain_scores(model: Path, rows: Sequence[Row], key: str = "response") -> lis
         with torch.no_grad():
             scores.append(plain(torch.tensor([ids])).logits.item())
     return scores
-
-
-@pytest.fixture
-def experiences(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Row, Experience]]:
-    """What each iteration made of its rollout: (keyword arguments, experience)."""
-    found: list[tuple[Row, Experience]] = []
-    original = ppo_phases.make_experience
-
-    def spying(rollout: Any, **options: Any) -> Experience:
-        made = original(rollout, **options)
-        found.append((options, made))
-        return made
-
-    monkeypatch.setattr(ppo_phases, "make_experience", spying)
-    return found
 
 
 # ---------------------------------------------------------------- gates of the first iteration

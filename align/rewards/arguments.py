@@ -1,0 +1,117 @@
+"""Arguments of a user's function, matched by name: what it may ask for, and how it is called."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from align.nearest import nearest
+from align.types import AlignError
+
+# what other libraries and people call them, for the hint
+MEANT = {
+    **dict.fromkeys(("completion", "completions", "predictions", "outputs", "texts"), "responses"),
+    **dict.fromkeys(("ground_truth", "solution", "targets", "labels", "answer"), "references"),
+    **dict.fromkeys(("queries", "inputs", "questions"), "prompts"),
+}
+_POSITIONAL_ONLY = inspect.Parameter.POSITIONAL_ONLY
+_VAR_POSITIONAL = inspect.Parameter.VAR_POSITIONAL
+_VAR_KEYWORD = inspect.Parameter.VAR_KEYWORD
+
+
+def call_by_name(function: Callable[..., Any], values: Mapping[str, Any]) -> Any:
+    """Call ``function`` with those of ``values`` that it has parameters for.
+
+    ``**kwargs`` takes the others. A function without a signature (some that are written in C), and
+    one with ``*args`` alone, gets all of them by position, in their order.
+    """
+    parameters = _parameters(function)
+    if parameters is None or [p.kind for p in parameters] == [_VAR_POSITIONAL]:
+        return function(*values.values())
+    positional: list[Any] = []
+    named: dict[str, Any] = {}
+    for parameter in parameters:
+        if parameter.kind is _POSITIONAL_ONLY:
+            positional.append(values.get(parameter.name, parameter.default))
+        elif parameter.kind is _VAR_KEYWORD:
+            taken = {p.name for p in parameters if p.kind is not _VAR_KEYWORD}
+            named |= {name: value for name, value in values.items() if name not in taken}
+        elif parameter.name in values and parameter.kind is not _VAR_POSITIONAL:
+            named[parameter.name] = values[parameter.name]
+    return function(*positional, **named)
+
+
+def check_arguments(
+    key: str, name: str, function: Callable[..., Any], allowed: Sequence[str]
+) -> None:
+    """Refuse a function that cannot be called by name with ``allowed``.
+
+    Args:
+        key: The recipe's key, such as ``reward.function``.
+        name: ``module:function``.
+
+    Raises:
+        AlignError: A class, an async function or a generator; a parameter that nothing is given
+            for; no parameter at all.
+    """
+    told = f"{key}={name!r}"
+    if isinstance(function, type):
+        raise AlignError(f"{told}: is a class; name a function, or an object that can be called")
+    if kind := _deferred(function):
+        raise AlignError(f"{told}: is {kind}; it must return its numbers: write a plain function")
+    parameters = _parameters(function)
+    if parameters is None:
+        return
+    shown, wanted = inspect.signature(function), ", ".join(allowed)
+    cure = f"may ask for {wanted}, by name: write `def {name.partition(':')[2]}({wanted}):`"
+    kinds = [p.kind for p in parameters]
+    rest_alone = _VAR_POSITIONAL in kinds and _VAR_KEYWORD not in kinds and len(kinds) > 1
+    for parameter in parameters:
+        if parameter.kind is _VAR_POSITIONAL and rest_alone:
+            raise AlignError(f"{told}: takes {shown}, nothing is given to *{parameter.name}: "
+                             f"it {cure}")  # fmt: skip
+        if parameter.name in allowed or parameter.kind in (_VAR_POSITIONAL, _VAR_KEYWORD):
+            continue
+        hint = _meant(parameter, allowed)
+        if parameter.default is inspect.Parameter.empty or hint:
+            near = f" (did you mean {hint}?)" if hint else ""
+            raise AlignError(
+                f"{told}: takes {shown}, nothing is given for {parameter.name}{near}: it {cure}"
+            )
+    if not any(p.name in allowed or p.kind in (_VAR_POSITIONAL, _VAR_KEYWORD) for p in parameters):
+        raise AlignError(f"{told}: takes {shown}, none of what it is given: it {cure}")
+
+
+def _meant(parameter: inspect.Parameter, allowed: Sequence[str]) -> str | None:
+    """The argument that a parameter is another name of.
+
+    One with a default is likely the function's own: only a well-known other name counts there.
+    """
+    known = MEANT.get(parameter.name)
+    if known in allowed:
+        return known
+    if parameter.default is inspect.Parameter.empty:
+        return nearest(parameter.name, allowed)
+    return next((name for name in allowed if name == f"{parameter.name}s"), None)
+
+
+def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter] | None:
+    try:
+        return list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):
+        return None
+
+
+def _deferred(function: Callable[..., Any]) -> str | None:
+    """What a function is that returns before it has computed anything."""
+    kinds = {
+        "an async function": inspect.iscoroutinefunction,
+        "an async generator": inspect.isasyncgenfunction,
+        "a generator (it has a yield)": inspect.isgeneratorfunction,
+    }
+    called = function if inspect.isroutine(function) else type(function).__call__
+    for kind, is_one in kinds.items():
+        if is_one(function) or is_one(called):
+            return kind
+    return None

@@ -1,0 +1,185 @@
+"""Whatever a user's function does, its run goes on unharmed or ends in one line, never as done."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+from align.rewards import FunctionReward, guard, load_function
+from align.types import AlignError
+
+GIVEN = (["p", "q"], ["a", "bb"], [(), ()])
+
+
+@pytest.fixture(autouse=True)
+def nothing_told_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "_told", set())
+
+
+def reward(act) -> FunctionReward:
+    def f(responses):
+        act()
+        return [float(len(r)) for r in responses]
+
+    return FunctionReward("mine:f", f)
+
+
+def raising(error: BaseException):
+    def act() -> None:
+        raise error
+
+    return act
+
+
+@pytest.mark.parametrize(
+    ("act", "told"),
+    [
+        (lambda: os._exit(0), r"raised os._exit\(0\) \(it would have ended the run\)"),
+        (lambda: sys.modules["posix"]._exit(0), r"raised os._exit\(0\)"),
+        (lambda: os.abort(), r"raised os.abort\(\)"),
+        (lambda: os.execv(sys.executable, ["x"]), r"raised os.execv"),
+        (lambda: sys.exit(), "raised SystemExit"),
+        (lambda: sys.exit(0), "raised SystemExit: 0"),
+        (raising(GeneratorExit()), "raised GeneratorExit;"),
+        (raising(KeyboardInterrupt()), "raised KeyboardInterrupt;"),
+        (raising(BaseException("own")), "raised BaseException: own"),
+        (raising(ValueError("a\x1b[31m\nb")), r"raised ValueError: a\\u001b\[31m b;"),
+        (raising(ValueError("x" * 9999)), "raised ValueError: x{300}…;"),
+        (raising(type("Odd", (Exception,), {"__str__": lambda self: 1 / 0})()), "raised Odd;"),
+    ],
+)
+def test_every_way_out_is_one_line(act, told: str) -> None:
+    with pytest.raises(AlignError, match=f"^reward function mine:f: {told}") as caught:
+        reward(act)(*GIVEN)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 450
+
+
+def test_a_child_process_of_the_function_may_exit() -> None:
+    def act() -> None:
+        child = os.fork()
+        if child == 0:
+            os._exit(7)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+    assert reward(act)(*GIVEN) == [1.0, 2.0]
+
+
+def test_outside_a_call_the_process_may_exit() -> None:
+    """The interception is gone with the call: `os._exit` is then the system's."""
+    script = (
+        "import os\nfrom align.rewards import FunctionReward\n"
+        "FunctionReward('f', lambda responses: [0.0])(['p'], ['r'], [()])\nos._exit(9)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 9
+
+
+@pytest.mark.parametrize(
+    ("what", "change", "read"),
+    [
+        ("the working directory", lambda: os.chdir("/"), os.getcwd),
+        (
+            "torch's default dtype",
+            lambda: torch.set_default_dtype(torch.float64),
+            torch.get_default_dtype,
+        ),
+        ("", lambda: torch.set_num_threads(2), torch.get_num_threads),
+        ("torch's seed", lambda: torch.manual_seed(1), lambda: torch.get_rng_state().tolist()),
+        (
+            "torch's deterministic mode",
+            lambda: torch.use_deterministic_algorithms(True),
+            torch.are_deterministic_algorithms_enabled,
+        ),
+        (
+            "torch's precision of products",
+            lambda: torch.set_float32_matmul_precision("medium"),
+            torch.get_float32_matmul_precision,
+        ),
+        ("", lambda: torch.set_grad_enabled(False), torch.is_grad_enabled),
+        ("", lambda: torch.set_default_device("meta"), torch.get_default_device),
+    ],
+)
+def test_what_was_changed_is_put_back_and_said_once(what: str, change, read, capsys) -> None:
+    torch.set_num_threads(1)
+    before = read()
+    for _ in range(2):
+        assert reward(change)(*GIVEN) == [1.0, 2.0]
+        assert read() == before
+    told = f"align: warning: reward function mine:f: changed {what}; it was put back\n"
+    assert capsys.readouterr().err == (told if what else "")
+
+
+def test_it_is_put_back_where_the_function_fails_too() -> None:
+    def act() -> None:
+        torch.set_default_dtype(torch.float64)
+        raise ValueError
+
+    with pytest.raises(AlignError):
+        reward(act)(*GIVEN)
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_a_function_that_draws_random_numbers_goes_on_drawing() -> None:
+    """Only a new seed is taken back: two calls are not given the same noise."""
+    drawn = FunctionReward("noise", lambda responses: torch.rand(len(responses)))
+    assert drawn(*GIVEN) != drawn(*GIVEN)
+
+
+def test_what_a_module_changes_when_it_is_imported_is_put_back(tmp_path, monkeypatch, capsys):
+    (tmp_path / "rash_rewards.py").write_text(
+        "import signal, torch, os\n"
+        "torch.set_grad_enabled(False)\ntorch.set_default_device('meta')\n"
+        "torch.set_default_dtype(torch.bfloat16)\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "def f(responses): return [0.0] * len(responses)\n"
+    )
+    (tmp_path / "exiting_rewards.py").write_text("import sys\nsys.exit(0)\n")
+    (tmp_path / "leaving_rewards.py").write_text("from os import _exit\n_exit(0)\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    handler = signal.getsignal(signal.SIGTERM)
+    load_function("rash_rewards:f")
+    assert torch.is_grad_enabled()
+    assert torch.zeros(1).dtype == torch.float32
+    assert torch.zeros(1).device.type == "cpu"
+    assert signal.getsignal(signal.SIGTERM) is handler
+    assert "module rash_rewards: changed torch's default dtype" in capsys.readouterr().err
+    for name, told in (("exiting", "SystemExit: 0"), ("leaving", r"os._exit\(0\)")):
+        with pytest.raises(AlignError, match=f"importing {name}_rewards raised {told}"):
+            load_function(f"{name}_rewards:f")
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        "sys.stdout.close()",
+        "os.close(1)",
+        "os.dup2(os.open(os.devnull, 1), 1)",
+        "sys.stdout = None",
+    ],
+)
+def test_a_closed_terminal_is_opened_again(act: str, tmp_path: Path) -> None:
+    script = textwrap.dedent(f"""
+        import os, sys
+        from align.console import say
+        from align.rewards import FunctionReward
+        def f(responses):
+            {act}
+            return [0.0]
+        say("before")
+        FunctionReward("f", f)(["p"], ["r"], [()])
+        open("metrics", "w").write("not for the terminal")
+        say("after")
+    """)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "before\nafter\n")
+    assert "changed stdout or stderr; it was put back" in done.stderr
