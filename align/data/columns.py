@@ -93,20 +93,23 @@ def format_name(row: Row, kind: Kind, *, columns: Mapping[str, str]) -> str:
     fields = fields_of(row, columns, kind)
     if kind == "preference":
         return listwise_format(fields) or pair_format(fields).name
-    if kind == "sft" and "completion" in fields and "instruction" not in fields:
-        return "prompt + completion"
     if kind == "prompt" and _named_set(fields):
         return f"prompts of {_named_set(fields)[0].name}"
     if kind == "prompt" and isinstance(fields.values.get("reward_model"), Mapping):
         return "verl prompts"
     names = {
-        "prompt": "prompts",
         "messages": "messages",
         "conversations": "ShareGPT",
+        "prompt": "prompts" if kind == "prompt" else "prompt + completion",
         "chosen": "prompts of pairs",
-        "instruction": "alpaca" if "output" in fields else "instruction + response",
+        "instruction": "Dolly" if "response" in fields and "output" not in fields else "alpaca",
+        "completion": "prompt + completion",
         "text": "plain text",
     }
+    if kind == "prompt":
+        names = {"prompt": names["prompt"], **names}
+    elif "text" in fields and "completion" not in fields:
+        del names["prompt"]
     return next((name for column, name in names.items() if column in fields), "unknown")
 
 
@@ -166,13 +169,18 @@ def _prompt(fields: Fields) -> PromptExample:
     prompt, references = _prompt_and_references(fields)
     if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
         fields.bad("prompt", "its last turn is the assistant's", "end it with the user's turn")
-    source_text = next((n for n in ("source_text", "source") if n in fields), None)
+    # a column `source` says where a row is from, unless `data.columns` says that it is the text
+    source_text = next((n for n in ("source_text", "source") if _is_named(fields, n)), None)
     return PromptExample(
         id=fields.where,
         prompt=prompt,
         references=references,
         source_text=fields.string(source_text) if source_text else None,
     )
+
+
+def _is_named(fields: Fields, name: str) -> bool:
+    return name in fields and (name != "source" or name in fields.renamed)
 
 
 def _named_set(fields: Fields) -> tuple[PairFormat, ...]:

@@ -12,7 +12,7 @@ from typing import Any, Literal, NoReturn, TypeAlias
 
 from align.data.formats import BadRow, Row
 from align.data.turn_keys import NotTurns, is_list, says_more
-from align.data.turns import AS_A_LIST, is_written_turns, kind_name, read_turns
+from align.data.turns import AS_A_LIST, is_written_list, is_written_turns, kind_name, read_turns
 from align.nearest import nearest
 from align.types import AlignError, Message, Text
 
@@ -87,6 +87,8 @@ class Fields:
         self.check_words(field, value)
         if is_written_turns(value):
             self.bad(field, "turns written as text", AS_A_LIST)
+        if field in _PROMPTS and is_written_list(value):
+            self.bad(field, "a list written as text", f"give one text, or turns: {AS_A_LIST}")
         return value
 
     def turns(self, field: str, value: Any = None) -> Turns:

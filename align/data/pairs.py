@@ -56,6 +56,8 @@ def _part(fields: Fields, source: str) -> str:
 
 def chosen_rejected(fields: Fields) -> Sides:
     prompt = given_prompt(fields)
+    if isinstance(prompt, str) and _are_whole(fields):
+        return _whole(fields, prompt)
     if prompt is not None:
         prompt, (chosen, rejected) = matched(fields, prompt, "chosen", "rejected")
         return prompt, chosen, rejected
@@ -70,6 +72,24 @@ def chosen_rejected(fields: Fields) -> Sides:
     shared, chosen, rejected = split_shared(both[0], both[1])
     if not shared:
         fields.bad("prompt", "none: chosen and rejected share no first turn", "add a prompt")
+    _check_answers(fields, chosen=chosen, rejected=rejected)
+    return shared, chosen, rejected
+
+
+def _are_whole(fields: Fields) -> bool:
+    """Whether both sides are conversations that begin before their answer."""
+    sides = [fields.get(name) for name in ("chosen", "rejected")]
+    return all(is_list(s) and s and isinstance(s[0], Mapping) for s in sides) and all(
+        fields.turns(name)[0]["role"] != "assistant" for name in ("chosen", "rejected")
+    )
+
+
+def _whole(fields: Fields, prompt: str) -> Sides:
+    """Two whole conversations; ``prompt`` is one of the user's turns that they share."""
+    shared, chosen, rejected = split_shared(fields.turns("chosen"), fields.turns("rejected"))
+    asked = {turn["content"].strip() for turn in shared if turn["role"] == "user"}
+    if prompt.strip() not in asked:
+        fields.bad("prompt", "is not among the turns that the answers share")
     _check_answers(fields, chosen=chosen, rejected=rejected)
     return shared, chosen, rejected
 

@@ -7,6 +7,7 @@ rejected "n" of another.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -56,7 +57,7 @@ def read_turns(value: Any, left_out: set[str] | None = None) -> tuple[Message, .
 
 def _read_turn(turn: Any, left_out: set[str]) -> Message:
     if isinstance(turn, str):
-        raise NotTurns("a turn that is text alone: who speaks?", _EXAMPLE)
+        raise NotTurns("a list of texts, which does not say who speaks", f"one text, or {_EXAMPLE}")
     if not isinstance(turn, Mapping):
         raise NotTurns("a turn is not an object", _EXAMPLE)
     role, content = _either(turn, "role", "from"), _either(turn, "content", "value")
@@ -150,6 +151,17 @@ _WRITTEN_ROLE = re.compile(rf"""['"](?:role|from)['"]\s*:\s*['"](?:{_SPEAKERS})[
 _WRITTEN_WORDS = re.compile(r"""['"](?:content|value|tool_calls|function_call)['"]\s*:""")
 _WRITTEN = re.compile(r"""\A\s*"?\s*(?:array\()?\s*[\[(]?\s*(?:\{|dict\()""")
 _LOOKED_AT = 100_000
+
+
+def is_written_list(text: str) -> bool:
+    """Whether a text is a JSON list of texts, as LMSYS's comparisons write their prompts."""
+    if not text.lstrip().startswith("["):
+        return False
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(value, list) and bool(value) and all(isinstance(v, str) for v in value)
 
 
 def is_written_turns(value: Any) -> bool:

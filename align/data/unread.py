@@ -98,15 +98,18 @@ def _problem(fields: Fields, name: str, value: Any) -> tuple[str, str] | None:
             return None if float(value) == 1 else ("of a row is not supported", _WEIGHT)
         except (TypeError, ValueError):
             return None  # of something else
-    if name in ("label", "kto_tag") and fields.kind == "sft" and "text" not in fields.used:
-        is_no = value == 0 or str(value).strip().lower() in ("false", "0")
+    if name in ("label", "kto_tag") and fields.kind == "sft":
+        is_no = value is False or str(value).strip().lower() == "false"
+        if "completion" in fields.used:  # elsewhere a 0 may be a class
+            is_no = is_no or str(value).strip() in ("0", "0.0")
         return ("false: an answer that is not to be learnt", "remove the row") if is_no else None
     if not has_content(value):
         return None
     if name == "margin" and fields.kind == "preference":
         return _MARGIN
-    if name == "context" and "instruction" in fields.used:
-        return "not read beside output", "name it: data.columns.input=context"
+    if name in ("input", "context") and "instruction" in {*fields.used, *fields.renamed.values()}:
+        how = "data.columns.input=context" if name == "context" else "leave instruction its name"
+        return "not read here, though it is a part of the instruction", how
     if name in _OF_ANSWERS and fields.kind != "prompt":
         # beside two answers it is a judge's, of whom nothing is learnt
         is_judges = name == "reasoning" and fields.kind == "preference"

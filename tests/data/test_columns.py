@@ -118,6 +118,20 @@ def test_ultrafeedback_repeats_its_prompt_in_both_answers() -> None:
     assert pair(row) == ((user("q"),), (assistant("good"),), (assistant("bad"),))
 
 
+def test_a_prompt_that_is_the_first_of_several_questions() -> None:
+    """Tulu 3's preferences: the answers repeat the whole conversation."""
+    shared = [user("q"), assistant("x"), user("q2")]
+    row = {
+        "prompt": "q",
+        "chosen": [*shared, assistant("good")],
+        "rejected": [*shared, assistant("bad")],
+    }
+    expected = (tuple(shared), (assistant("good"),), (assistant("bad"),))
+    assert pair(row) == pair({**row, "prompt": "q2"}) == expected
+    said = "f.jsonl:7: prompt: is not among the turns that the answers share; mend the row"
+    assert refusal("preference", {**row, "prompt": "other"}) == said
+
+
 def test_a_system_turn_before_the_repeated_prompt_is_kept() -> None:
     system = {"role": "system", "content": "Be brief."}
     row = {
@@ -317,6 +331,9 @@ def test_several_references_and_a_source_text() -> None:
     example = read("prompt", row)
     assert (example.references, example.source_text) == (("a", "b"), "s")
     assert read("prompt", {"prompt": "q"}).references == ()
+    assert read("prompt", {"prompt": "q", "source": "wiki"}).source_text is None
+    assert read("prompt", {"prompt": "q", "src": "s"}, source="src").source_text == "s"
+    assert read("prompt", {"prompt": "q", "source": "s"}, source_text="source").source_text == "s"
 
 
 def test_the_last_answer_of_a_conversation_is_the_reference() -> None:

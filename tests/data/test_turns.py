@@ -273,4 +273,12 @@ def test_a_response_without_a_score_says_so() -> None:
 def test_texts_that_say_not_who_speaks() -> None:
     """LIMA and UltraChat have lists of strings."""
     said = refusal("sft", {"conversations": ["q", "a"]})
-    assert said.startswith("f:7: conversations: a turn that is text alone: who speaks?; write {")
+    assert said.startswith("f:7: conversations: a list of texts, which does not say who speaks; ")
+
+
+def test_a_prompt_that_is_a_list_written_as_text() -> None:
+    said = refusal("prompt", {"prompt": '["q1", "q2"]'})
+    assert said.startswith("f:7: prompt: a list written as text; give one text, or turns: ")
+    row = {"prompt": "Three colours, as JSON.", "completion": '["red", "green", "blue"]'}
+    assert read("sft", row).completion == row["completion"]
+    assert read("prompt", {"prompt": "[1, 2]"}).prompt == "[1, 2]"

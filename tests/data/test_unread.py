@@ -177,11 +177,12 @@ def test_a_history_that_a_format_does_not_read_is_refused(name) -> None:
 
 def test_an_answer_labelled_wrong_is_not_learnt() -> None:
     row = {"prompt": "q", "completion": "a"}
-    for label in (False, "FALSE", 0, "0", 0.0):
+    for label in (False, "FALSE", "false", 0, "0", 0.0):
         assert "label: false: an answer" in refusal("sft", {**row, "label": label})
     for label in (True, "true", 1, "poem"):
         assert read("sft", {**row, "label": label}).completion == "a"
     assert read("sft", {"text": "a film", "label": 0}).text == "a film"
+    assert read("sft", {"messages": [USER, ASSISTANT], "label": 0}).messages == (USER, ASSISTANT)
     assert "kto_tag: false" in refusal("sft", {"messages": [USER, ASSISTANT], "kto_tag": False})
 
 
@@ -278,7 +279,12 @@ def test_dolly_and_verl_and_prompts_of_known_sets() -> None:
     assert read("sft", row).messages == (asked, {"role": "assistant", "content": "Ann."})
     assert read("prompt", row).references == ("Ann.",)
     both = {"instruction": "Who?", "context": "Ann came.", "output": "Ann."}
-    assert refusal("sft", both).startswith("f:7: context: not read beside output; name it: ")
+    said = "not read here, though it is a part of the instruction; "
+    assert refusal("sft", both) == f"f:7: context: {said}data.columns.input=context"
+    assert read("sft", both, input="context").messages[0] == asked
+    renamed = {"instruction": "Who?", "input": "Ann came.", "output": "Ann."}
+    named = {"prompt": "instruction", "completion": "output"}
+    assert refusal("sft", renamed, **named).startswith(f"f:7: input: {said}leave instruction")
     verl = {"prompt": [USER], "reward_model": {"style": "rule", "ground_truth": 4}, "ability": "m"}
     assert read("prompt", verl, unread := {}).references == ("4",)
     assert list(unread) == ["ability"]
