@@ -95,7 +95,11 @@ def _ranking(pair: PreferencePair) -> RowOut:
 
 
 def _with_margin(row: RowOut, pair: PreferencePair) -> RowOut:
-    return row if pair.margin is None else {**row, "margin": pair.margin}
+    """The row with what its pair says besides: its margin, the part of the data that it is of."""
+    more: RowOut = {} if pair.margin is None else {"margin": pair.margin}
+    # without a column for it, the part is the file's own name
+    part = {} if pair.id.startswith(pair.source) else {"subset": pair.source}
+    return {**row, **more, **part}
 
 
 # ---------------------------------------------------------------- demonstrations

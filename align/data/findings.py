@@ -35,8 +35,16 @@ def findings_of(level: Level, what: str, ids: Iterable[str], advice: str) -> Ite
         yield Finding(level, what, len(found), advice, tuple(found[:PLACES]))
 
 
+_WORDS = ("reasoning_content", "reasoning", "thinking", "content")
+"""Keys of a turn that hold its words."""
+
+
 def plain(text: Text) -> str:
-    return text if isinstance(text, str) else "\n".join(turn["content"] for turn in text)
+    """All words of a text, thoughts included."""
+    if isinstance(text, str):
+        return text
+    said = (turn.get(key) for turn in text for key in _WORDS)
+    return "\n".join(words for words in said if isinstance(words, str))
 
 
 def texts_of(example: Example) -> list[str]:

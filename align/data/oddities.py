@@ -21,6 +21,9 @@ ODDITIES: dict[str, re.Pattern[str]] = {
     ),
     "a private-use character, which every font shows otherwise": re.compile("[\ue000-\uf8ff]"),
     "Windows line ends (\\r\\n)": re.compile("\r\n"),
+    "a placeholder of an image, a video or a sound, of which nothing is read": re.compile(
+        r"<(?:image|video|audio)>|<\|(?:image(?:_\d+|_pad)?|video_pad|audio)\|>"
+    ),
     "HTML entities (such as &amp;)": re.compile(r"&(?:amp|lt|gt|quot|nbsp|#\d{2,5});"),
 }
 

@@ -19,13 +19,15 @@ _MARKS = ("weight", "loss_weight", "loss_scale", "train", "training", "trainable
 _SAYING = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 _PARTLY = ("train_detail", "training_detail")
 _MEDIA = ("images", "image", "videos", "video", "audios", "audio")
-_NOTES = frozenset((
+NOTES = frozenset((
     "id", "uuid", "message_id", "parent_id", "turn_id", "turn_identifier", "index", "user_id",
-    "timestamp", "created_at", "updated_at", "created_date", "create_time", "date", "url",
+    "timestamp", "created_at", "updated_at", "created_date", "created", "create_time", "time",
+    "date", "url",
     "model", "lang", "language", "country", "state", "header", "hashed_ip", "source", "category",
     "toxic", "redacted", "moderation", "detoxify", "deleted", "synthetic", "markdown", "emojis",
-    "score", "rating", "rank", "labels", "review_count", "review_result",
-    "token_count", "num_tokens", "n_tokens", "length",
+    "score", "rating", "rank", "labels", "review_count", "review_result", "metadata",
+    "annotations", "finish_reason",
+    "token_count", "tokens", "num_tokens", "n_tokens", "length",
 ))  # fmt: skip
 """About a turn rather than of it: no template renders them."""
 
@@ -79,7 +81,7 @@ def keys_of_turn(turn: Mapping[str, Any], role: str, left_out: set[str]) -> dict
             raise NotTurns(f"{key}, training on a part of a turn, is not supported", "remove it")
         elif key in _MEDIA:
             raise NotTurns(f"a turn with {key}, which are not supported", "remove the row")
-        elif key in _NOTES:
+        elif key in NOTES:
             left_out.add(key)
         else:
             kept[key] = _tool_calls(value) if key == "tool_calls" else _as_json(key, value)

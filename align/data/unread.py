@@ -79,7 +79,8 @@ def unread_columns(fields: Fields) -> list[str]:
         if name in fields.renamed and fields.kind != "prompt":
             advice = f"take data.columns.{name} out (`align data`: --columns)"
             fields.bad(name, "named in data.columns, but this format does not read it", advice)
-        extra.append(name)
+        if has_content(value):
+            extra.append(name)
     return [*extra, *(f"turns[].{key}" for key in sorted(fields.left_out))]
 
 

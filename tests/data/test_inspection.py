@@ -111,6 +111,8 @@ def test_prompts_on_both_sides_are_found_whatever_their_spacing(tmp_path) -> Non
         ("private \ue123", "a private-use"),
         ("a\r\nb", "Windows line ends"),
         ("salt &amp; pepper", "HTML entities"),
+        ("<image>What is it?", "a placeholder of an image"),
+        ("<|image_1|>\nWhat is it?", "a placeholder of an image"),
         ("cafe\u0301", "letters and accents written apart"),
     ],
 )

@@ -149,9 +149,11 @@ def test_columns_with_a_meaning_are_refused_in_every_format(kind, row, name, val
 @pytest.mark.parametrize(("kind", "row"), ALL)
 def test_the_same_columns_with_nothing_in_them_are_no_trouble(kind, row) -> None:
     """Parquet and CSV give every row every column."""
+    unread: dict[str, None] = {}
     nothing = {"images": [], "videos": [None], "audios": None, "tools": "[]", "functions": ""}
     more = {"weight": 1.0, "thinking": "", "weights": [], "system": "", "function_call": {}}
-    assert read(kind, {**row, **nothing, **more}) is not None
+    assert read(kind, {**row, **nothing, **more}, unread) is not None
+    assert not unread.keys() & {"images", "videos", "tools", "thinking", "weights", "system"}
 
 
 @pytest.mark.parametrize("name", ["thinking", "reasoning_content"])
