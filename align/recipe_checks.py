@@ -23,7 +23,8 @@ from align.recipe_builder import KeyProblem
 
 # the keys of align.evaluation.bleu.CORPUS_METRICS, without importing sacrebleu
 METRIC_NAMES = (
-    "bleu", "bleu-intl", "bleu-char", "bleu-zh", "bleu-none", "chrf", "chrf++", "ter"
+    "bleu", "bleu-intl", "bleu-char", "bleu-zh", "bleu-ja-mecab", "bleu-ko-mecab",
+    "bleu-flores101", "bleu-flores200", "bleu-none", "chrf", "chrf++", "ter"
 )  # fmt: skip
 
 

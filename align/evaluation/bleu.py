@@ -15,13 +15,37 @@ from sacrebleu.metrics.base import Metric
 
 from align.types import AlignError
 
+
+def _bleu(tokenize: str, needs: str = "") -> Callable[[], Metric]:
+    """BLEU with one of sacreBLEU's tokenizers; ``needs`` is what it takes beside sacreBLEU."""
+
+    def make() -> Metric:
+        try:
+            return BLEU(tokenize=tokenize, force=tokenize == "none")
+        except Exception as error:  # a package, a dictionary or a download is missing
+            if not needs:
+                raise
+            reason = next((line for line in str(error).splitlines() if line), "")
+            raise AlignError(
+                f"metrics: bleu-{tokenize}: needs {needs} "
+                f"({type(error).__name__}: {reason[:200]}); bleu-char needs nothing"
+            ) from error
+
+    return make
+
+
+_DOWNLOAD = "`pip install sentencepiece`, and to download its model once into ~/.sacrebleu"
 # BLEU's tokenizer stands in its name: 13a unless it says otherwise
 CORPUS_METRICS: dict[str, Callable[[], Metric]] = {
     "bleu": BLEU,
-    "bleu-intl": lambda: BLEU(tokenize="intl"),
-    "bleu-char": lambda: BLEU(tokenize="char"),
-    "bleu-zh": lambda: BLEU(tokenize="zh"),
-    "bleu-none": lambda: BLEU(tokenize="none", force=True),
+    "bleu-intl": _bleu("intl"),
+    "bleu-char": _bleu("char"),
+    "bleu-zh": _bleu("zh"),
+    "bleu-ja-mecab": _bleu("ja-mecab", '`pip install "sacrebleu[ja]"`'),
+    "bleu-ko-mecab": _bleu("ko-mecab", '`pip install "sacrebleu[ko]"`'),
+    "bleu-flores101": _bleu("flores101", _DOWNLOAD),
+    "bleu-flores200": _bleu("flores200", _DOWNLOAD),
+    "bleu-none": _bleu("none"),
     "chrf": CHRF,
     "chrf++": lambda: CHRF(word_order=2),
     "ter": TER,

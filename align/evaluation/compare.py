@@ -1,15 +1,25 @@
-"""Is A better than B? Paired tests over the same prompts, all fixed by a seed.
+"""Is A better than B? One paired test over the same prompts, fixed by a seed: randomisation.
 
 Pairing matters: two systems stumble over the same hard prompts, so that their difference is known
-far better than either score. A system may be given as several training seeds: the verdict and the
-interval are then by Student's t over seeds (``align.evaluation.seeds``), and the paired tests speak
-of these very runs only.
+far better than either score. If A and B are equally good, each prompt's two answers might as well
+have changed sides. p is the share of such swaps whose difference is at least as large as the one
+found, two-sided. All swaps are counted where that is feasible, else a sample of them. So p is never
+too small by chance (type I error at most 5% for p < .05), whatever the metric, the number of
+prompts, or the number of ties.
+
+Differs from sacreBLEU 2 ``significance.py``, which counts differences that are *larger* than the
+one found, and so calls two systems that differ in a single answer different (p = .001): every swap
+gives the same difference. Differences are counted from "as large" upwards here (Phipson and Smyth
+2010). sacreBLEU's bootstrap p, about half of a two-sided one, is not offered.
+
+A system may be given as several training seeds: p and interval are then by Student's t over seeds
+(``align.evaluation.seeds``).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -18,39 +28,41 @@ import numpy as np
 from align.evaluation.bleu import CORPUS_METRICS, corpus_statistics
 from align.evaluation.intervals import (
     DEFAULT_SEED,
+    Interval,
     bootstrap_rows,
     corpus_scorer,
     finite_values,
     percentiles,
+    share_ci95,
+    student_ci95,
 )
 from align.evaluation.seeds import SeedError, seed_error
 from align.evaluation.verdict import prompts_needed, verdict
 
-PairedTest: TypeAlias = Literal["bootstrap", "randomization"]
+Test: TypeAlias = Literal["randomization", "seeds"]
 
-# differences of means that are equal but for rounding are equal
-RELATIVE_ROUNDING = 1e-9
+# differences that are equal but for rounding are equal
+ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What the paired tests found.
+    """Outcome of a paired test.
 
     Attributes:
         a: Name of one system.
         b: Name of the other.
         metric: What was compared.
         difference: a minus b, in the metric's unit; positive = a scores higher.
-        p: Probability of a difference this large if there were none: ``p_seeds`` with several
-            seeds, else by the test asked for.
-        ci95: Percentile interval of the difference over bootstrap resamples of the prompts; with
-            several seeds Student's t over seeds.
-        p_seeds: p by Student's t over seeds, two-sided; the verdict's. None with one on each side.
-        p_bootstrap: p by the paired bootstrap over prompts.
-        p_randomization: p by paired approximate randomisation over prompts, two-sided; the
-            verdict's with one seed on each side.
+        p: Probability of a difference at least this large if there were none, two-sided, for this
+            comparison alone: not corrected for the number of comparisons.
+        test: Where p comes from: ``randomization`` over prompts, or Student's t over ``seeds``.
+        ci95: Interval of the difference: Student's t over prompts for means (a score interval where
+            all values are 0 or 1), bootstrap over prompts for corpus metrics; with several seeds
+            Student's t over seeds. None where the data do not say how much it varies.
         num_seeds: Of a and of b.
         num_prompts: How many prompts both answered.
+        num_differing: On how many of them the two differ: no p < .05 is possible with fewer than 6.
         num_prompts_needed: That a difference of this size needs for power .8; None without one, and
             with several seeds, where more prompts are not what settles it.
         verdict: The outcome of a against b in words.
@@ -61,12 +73,11 @@ class Comparison:
     metric: str
     difference: float
     p: float
-    ci95: tuple[float, float]
-    p_seeds: float | None
-    p_bootstrap: float
-    p_randomization: float
+    test: Test
+    ci95: Interval | None
     num_seeds: tuple[int, int]
     num_prompts: int
+    num_differing: int
     num_prompts_needed: int | None
     verdict: str
 
@@ -77,20 +88,17 @@ def compare_corpus(
     references: Sequence[Sequence[str]],
     *,
     metric: str = "bleu",
-    test: PairedTest = "bootstrap",
     num_resamples: int = 1000,
     seed: int = DEFAULT_SEED,
 ) -> Comparison:
-    """Compare two systems by a corpus metric (BLEU, chrF, TER), with sacreBLEU's p.
+    """Compare two systems by a corpus metric (BLEU, chrF, TER).
 
     Args:
         a: Name and outputs of one system.
         b: The same for the other, for the same prompts.
         references: One or more for each prompt.
         metric: A key of ``CORPUS_METRICS``.
-        test: Which p is ``p``: ``bootstrap`` or ``randomization``, each as sacreBLEU does it. Its
-            bootstrap p comes out near half of a two-sided one; randomization is two-sided.
-        num_resamples: Resamplings of the tests and of the interval.
+        num_resamples: Swaps of the test, and resamples of the interval.
         seed: Same seed, same result.
     """
     scorer = CORPUS_METRICS[metric]()
@@ -99,7 +107,6 @@ def compare_corpus(
         (name_a, corpus_statistics(scorer, outputs_a, references)),
         (name_b, corpus_statistics(scorer, outputs_b, references)),
         metric=metric,
-        test=test,
         num_resamples=num_resamples,
         seed=seed,
     )
@@ -110,38 +117,39 @@ def compare_statistics(
     b: tuple[str, np.ndarray],
     *,
     metric: str,
-    test: PairedTest = "bootstrap",
     num_resamples: int = 1000,
     seed: int = DEFAULT_SEED,
 ) -> Comparison:
     """``compare_corpus`` of statistics ``[rows, n]``, or ``[seeds, rows, n]``.
 
-    Source: Koehn 2004; Riezler and Maxwell 2005; sacreBLEU 2 ``significance.py``, whose p this is
-        for equal seeds. Differs: equal scores have p = 1 (sacreBLEU gives 1 / (num_resamples + 1)).
+    Source: Riezler and Maxwell 2005; sacreBLEU 2 for the swaps that are drawn, not for their count.
     """
     score = corpus_scorer(metric)
     seeds_a, seeds_b = (x if x.ndim == 3 else x[None] for x in (a[1], b[1]))
     # means, not sums: rows that change sides must weigh alike, however many seeds a side has
     stats_a, stats_b = seeds_a.mean(0), seeds_b.mean(0)
-    difference = score(stats_a.sum(0)) - score(stats_b.sum(0))
+    score_a, score_b = score(stats_a.sum(0)), score(stats_b.sum(0))
+    differs = (stats_a != stats_b).any(axis=1)
+    swaps = _swaps(differs, num_resamples, seed)
+    # whole matrix products: sums of swapped and of unswapped rows
+    moved = swaps.rows @ (stats_b - stats_a)
+    swapped = [score(stats_a.sum(0) + m) - score(stats_b.sum(0) - m) for m in moved]
     rows = bootstrap_rows(len(stats_a), num_resamples, seed)
-    # float32 because sacreBLEU resamples in it: rounding could tip a p otherwise
-    floats_a, floats_b = stats_a.astype(np.float32), stats_b.astype(np.float32)
-    resampled = np.array([score(floats_a[r].sum(0)) - score(floats_b[r].sum(0)) for r in rows])
-    spread = np.abs(resampled) - np.abs(resampled).mean()
-    swapped = _swapped_differences(stats_a, stats_b, score, num_resamples, seed)
-    ps = (_share_beyond(spread, difference), _share_beyond(swapped, difference))
+    resampled = np.array([score(stats_a[r].sum(0)) - score(stats_b[r].sum(0)) for r in rows])
     return _comparison(
         a[0],
         b[0],
         metric,
-        difference,
-        ps=(1.0, 1.0) if difference == 0 else ps,
-        test=test,
-        resampled=resampled,
-        num_prompts=len(stats_a),
-        # of a mean: here of a score that is no mean, by the spread of its resamples
-        paired_std=float(resampled.std()) * math.sqrt(len(stats_a)),
+        _Found(
+            difference=score_a - score_b,
+            rounding=ROUNDING * (1 + abs(score_a) + abs(score_b)),
+            swapped=np.array(swapped),
+            swaps=swaps,
+            # outputs that score alike row by row differ by nothing
+            interval=percentiles(resampled, len(rows[0])) if differs.any() else (0.0, 0.0),
+            # prompts_needed takes the std of a mean; a corpus score is not one, so its bootstrap's
+            paired_std=float(resampled.std()) * math.sqrt(len(stats_a)),
+        ),
         num_seeds=(len(seeds_a), len(seeds_b)),
         over_seeds=seed_error(
             *(np.array([score(one.sum(0)) for one in side]) for side in (seeds_a, seeds_b))
@@ -154,7 +162,6 @@ def compare_values(
     b: tuple[str, Sequence[float] | np.ndarray],
     *,
     metric: str,
-    test: PairedTest = "randomization",
     num_resamples: int = 1000,
     seed: int = DEFAULT_SEED,
     num_seeds: tuple[int, int] | None = None,
@@ -166,110 +173,132 @@ def compare_values(
         a: Name and numbers of one system, ``[prompts]`` or ``[seeds, prompts]``.
         b: The same for the other, for the same prompts in the same order.
         metric: What the numbers are.
-        test: Which p is ``p``: ``randomization`` swaps the two systems' numbers prompt by prompt at
-            random; ``bootstrap`` resamples prompts and centres the resampled differences on 0. Both
-            are two-sided.
-        num_resamples: Resamplings of the tests and of the interval.
+        num_resamples: Swaps of the test.
         seed: Same seed, same result.
         num_seeds: Behind numbers that are means over seeds already.
         over_seeds: And what reruns move their difference by.
     """
     seeds_a, seeds_b = _by_seed(a[1], a[0]), _by_seed(b[1], b[0])
     differences = seeds_a.mean(0) - seeds_b.mean(0)
-    difference = float(differences.mean())
-    rows = bootstrap_rows(len(differences), num_resamples, seed)
-    resampled = differences[rows].mean(axis=1)
-    swap = np.random.default_rng(seed).integers(2, size=rows.shape, dtype=bool)
-    swapped = np.where(swap, -differences, differences).mean(axis=1)
-
-    def p_of(under_null: np.ndarray) -> float:
-        as_large = np.abs(under_null) >= abs(difference) * (1 - RELATIVE_ROUNDING)
-        return _p_value(int(as_large.sum()), num_resamples)
-
+    rounding = ROUNDING * float(np.abs(differences).mean())
+    swaps = _swaps(np.abs(differences) > rounding, num_resamples, seed)
+    are_shares = all(np.isin(x, (0.0, 1.0)).all() for x in (seeds_a, seeds_b))
     return _comparison(
         a[0],
         b[0],
         metric,
-        difference,
-        ps=(p_of(resampled - difference), p_of(swapped)),
-        test=test,
-        resampled=resampled,
-        num_prompts=len(differences),
-        paired_std=float(differences.std(ddof=1)) if len(differences) > 1 else 0.0,
+        _Found(
+            difference=float(differences.mean()),
+            rounding=rounding,
+            swapped=np.where(swaps.rows, -differences, differences).mean(axis=1),
+            swaps=swaps,
+            interval=_share_difference(differences) if are_shares else student_ci95(differences),
+            paired_std=float(differences.std(ddof=1)) if len(differences) > 1 else math.nan,
+        ),
         num_seeds=num_seeds or (len(seeds_a), len(seeds_b)),
         over_seeds=over_seeds or seed_error(seeds_a.mean(1), seeds_b.mean(1)),
     )
+
+
+@dataclass(frozen=True)
+class _Swaps:
+    """Prompts that change sides, ``[swaps, prompts]``; ``all`` if every possible swap is there."""
+
+    rows: np.ndarray
+    num_differing: int
+    all: bool
+
+    @property
+    def least_p(self) -> float:
+        """The smallest p that this test can give."""
+        if self.all:
+            return min(1.0, 2.0 ** (1 - self.num_differing))
+        return 1 / (len(self.rows) + 1)
+
+
+def _swaps(differs: np.ndarray, num_resamples: int, seed: int) -> _Swaps:
+    """All swaps of the prompts that differ, if ``num_resamples`` suffices, else random ones."""
+    differing = np.flatnonzero(differs)
+    if 2 ** len(differing) <= num_resamples:
+        rows = np.zeros((2 ** len(differing), len(differs)), dtype=bool)
+        rows[:, differing] = np.arange(len(rows))[:, None] >> np.arange(len(differing)) & 1
+        return _Swaps(rows, len(differing), all=True)
+    shape = (num_resamples, len(differs))
+    rows = np.random.default_rng(seed).integers(2, size=shape, dtype=bool)
+    return _Swaps(rows, len(differing), all=False)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A difference, what swaps make of it, and its interval over prompts."""
+
+    difference: float
+    rounding: float
+    swapped: np.ndarray
+    swaps: _Swaps
+    interval: Interval | None
+    paired_std: float
+
+    def p(self) -> float:
+        if abs(self.difference) <= self.rounding:
+            return 1.0
+        as_large = int((np.abs(self.swapped) >= abs(self.difference) - self.rounding).sum())
+        if self.swaps.all:
+            return as_large / len(self.swapped)
+        # + 1: the sample itself is one of the outcomes, so p is never 0
+        return (as_large + 1) / (len(self.swapped) + 1)
 
 
 def _comparison(
     a: str,
     b: str,
     metric: str,
-    difference: float,
+    found: _Found,
     *,
-    ps: tuple[float, float],
-    test: PairedTest,
-    resampled: np.ndarray,
-    num_prompts: int,
-    paired_std: float,
     num_seeds: tuple[int, int],
     over_seeds: SeedError | None,
 ) -> Comparison:
-    by_bootstrap, by_swaps = ps
-    by_seeds, interval, needed = None, percentiles(resampled), None
-    if over_seeds is None:
-        needed = prompts_needed(difference, paired_std)
-    else:
-        by_seeds, interval = over_seeds.test(difference, paired_std**2 / num_prompts)
-    by_prompts = by_bootstrap if test == "bootstrap" else by_swaps
-    # a two-sided test, where sacreBLEU's bootstrap is about one-sided
-    decides = by_swaps if by_seeds is None else by_seeds
+    num_prompts = found.swaps.rows.shape[1]
+    difference = 0.0 if abs(found.difference) <= found.rounding else found.difference
+    p, interval, least_p, needed = found.p(), found.interval, found.swaps.least_p, None
+    by_seeds = None
+    if over_seeds is not None:
+        error_of_prompts = found.paired_std**2 / num_prompts
+        by_seeds = over_seeds.test(difference, error_of_prompts, num_prompts - 1)
+    elif num_prompts > 1:
+        needed = prompts_needed(difference, found.paired_std)
+    if by_seeds is not None:
+        (p, interval), least_p = by_seeds, 0.0
     return Comparison(
         a=a,
         b=b,
         metric=metric,
         difference=difference,
-        p=by_prompts if by_seeds is None else by_seeds,
+        p=p,
+        test="randomization" if by_seeds is None else "seeds",
         ci95=interval,
-        p_seeds=by_seeds,
-        p_bootstrap=by_bootstrap,
-        p_randomization=by_swaps,
         num_seeds=num_seeds,
         num_prompts=num_prompts,
+        num_differing=found.swaps.num_differing,
         num_prompts_needed=needed,
         verdict=verdict(
             metric,
             difference,
-            decides,
+            p,
             num_prompts=num_prompts,
+            num_differing=found.swaps.num_differing,
             needed=needed,
             num_seeds=num_seeds,
+            least_p=least_p,
         ),
     )
 
 
-def _swapped_differences(
-    stats_a: np.ndarray,
-    stats_b: np.ndarray,
-    score: Callable[[np.ndarray], float],
-    num_resamples: int,
-    seed: int,
-) -> np.ndarray:
-    """|a - b| after each prompt's outputs changed sides at random."""
-    shape = (num_resamples, len(stats_a))
-    swap = np.random.default_rng(seed).integers(2, size=shape, dtype=bool)
-    mixed_a, mixed_b = ~swap @ stats_a + swap @ stats_b, swap @ stats_a + ~swap @ stats_b
-    return np.array([abs(score(x) - score(y)) for x, y in zip(mixed_a, mixed_b, strict=True)])
-
-
-def _share_beyond(resampled: np.ndarray, difference: float) -> float:
-    """p: the share of resampled differences, in size, that are larger than the one found."""
-    return _p_value(int((resampled > abs(difference)).sum()), len(resampled))
-
-
-def _p_value(num_as_large: int, num_resamples: int) -> float:
-    # + 1: the sample itself is one of the outcomes, so p is never 0
-    return (num_as_large + 1) / (num_resamples + 1)
+def _share_difference(differences: np.ndarray) -> Interval | None:
+    if len(differences) == 1:
+        return None
+    low, high = share_ci95((1 + differences) / 2)
+    return 2 * low - 1, 2 * high - 1
 
 
 def _by_seed(values: Sequence[float] | np.ndarray, name: str) -> np.ndarray:

@@ -12,9 +12,17 @@ import numpy as np
 
 from align.config import EvalRecipe
 from align.evaluation.bleu import CORPUS_METRICS, corpus_score, corpus_statistics
-from align.evaluation.intervals import corpus_ci95, mean_ci95, proportion_ci95
+from align.evaluation.intervals import (
+    corpus_ci95,
+    mean_ci95,
+    percentiles,
+    proportion_ci95,
+    share_ci95,
+)
 from align.evaluation.outputs import Outputs, ReferenceFit, mean
+from align.evaluation.scripts import tokenizer_hint
 from align.evaluation.text import distinct_n, distinct_n_ci95, exact_matches, repetition
+from align.progress import say
 from align.rewards import load_function, require_arguments
 from align.rewards.guard import guarded
 from align.rewards.metric import MetricReward
@@ -61,6 +69,21 @@ class Measurer:
             )
         self.sources = {"reward": reward, "gold": gold}
         self.own = {n: own_metric(n) for n in recipe.metrics if n not in CORPUS_METRICS}
+        self._check_corpus_metrics([n for n in recipe.metrics if n in CORPUS_METRICS])
+
+    def _check_corpus_metrics(self, names: Sequence[str]) -> None:
+        """Say before anything is sampled what a metric lacks, or that it will not fit."""
+        if not self.examples:
+            return
+        if not self.has_references:
+            if names and self.recipe.metrics != EvalRecipe.metrics:
+                say(f"  metrics: {', '.join(names)} left out: the data have no references")
+            return
+        for name in names:
+            CORPUS_METRICS[name]()
+        hint = tokenizer_hint(names, self.references)
+        if hint:
+            say(f"  {hint}")
 
     def measure(
         self,
@@ -134,13 +157,16 @@ class Measurer:
             row[f"distinct_{n}_ci95"] = distinct_n_ci95(outputs.responses, n)
         repeated = [repetition(text) for text in outputs.responses]
         self._values(system, "repetition_4", repeated, "repetition_4")
+        # a share of n-grams, often 0 in every output: Student's t would take that for certain
+        row["repetition_4_ci95"] = share_ci95(repeated)
 
     def _divergence(self, system: System, drawn: Outputs) -> None:
         row = system.row
         row["kl"], row["kl_ci95"], row["kl_per_token"] = mean(drawn.kl), None, None
         if drawn.kl is not None and drawn.lengths is not None:
             per_prompt = _per_prompt(drawn.kl, len(self.examples))
-            row["kl_ci95"] = mean_ci95(per_prompt)[1]
+            # against itself a model has a KL of 0, whatever it samples
+            row["kl_ci95"] = mean_ci95(per_prompt)[1] if any(per_prompt) else (0.0, 0.0)
             row["kl_per_token"] = sum(drawn.kl) / sum(drawn.lengths)
 
     def _samples(self, system: System, samples: Outputs, k: int) -> None:
@@ -187,10 +213,10 @@ def _perplexity(fit: ReferenceFit, num_resamples: int) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     rows = rng.integers(len(fit.nll), size=(num_resamples, len(fit.nll)))
     per_token = fit.nll[rows].sum(1) / fit.tokens[rows].sum(1)
-    low, high = np.exp(np.percentile(per_token, [2.5, 97.5]))
+    ends = percentiles(per_token, len(fit.nll))
     return {
         "perplexity": float(np.exp(fit.nll.sum() / fit.tokens.sum())),
-        "perplexity_ci95": (float(low), float(high)),
+        "perplexity_ci95": ends and (float(np.exp(ends[0])), float(np.exp(ends[1]))),
         "bits_per_byte": float(fit.nll.sum() / np.log(2) / fit.num_bytes.sum()),
     }
 

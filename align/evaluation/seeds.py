@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from align.evaluation.intervals import student_t_p, student_t_quantile
+from align.evaluation.intervals import Interval, student_t_p, student_t_quantile
 
 
 @dataclass(frozen=True)
@@ -28,14 +28,21 @@ class SeedError:
     df: float
 
     def test(
-        self, difference: float, variance_of_prompts: float
-    ) -> tuple[float, tuple[float, float]]:
-        """p, two-sided, and the 95% interval of the difference."""
-        error = math.sqrt(self.variance + variance_of_prompts)
-        half = student_t_quantile(0.975, self.df) * error
-        if error == 0:
-            return float(difference == 0), (difference, difference)
-        return student_t_p(difference / error, self.df), (difference - half, difference + half)
+        self, difference: float, variance_of_prompts: float, df_of_prompts: int
+    ) -> tuple[float, Interval] | None:
+        """p, two-sided, and the 95% interval of the difference.
+
+        Degrees of freedom are Welch's of both errors, at most those of the seeds: few prompts cost
+        as much as few seeds. None with one prompt, and where neither seeds nor prompts vary: then
+        nothing here says what the error is.
+        """
+        if df_of_prompts < 1 or self.variance + variance_of_prompts == 0:
+            return None
+        both = self.variance + variance_of_prompts
+        parts = self.variance**2 / self.df + variance_of_prompts**2 / df_of_prompts
+        df = min(self.df, both**2 / parts)
+        half = student_t_quantile(0.975, df) * math.sqrt(both)
+        return student_t_p(difference / math.sqrt(both), df), (difference - half, difference + half)
 
 
 def seed_error(of_a: np.ndarray, of_b: np.ndarray) -> SeedError | None:

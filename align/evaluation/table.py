@@ -4,55 +4,57 @@ from __future__ import annotations
 
 from typing import Any
 
-from align.evaluation.verdict import p_in_words
+from align.evaluation.columns import columns
+from align.evaluation.verdict import ALPHA
 from align.progress import table
-
-SHOWN = {
-    "bleu": "BLEU",
-    "chrf": "chrF",
-    "reward_mean": "reward",
-    "gold_mean": "gold",
-    "sample_chrf_mean": "chrF of samples",
-    "sample_reward_mean": "reward of samples",
-    "sample_gold_mean": "gold of samples",
-    "kl": "KL, nats",
-    "length_mean": "tokens",
-    "eos_rate": "ended",
-    "repetition_4": "repeated",
-}
 
 
 def closing_table(results: dict[str, Any]) -> list[list[str]]:
-    """A row for each model, a column for each number that some model has."""
+    """A row for each model, a column for each metric asked for and each number some model has."""
     rows = list(results["models"])
     if results["copy_baseline"] is not None:
         rows = [{"name": "copy the input", **results["copy_baseline"]}, *rows]
-    keys = [key for key in SHOWN if any(row.get(key) is not None for row in rows)]
-    heading = ["model", *(SHOWN[key] for key in keys)]
-    return [heading, *([row["name"], *(_cell(row.get(key)) for key in keys)] for row in rows)]
+    shown = columns(rows)
+    heading = ["model", *shown.values()]
+    return [heading, *([row["name"], *(_cell(row.get(key)) for key in shown)] for row in rows)]
 
 
 def significance(results: dict[str, Any]) -> str:
     """Every paired difference with its interval and what it says."""
     rows = [["difference", "metric", "by", "95% interval", "verdict"]]
     for c in results["comparisons"]:
-        low, high = c["ci95"]
-        interval = f"{low:+.3f} .. {high:+.3f}"
         name = f"{c['a']} - {c['b']}"
-        rows.append([name, c["metric"], f"{c['difference']:+.3f}", interval, c["verdict"]])
+        by = f"{c['difference']:+.3f}"
+        rows.append([name, c["metric"], by, _interval(c["ci95"], "+.3f"), c["verdict"]])
         controlled = c.get("at_equal_length")
         if controlled is not None:
-            low, high = controlled["ci95"]
             by = f"{controlled['difference']:+.3f}"
-            rows.append(["", "at equal length", by, f"{low:+.3f} .. {high:+.3f}", ""])
+            rows.append(["", "at equal length", by, _interval(controlled["ci95"], "+.3f"), ""])
     for w in results["win_rates"]:
-        low, high = w["win_rate_ci95"]
         rate = f"{w['win_rate']:.0%}"
         if w["length_controlled_win_rate"] is not None:
             rate += f" ({w['length_controlled_win_rate']:.0%} at equal length)"
         name = f"{w['a']} over {w['b']}"
-        rows.append([name, "wins", rate, f"{low:.0%} .. {high:.0%}", p_in_words(w["win_rate_p"])])
-    return table(rows, title="paired differences") if len(rows) > 1 else "nothing to compare"
+        interval = _interval(w["win_rate_ci95"], ".0%")
+        rows.append([name, f"wins by {w['judge']}", rate, interval, w["win_rate_verdict"]])
+    if len(rows) == 1:
+        return "nothing to compare"
+    return "\n".join([table(rows, title="paired differences"), *_of_many(results)])
+
+
+def _of_many(results: dict[str, Any]) -> list[str]:
+    """What several verdicts together are worth: no p is corrected for their number."""
+    count = len(results["comparisons"]) + len(results["win_rates"])
+    if count < 2:
+        return []
+    return [
+        f"  each p is of one comparison alone; of {count} without any true difference, about "
+        f"{ALPHA * count:.2g} would fall below .05 (docs/evaluation.md)"
+    ]
+
+
+def _interval(ends: Any, form: str) -> str:
+    return "unknown" if ends is None else f"{ends[0]:{form}} .. {ends[1]:{form}}"
 
 
 def reward_table(found: dict[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """What can be counted in texts alone: exact matches, distinct n-grams, repetition.
 
-Words are what whitespace parts; for languages without spaces pass ``words=list``, which counts
-characters.
+Words are what whitespace parts, and each letter of Chinese, Japanese, Thai and other text that is
+written without spaces.
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 import numpy as np
+
+from align.evaluation.intervals import student_t_quantile
+from align.evaluation.scripts import words as script_words
 
 Words = Callable[[str], Sequence[str]]
 
@@ -22,7 +25,7 @@ def exact_matches(texts: Sequence[str], references: Sequence[Sequence[str]]) -> 
     ]
 
 
-def distinct_n(texts: Sequence[str], n: int, *, words: Words = str.split) -> float:
+def distinct_n(texts: Sequence[str], n: int, *, words: Words = script_words) -> float:
     """Different n-grams / all n-grams of all texts; 0 where there is no n-gram.
 
     Source: Li et al. 2016, section 5.2 (arXiv:1510.03055). It falls with the amount of text, so
@@ -33,11 +36,12 @@ def distinct_n(texts: Sequence[str], n: int, *, words: Words = str.split) -> flo
 
 
 def distinct_n_ci95(
-    texts: Sequence[str], n: int, *, words: Words = str.split
+    texts: Sequence[str], n: int, *, words: Words = script_words
 ) -> tuple[float, float] | None:
-    """95% interval of ``distinct_n`` by the jackknife over texts; None below two texts.
+    """95% interval of ``distinct_n`` by the jackknife over texts, with Student's t.
 
-    A bootstrap would not do: it repeats texts, and a repeated text has no new n-gram.
+    A bootstrap would not do: it repeats texts, and a repeated text has no new n-gram. None below
+    two texts, and where leaving one out changes nothing, so that the spread is unknown.
     """
     rows = [_ngrams(text, n, words) for text in texts]
     owners = Counter(gram for row in rows for gram in set(row))
@@ -50,11 +54,14 @@ def distinct_n_ci95(
         only_here = sum(owners[gram] == 1 for gram in set(row))
         without[i] = (num_different - only_here) / max(num_all - len(row), 1)
     variance = (num_texts - 1) / num_texts * float(np.square(without - without.mean()).sum())
-    score, half_width = num_different / num_all, 1.96 * variance**0.5
+    if variance < 1e-18:
+        return None
+    score = num_different / num_all
+    half_width = student_t_quantile(0.975, num_texts - 1) * variance**0.5
     return max(0.0, score - half_width), min(1.0, score + half_width)
 
 
-def repetition(text: str, n: int = 4, *, words: Words = str.split) -> float:
+def repetition(text: str, n: int = 4, *, words: Words = script_words) -> float:
     """Share of a text's n-grams that stood in it before; 0 = nothing is repeated.
 
     Source: seq-rep-n of Welleck et al. 2020, section 5 (arXiv:1908.04319).

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from statistics import NormalDist
+from typing import Any
 
 ALPHA, POWER = 0.05, 0.8
 OUT_OF_REACH = 1_000_000
 """Prompts that nobody will collect: a difference that takes more of them is none in practice."""
+MIN_DIFFERING = 6
+"""Prompts that have to differ for p < .05: of 5 differences one swap in 16 is as large as all."""
 
 # of any other metric, length or one of the user's own, nobody has said which way is better
 LOWER_IS_BETTER = {"ter", "repetition_4", "perplexity", "bits_per_byte"}
 HIGHER_IS_BETTER = {
-    *("bleu", "bleu-intl", "bleu-char", "bleu-zh", "bleu-none", "chrf", "chrf++", "exact_match"),
+    *("bleu", "bleu-intl", "bleu-char", "bleu-zh", "bleu-ja-mecab", "bleu-ko-mecab"),
+    *("bleu-flores101", "bleu-flores200", "bleu-none", "chrf", "chrf++", "exact_match"),
     *("reward", "gold", "win_rate", "sample_chrf", "sample_reward", "sample_gold"),
 }
 
@@ -35,7 +40,7 @@ def prompts_needed(difference: float, paired_std: float) -> int | None:
     if difference == 0:
         return None
     z = NormalDist().inv_cdf(1 - ALPHA / 2) + NormalDist().inv_cdf(POWER)
-    return max(2, math.ceil((z * paired_std / difference) ** 2))
+    return max(MIN_DIFFERING, math.ceil((z * paired_std / difference) ** 2))
 
 
 def outcome(metric: str, difference: float, p: float) -> str:
@@ -55,13 +60,20 @@ def verdict(
     num_prompts: int,
     needed: int | None,
     num_seeds: tuple[int, int] = (1, 1),
+    num_differing: int | None = None,
+    least_p: float = 0.0,
 ) -> str:
-    """``better, p = .003`` of a against b, or what these prompts or seeds cannot show."""
+    """``better, p = .003`` of a against b, or what these prompts or seeds cannot show.
+
+    ``least_p`` is the smallest p that the test can give: from .05 upwards it can find nothing.
+    """
     if difference == 0:
         return "no difference"
     word = outcome(metric, difference, p)
     if word:
         return f"{word}, {p_in_words(p)}"
+    if least_p >= ALPHA:
+        return _too_few(num_prompts, num_differing, needed)
     if max(num_seeds) > 1:
         of_a, of_b = num_seeds
         return (
@@ -77,6 +89,28 @@ def verdict(
         f"no difference that {num_prompts} prompts can show; "
         f"about {rounded(needed):,} would be needed"
     )
+
+
+def _too_few(num_prompts: int, num_differing: int | None, needed: int | None) -> str:
+    """No test can tell, however large the difference is."""
+    if num_differing is not None and num_differing >= MIN_DIFFERING:
+        return "too few resamples to tell: set num_resamples to 1000"
+    counts = f"{num_differing} of {num_prompts} differ, {MIN_DIFFERING} have to"
+    told = f"too few prompts to tell: {counts}"
+    if needed is None or needed <= num_prompts:
+        return told
+    if needed > OUT_OF_REACH:
+        return f"{told}; {OUT_OF_REACH:,} prompts would not be enough"
+    return f"{told}; about {rounded(needed):,} prompts would be needed"
+
+
+def deciding_p(test: Mapping[str, Any]) -> float:
+    """The one p of a comparison in ``eval.json``.
+
+    Files of earlier versions have several, and their verdict goes by one that is not ``p``.
+    """
+    by_seeds = test.get("p_seeds")
+    return float(test.get("p_randomization", test["p"]) if by_seeds is None else by_seeds)
 
 
 def short_verdict(metric: str, difference: float, p: float) -> str:

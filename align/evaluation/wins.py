@@ -12,10 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import optimize, special
 
 from align.evaluation.compare import compare_values
-from align.evaluation.intervals import student_t_quantile
+from align.evaluation.intervals import Interval, share_ci95, student_t_quantile
 from align.evaluation.seeds import seed_error_of_pairs
+
+RIDGE = 1e-2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,13 +33,14 @@ class WinRate:
         ties: Prompts where neither was.
         losses: Prompts where b was better.
         win_rate: (wins + ties / 2) / prompts; with a judge of both orders the mean of its shares.
-        win_rate_ci95: Bootstrap interval over prompts; with several seeds Student's t over seeds.
-        win_rate_p: Of a rate this far from one half, by paired randomisation, two-sided; with
-            several seeds Student's t over seeds.
+        win_rate_ci95: Score interval over prompts, Wilson's where nothing is tied; with several
+            seeds Student's t over seeds, cut to [0, 1].
+        win_rate_p: Of a rate at least this far from one half, by paired randomisation, two-sided
+            (the sign test); with several seeds Student's t over seeds.
         win_rate_verdict: The same in words.
         length_controlled_win_rate: The rate expected at equal length; None where every prompt's two
             answers are equally long.
-        length_controlled_win_rate_ci95: Its interval, from the regression.
+        length_controlled_win_rate_ci95: Its interval, by profile likelihood over prompts.
     """
 
     a: str
@@ -46,11 +50,11 @@ class WinRate:
     ties: int
     losses: int
     win_rate: float
-    win_rate_ci95: tuple[float, float]
+    win_rate_ci95: Interval | None
     win_rate_p: float
     win_rate_verdict: str
     length_controlled_win_rate: float | None
-    length_controlled_win_rate_ci95: tuple[float, float] | None
+    length_controlled_win_rate_ci95: Interval | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +63,7 @@ class EqualLength:
 
     Attributes:
         difference: Expected reward of a minus that of b on a prompt where both are equally long.
-        ci95: Its interval, Student's t.
+        ci95: Its interval, Student's t over prompts.
         per_100_characters: Reward that 100 more characters go along with.
     """
 
@@ -93,6 +97,7 @@ def win_rate(
         shares: ``[prompts]``, or ``[pairs, prompts]`` of pairs of training seeds, which are
             averaged prompt by prompt.
         num_seeds: Of a and of b; with several p and interval are over seeds.
+        num_resamples: Swaps of the test.
     """
     by_pair = np.atleast_2d(np.asarray(shares, dtype=float))
     won = by_pair.mean(0)
@@ -105,7 +110,8 @@ def win_rate(
         over_seeds=seed_error_of_pairs(2 * by_pair.mean(1), num_seeds),
     )
     controlled = length_controlled_win_rate(won, np.subtract(lengths_a, lengths_b))
-    low, high = test.ci95
+    # over seeds the test compares shares won with shares lost: twice as far apart
+    over_seeds = test.ci95 and (max(0.0, (1 + test.ci95[0]) / 2), min(1.0, (1 + test.ci95[1]) / 2))
     return WinRate(
         a=a,
         b=b,
@@ -114,8 +120,7 @@ def win_rate(
         ties=int((won == 0.5).sum()),
         losses=int((won < 0.5).sum()),
         win_rate=float(won.mean()),
-        # the test compares shares won with shares lost: twice as far apart as the rate from 1/2
-        win_rate_ci95=((1 + low) / 2, (1 + high) / 2),
+        win_rate_ci95=over_seeds if test.test == "seeds" else share_ci95(won),
         win_rate_p=test.p,
         win_rate_verdict=test.verdict,
         length_controlled_win_rate=None if controlled is None else controlled[0],
@@ -134,7 +139,8 @@ def length_controlled_difference(
         (score_a - score_b)[i] = difference + slope * (length_a - length_b)[i] + noise
 
     Returns:
-        None where lengths do not vary, so that no slope can be seen, or with under four prompts.
+        None where lengths do not vary, so that no slope can be seen, where the scores leave no
+        residual to judge the error by, or with under four prompts.
 
     The prompt's own difficulty cancels in the pairing. What is adjusted for is a linear effect of
     length; that longer answers may also be better ones is adjusted away with it.
@@ -147,6 +153,8 @@ def length_controlled_difference(
     (difference, slope), *_ = np.linalg.lstsq(design, y, rcond=None)
     residual = y - design @ np.array([difference, slope])
     freedom = len(y) - 2
+    if residual @ residual <= 1e-18 * (y @ y):
+        return None
     covariance = residual @ residual / freedom * np.linalg.inv(design.T @ design)
     half_width = student_t_quantile(0.975, freedom) * math.sqrt(covariance[0, 0])
     return EqualLength(
@@ -158,30 +166,43 @@ def length_controlled_difference(
 
 def length_controlled_win_rate(
     shares: np.ndarray, length_gaps: np.ndarray
-) -> tuple[float, tuple[float, float]] | None:
+) -> tuple[float, Interval] | None:
     """The win rate expected where both answers are equally long, with its 95% interval.
 
         P(a wins prompt i) = sigmoid(quality + slope * tanh(gap[i] / std(gap)))
 
-    fitted by maximum likelihood with a weak ridge (1e-2), then sigmoid(quality).
+    fitted by maximum likelihood with a weak ridge (1e-2), then sigmoid(quality). The interval holds
+    every quality whose profile likelihood, the best over all slopes, is within t^2 / 2 of the
+    maximum (t of n - 2 degrees of freedom). So it is [0, 1] where a won each time and was longer
+    each time: nothing says what equal lengths would give.
 
     Source: Dubois et al. 2024, eq. 1 (arXiv:2404.04475). Differs: no term for each prompt's
-        difficulty, which takes many models' results to fit.
+        difficulty, which takes many models' results to fit. Profile interval: Venzon and Moolgavkar
+        1988 (Applied Statistics 37:87).
     """
     spread = float(np.std(length_gaps))
     if len(shares) < 4 or spread == 0:
         return None
-    design = np.stack([np.ones(len(shares)), np.tanh(length_gaps / spread)], axis=1)
-    ridge = 1e-2 * np.eye(2)
-    weights = np.zeros(2)
-    for _ in range(50):  # Newton
-        p = 1 / (1 + np.exp(-design @ weights))
-        hessian = design.T @ (design * (p * (1 - p))[:, None]) + ridge
-        step = np.linalg.solve(hessian, design.T @ (shares - p) - ridge @ weights)
-        weights = weights + step
-        if np.abs(step).max() < 1e-10:
-            break
-    error = math.sqrt(np.linalg.inv(hessian)[0, 0])
-    quality = float(weights[0])
-    ends = [1 / (1 + math.exp(-(quality + sign * 1.96 * error))) for sign in (-1, 1)]
-    return 1 / (1 + math.exp(-quality)), (ends[0], ends[1])
+    shift = np.tanh(length_gaps / spread)
+
+    def loss(quality: float, slope: float) -> float:
+        logits = quality + slope * shift
+        return float(
+            (np.logaddexp(0, logits) - shares * logits).sum() + RIDGE / 2 * (quality**2 + slope**2)
+        )
+
+    def profile(quality: float) -> float:
+        return float(optimize.minimize_scalar(lambda slope: loss(quality, slope)).fun)
+
+    best = optimize.minimize_scalar(profile)
+    allowed = best.fun + student_t_quantile(0.975, len(shares) - 2) ** 2 / 2
+
+    def end(side: int) -> float:
+        # the ridge alone passes what is allowed before 100 nats
+        far = best.x + side * 100
+        return float(optimize.brentq(lambda quality: profile(quality) - allowed, best.x, far))
+
+    return float(special.expit(best.x)), (
+        float(special.expit(end(-1))),
+        float(special.expit(end(1))),
+    )

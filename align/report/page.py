@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from align import __version__, doctor
 from align.doctor_rules import Finding
+from align.evaluation.columns import columns
+from align.evaluation.verdict import deciding_p
 from align.progress import duration
 from align.report import figures
 from align.report.frontier import frontier_of
@@ -28,25 +30,6 @@ from align.types import AlignError
 
 # not drawn: they say when, not how well
 NO_CURVE = {"step", "seconds", "epoch", "tokens"}
-COLUMNS = {
-    "bleu": "BLEU",
-    "chrf": "chrF",
-    "chrf++": "chrF++",
-    "ter": "TER",
-    "exact_match": "exact",
-    "reward_mean": "reward",
-    "gold_mean": "gold",
-    "sample_reward_mean": "reward of samples",
-    "sample_gold_mean": "gold of samples",
-    "sample_chrf_mean": "chrF of samples",
-    "kl": "KL, nats",
-    "kl_per_token": "KL per token",
-    "length_mean": "tokens",
-    "eos_rate": "ended",
-    "distinct_2": "distinct-2",
-    "repetition_4": "repeated",
-    "perplexity": "perplexity",
-}
 
 
 def write_report(places: Sequence[str], output: str) -> Path:
@@ -74,12 +57,14 @@ def render(runs: Sequence[RunRecord]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
+    filters: dict[str, Callable[..., Any]] = {
         "number": number,
         "signed": signed,
         "interval": interval,
+        "deciding_p": deciding_p,
         "duration": lasted,
     }
+    environment.filters |= filters
     evaluations = [run for run in runs if run.evaluation is not None]
     return environment.get_template("page.html.j2").render(
         title=_title(runs),
@@ -153,11 +138,10 @@ def _evaluation(run: RunRecord) -> dict[str, Any]:
     rows = list(found["models"])
     if found.get("copy_baseline"):
         rows = [{"name": "copy the input", **found["copy_baseline"]}, *rows]
-    columns = {k: v for k, v in COLUMNS.items() if any(r.get(k) is not None for r in rows)}
     return {
         "name": run.name,
         "rows": rows,
-        "columns": columns,
+        "columns": columns(rows, page=True),
         "comparisons": found.get("comparisons", []),
         "win_rates": found.get("win_rates", []),
         "pooled": found.get("pooled", []),

@@ -6,7 +6,14 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
-from align.evaluation.verdict import ALPHA, outcome, p_in_words, short_verdict, verdict
+from align.evaluation.verdict import (
+    ALPHA,
+    deciding_p,
+    outcome,
+    p_in_words,
+    short_verdict,
+    verdict,
+)
 from align.report.runs import RunRecord
 
 NAMES = {
@@ -34,7 +41,7 @@ class Evidence:
 
     name: str
     difference: float
-    ci95: tuple[float, float]
+    ci95: tuple[float, ...] | None
     says: str = ""
     outcome: str = ""
 
@@ -107,7 +114,7 @@ def _against(
             Evidence(
                 capital(NAMES[metric]),
                 test["difference"],
-                tuple(test["ci95"]),
+                test["ci95"] and tuple(test["ci95"]),
                 short_verdict(*found),
                 outcome(*found),
             )
@@ -124,7 +131,7 @@ def _against(
     told.sentences += _cost(models[name], models.get(baseline or "", {}))
     for proxy, gold in (("reward", "gold"), ("sample_reward", "sample_gold")):
         if proxy in tests and gold in tests and _gained(tests[proxy]):
-            if tests[gold]["p"] < ALPHA and tests[gold]["difference"] < 0:
+            if deciding_p(tests[gold]) < ALPHA and tests[gold]["difference"] < 0:
                 told.warnings.append(
                     f"The {NAMES[proxy]} rose and the {NAMES[gold]} fell: over-optimised."
                 )
@@ -164,19 +171,15 @@ def turned(test: dict[str, Any]) -> dict[str, Any]:
             num_prompts=test["num_prompts"],
             needed=test["num_prompts_needed"],
             num_seeds=tuple(found.get("num_seeds", (1, 1))),
+            num_differing=test.get("num_differing"),
+            least_p=float(test["verdict"].startswith("too few")),
         )
     return found
 
 
-def deciding_p(test: dict[str, Any]) -> float:
-    """The p that a verdict goes by: over seeds where there are several, else two-sided."""
-    by_seeds = test.get("p_seeds")
-    return float(test.get("p_randomization", test["p"]) if by_seeds is None else by_seeds)
-
-
 def _negated(figures: dict[str, Any]) -> dict[str, Any]:
-    low, high = figures["ci95"]
-    return {"difference": -figures["difference"], "ci95": [-high, -low]}
+    ends = figures["ci95"] and [-figures["ci95"][1], -figures["ci95"][0]]
+    return {"difference": -figures["difference"], "ci95": ends}
 
 
 def capital(text: str) -> str:
@@ -185,7 +188,7 @@ def capital(text: str) -> str:
 
 
 def _gained(test: dict[str, Any]) -> bool:
-    return bool(test["p"] < ALPHA and test["difference"] > 0)
+    return bool(deciding_p(test) < ALPHA and test["difference"] > 0)
 
 
 def _cost(model: dict[str, Any], baseline: dict[str, Any]) -> list[str]:

@@ -18,21 +18,82 @@ from align.evaluation.intervals import mean_ci95, student_t_p, student_t_quantil
 METRICS = {"bleu": BLEU, "chrf": CHRF}
 
 
-@pytest.mark.parametrize(("test", "abbreviation"), [("bootstrap", "bs"), ("randomization", "ar")])
 @pytest.mark.parametrize("metric", ["bleu", "chrf"])
 @pytest.mark.parametrize("other", ["fair", "poor"])
-def test_p_equals_sacrebleus(
-    test: str, abbreviation: str, metric: str, other: str, systems: dict, references: list
+def test_scores_and_p_equal_sacrebleus_where_no_swap_ties(
+    metric: str, other: str, systems: dict, references: list
 ) -> None:
     streams = reference_streams(systems["good"], references)
     named = [("good", systems["good"]), (other, systems[other])]
-    _, results = PairedTest(named, {metric: METRICS[metric]()}, streams, abbreviation, 300)()
+    _, results = PairedTest(named, {metric: METRICS[metric]()}, streams, "ar", 300)()
     name = "BLEU" if metric == "bleu" else "chrF2"
     good, theirs = results[name]
-    ours = compare_corpus(*named, references, metric=metric, test=test, num_resamples=300)
+    ours = compare_corpus(*named, references, metric=metric, num_resamples=300)
     assert ours.p == theirs.p_value
     assert ours.difference == pytest.approx(good.score - theirs.score, abs=1e-9)
     assert ours.ci95[0] < ours.difference < ours.ci95[1]
+
+
+@pytest.mark.parametrize("metric", ["bleu", "chrf", "ter"])
+@pytest.mark.parametrize("worse", ["a", "b"])
+def test_one_answer_of_a_hundred_is_no_evidence(metric: str, worse: str) -> None:
+    # every swap leaves the difference as large: p = 1, where sacreBLEU's count gives 1 / 1001
+    good = [f"w{i} w{i + 1} w{i + 2} w{i + 3} w{i + 4} end ." for i in range(100)]
+    bad = [*good[:50], "something else entirely stands here instead .", *good[51:]]
+    texts = {"a": bad, "b": good} if worse == "a" else {"a": good, "b": bad}
+    found = compare_corpus(
+        ("a", texts["a"]), ("b", texts["b"]), [[text] for text in good], metric=metric
+    )
+    assert found.difference != 0
+    assert found.p == 1.0
+    assert (found.num_prompts, found.num_differing) == (100, 1)
+    assert found.verdict.startswith("too few prompts to tell: 1 of 100 differ, 6 have to; about ")
+    assert found.ci95[0] <= 0 <= found.ci95[1]
+
+
+@pytest.mark.parametrize(("differing", "p"), [(0, 1), (1, 1), (2, 1 / 2), (5, 1 / 16), (6, 1 / 32)])
+def test_few_differences_are_counted_exactly(differing: int, p: float) -> None:
+    a, b = np.zeros(40), np.zeros(40)
+    a[:differing] = 0.3
+    found = compare_values(("a", a), ("b", b), metric="reward")
+    assert (found.p, found.num_differing, found.test) == (p, differing, "randomization")
+    assert found.verdict.startswith(
+        "no difference" if not differing else "better" if differing == 6 else "too few prompts"
+    )
+
+
+def test_one_prompt_tells_nothing() -> None:
+    found = compare_values(("a", [2.0]), ("b", [1.0]), metric="reward")
+    assert (found.p, found.ci95, found.num_prompts_needed) == (1.0, None, None)
+    assert found.verdict == "too few prompts to tell: 1 of 1 differ, 6 have to"
+    seeds = compare_values(("a", [[2.0], [2.1]]), ("b", [[1.0], [1.1]]), metric="reward")
+    assert (seeds.p, seeds.ci95) == (1.0, None)
+    assert seeds.verdict.startswith("too few prompts to tell")
+
+
+def test_equal_differences_have_no_interval_and_shares_have_one() -> None:
+    # 3 rewards of 10 against 0: their spread is unknown, not 0
+    assert compare_values(("a", [10.0] * 3), ("b", [0.0] * 3), metric="reward").ci95 is None
+    # 3 of 3 right against 3 of 3 wrong: Wilson's [.4385, 1] of the share won, twice and minus 1
+    low, high = compare_values(("a", [1.0] * 3), ("b", [0.0] * 3), metric="reward").ci95 or (0, 0)
+    assert (low, high) == (pytest.approx(-0.123, abs=1e-3), pytest.approx(1.0))
+
+
+def test_few_resamples_are_said_to_be_too_few() -> None:
+    rng = np.random.default_rng(0)
+    found = compare_values(
+        ("a", 9 + rng.normal(size=50)), ("b", np.zeros(50)), metric="r", num_resamples=15
+    )
+    assert found.p == 1 / 16
+    assert found.verdict == "too few resamples to tell: set num_resamples to 1000"
+
+
+def test_rounding_is_no_difference_and_hides_none() -> None:
+    # .1 + .2 - .3 is 6e-17, not 0
+    found = compare_values(("a", [0.1 + 0.2, 1.0]), ("b", [0.3, 1.0]), metric="reward")
+    assert found.difference == pytest.approx(0, abs=1e-16)
+    tiny = compare_values(("a", 1e-7 * np.arange(1, 13)), ("b", np.zeros(12)), metric="reward")
+    assert tiny.verdict.startswith("better")
 
 
 def test_worse_system_is_found_and_equal_ones_are_not(systems: dict, references: list) -> None:
@@ -47,35 +108,29 @@ def test_worse_system_is_found_and_equal_ones_are_not(systems: dict, references:
     assert compare_corpus(good, ("fair", systems["fair"]), references).p > 0.05
 
 
-@pytest.mark.parametrize("test", ["bootstrap", "randomization"])
-def test_a_system_does_not_differ_from_itself(test: str, systems: dict, references: list) -> None:
+def test_a_system_does_not_differ_from_itself(systems: dict, references: list) -> None:
     same = compare_corpus(
-        ("a", systems["good"]), ("b", systems["good"]), references, test=test, num_resamples=100
+        ("a", systems["good"]), ("b", systems["good"]), references, num_resamples=100
     )
     assert (same.difference, same.p, same.ci95) == (0.0, 1.0, (0.0, 0.0))
-    values = compare_values(("a", [1.0, 2.0]), ("b", [1.0, 2.0]), metric="reward", test=test)
+    values = compare_values(("a", [1.0, 2.0]), ("b", [1.0, 2.0]), metric="reward")
     assert (values.difference, values.p) == (0.0, 1.0)
 
 
 @pytest.mark.parametrize("metric", ["bleu", "chrf"])
-@pytest.mark.parametrize("test", ["bootstrap", "randomization"])
-def test_copies_of_one_seed_change_no_p(
-    metric: str, test: str, systems: dict, references: list
-) -> None:
+def test_copies_of_one_seed_change_no_p(metric: str, systems: dict, references: list) -> None:
     good, fair = (
         corpus_statistics(METRICS[metric](), systems[name], references) for name in ("good", "fair")
     )
-    options = {"metric": metric, "test": test, "num_resamples": 300}
+    options = {"metric": metric, "num_resamples": 300}
     one = compare_statistics(("good", good), ("fair", fair), **options)
     for copies in (3, 10):
         seeds = np.stack([good] * copies)
         several = compare_statistics(("good", seeds), ("fair", fair), **options)
-        for name in ("p_bootstrap", "p_randomization"):
-            assert getattr(several, name) == pytest.approx(getattr(one, name), abs=0.01)
         assert several.difference == pytest.approx(one.difference)
         # seeds that do not vary leave the prompts' error, with the seeds' degrees of freedom
-        assert several.p == several.p_seeds
-        assert several.p >= several.p_randomization - 0.1
+        assert several.test == "seeds"
+        assert several.p >= one.p - 0.1
 
 
 def wrongly_found(num_a: int, num_b: int, *, seed_std: float, trials: int = 200) -> float:
@@ -120,7 +175,7 @@ def test_literal_t_over_seeds() -> None:
     a, b = np.repeat([[3.0], [5.0], [7.0]], 4, 1), np.repeat([[1.0], [2.0], [3.0]], 4, 1)
     found = compare_values(("a", a), ("b", b), metric="reward", num_resamples=50)
     t, df = 3 / (5 / 3) ** 0.5, 50 / 17
-    assert found.p == found.p_seeds == pytest.approx(student_t_p(t, df))
+    assert found.p == pytest.approx(student_t_p(t, df))
     assert found.p == pytest.approx(0.1046, abs=5e-4)
     assert found.verdict == (
         f"no difference that 3 against 3 seeds can show, p = {found.p:.3f}; "
@@ -156,13 +211,9 @@ def test_systems_of_unequal_length_are_refused(systems: dict, references: list) 
         compare_values(("a", [1.0, 2.0]), ("b", [1.0, 2.0, 3.0]), metric="reward")
 
 
-@pytest.mark.parametrize("test", ["bootstrap", "randomization"])
-def test_same_seed_same_result(test: str, systems: dict, references: list) -> None:
+def test_same_seed_same_result(systems: dict, references: list) -> None:
     named = (("good", systems["good"]), ("fair", systems["fair"]))
-    runs = [
-        compare_corpus(*named, references, test=test, num_resamples=100, seed=seed)
-        for seed in (1, 1, 2)
-    ]
+    runs = [compare_corpus(*named, references, num_resamples=100, seed=seed) for seed in (1, 1, 2)]
     assert runs[0] == runs[1] != runs[2]
 
 
@@ -179,8 +230,7 @@ def test_randomization_approaches_the_exact_p() -> None:
     assert got.p == pytest.approx(exact, abs=3 * (exact * (1 - exact) / 20000) ** 0.5)
 
 
-@pytest.mark.parametrize("test", ["bootstrap", "randomization"])
-def test_under_the_null_p_is_uniform(test: str) -> None:
+def test_under_the_null_p_is_uniform() -> None:
     rng = np.random.default_rng(3)
     p = np.array(
         [
@@ -188,30 +238,27 @@ def test_under_the_null_p_is_uniform(test: str) -> None:
                 ("a", rng.normal(size=60)),
                 ("b", rng.normal(size=60)),
                 metric="reward",
-                test=test,
                 num_resamples=200,
                 seed=trial,
             ).p
             for trial in range(600)
         ]
     )
-    # shares below .05, .2, .5 within three standard errors (.027, .049, .061), plus what a
-    # bootstrap of 60 is known to overshoot
+    # shares below .05, .2, .5 within three standard errors (.027, .049, .061)
     for level in (0.05, 0.2, 0.5):
-        allowed = 3 * (level * (1 - level) / 600) ** 0.5 + 0.01
+        allowed = 3 * (level * (1 - level) / 600) ** 0.5
         assert (p <= level).mean() == pytest.approx(level, abs=allowed)
 
 
-@pytest.mark.parametrize("test", ["bootstrap", "randomization"])
-def test_a_real_difference_is_found(test: str) -> None:
+def test_a_real_difference_is_found() -> None:
     rng = np.random.default_rng(4)
     difficulty = 5 * rng.normal(size=200)
     a, b = difficulty + 0.3 + rng.normal(size=200), difficulty + rng.normal(size=200)
-    found = compare_values(("a", a), ("b", b), metric="reward", test=test)
+    found = compare_values(("a", a), ("b", b), metric="reward")
     assert found.p < 0.05
     assert found.ci95[0] > 0
     # unpaired, the prompts' difficulty would drown it
-    shuffled = compare_values(("a", a), ("b", rng.permutation(b)), metric="reward", test=test)
+    shuffled = compare_values(("a", a), ("b", rng.permutation(b)), metric="reward")
     assert shuffled.p > 0.05
 
 

@@ -21,10 +21,13 @@ def test_distinct_interval_is_the_jackknife() -> None:
     without = [distinct_n(texts[:i] + texts[i + 1 :], 1) for i in range(4)]
     mean = sum(without) / 4
     error = (3 / 4 * sum((w - mean) ** 2 for w in without)) ** 0.5
-    expected = (max(0, score - 1.96 * error), min(1, score + 1.96 * error))
+    t = 3.18245  # of three degrees of freedom
+    expected = (max(0, score - t * error), min(1, score + t * error))
     assert distinct_n_ci95(texts, 1) == pytest.approx(expected)
     assert distinct_n_ci95(["a b"], 1) is None
     assert distinct_n_ci95(["", ""], 1) is None
+    # all different: that the next text repeats a word is not ruled out
+    assert distinct_n_ci95(["a", "b", "c"], 1) is None
 
 
 def test_distinct_interval_covers() -> None:

@@ -86,7 +86,6 @@ def test_every_metric_of_ours_has_a_better_end() -> None:
 def test_a_comparison_carries_its_verdict(systems: dict, references: list) -> None:
     poor = compare_corpus(("good", systems["good"]), ("poor", systems["poor"]), references)
     assert poor.verdict.startswith("better, p ")
-    assert poor.p == poor.p_bootstrap
     fair = compare_corpus(("good", systems["good"]), ("fair", systems["fair"]), references)
     assert fair.num_prompts == 60
     assert fair.num_prompts_needed is not None

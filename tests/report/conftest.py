@@ -65,8 +65,6 @@ def evaluation(names: list[str], num_prompts: int) -> dict[str, Any]:
             "difference": 0.2,
             "p": 0.001,
             "ci95": [0.1, 0.3],
-            "p_bootstrap": 0.001,
-            "p_randomization": 0.001,
             "verdict": "better, p = .001",
             "at_equal_length": {"difference": 0.02, "ci95": [-0.1, 0.14], "per_100_characters": 1},
         },
@@ -77,8 +75,6 @@ def evaluation(names: list[str], num_prompts: int) -> dict[str, Any]:
             "difference": -0.3,
             "p": 0.002,
             "ci95": [-0.5, -0.1],
-            "p_bootstrap": 0.002,
-            "p_randomization": 0.002,
             "verdict": "worse, p = .002",
         },
     ]
