@@ -24,6 +24,57 @@ def test_literal_win_rate() -> None:
         rate.win_rate = 1.0  # type: ignore[misc]
 
 
+def test_three_of_three_wins_are_no_certainty() -> None:
+    rate = win_rate("a", "b", [1.0] * 3, judge="j", lengths_a=[1] * 3, lengths_b=[1] * 3)
+    # Wilson's 3 / (3 + 1.96^2); two of eight ways to win and lose three are as far from one half
+    assert rate.win_rate_ci95 == pytest.approx((0.4385, 1), abs=1e-4)
+    assert rate.win_rate_p == 0.25
+    assert rate.win_rate_verdict.startswith("too few prompts to tell: 3 of 3 differ, 6 have to")
+    six = win_rate("a", "b", [1.0] * 6, judge="j", lengths_a=[1] * 6, lengths_b=[1] * 6)
+    assert (six.win_rate_p, six.win_rate_verdict) == (1 / 32, "better, p = .031")
+
+
+def test_ties_alone_are_no_difference() -> None:
+    rate = win_rate("a", "b", [0.5] * 40, judge="j", lengths_a=range(40), lengths_b=[0] * 40)
+    assert (rate.win_rate, rate.win_rate_p, rate.win_rate_verdict) == (0.5, 1.0, "no difference")
+    low, high = rate.win_rate_ci95 or (0, 0)
+    assert 0.4 < low < 0.5 < high < 0.6
+
+
+def test_seeds_that_won_each_time_count_as_one() -> None:
+    shares = np.ones((2, 8))
+    rate = win_rate(
+        "a", "b", shares, judge="j", lengths_a=[1] * 8, lengths_b=[1] * 8, num_seeds=(2, 1)
+    )
+    assert rate.win_rate_p == 2 / 2**8
+    assert rate.win_rate_ci95 == pytest.approx((8 / (8 + 3.841459), 1))
+
+
+def test_lengths_that_explain_every_win_leave_nothing_known() -> None:
+    gaps = np.array([5.0, 8.0, 3.0, 9.0, 4.0, 7.0])
+    found = length_controlled_win_rate(np.ones(6), gaps)
+    assert found is not None
+    assert found[1][0] < 0.01
+    assert found[1][1] > 0.99
+
+
+def test_profile_interval_is_likelihoods() -> None:
+    # lengths say nothing where every gap has its opposite with the same result: then the profile is
+    # that of a share. 6 of 8: 2 (l(.75) - l(q)) = t^2 of 6 degrees of freedom, 5.987
+    shares = np.array([1, 1, 1, 1, 1, 1, 0, 0], dtype=float)
+    gaps = np.array([10, -10, 10, -10, 10, -10, 10, -10], dtype=float)
+    found = length_controlled_win_rate(shares, gaps)
+    assert found is not None
+    assert found[0] == pytest.approx(0.75, abs=2e-3)
+    for end in found[1]:
+        deviance = 2 * (6 * np.log(0.75 / end) + 2 * np.log(0.25 / (1 - end)))
+        assert deviance == pytest.approx(5.987, abs=0.2)  # the ridge takes .12
+
+
+def test_constant_rewards_have_no_difference_at_equal_length() -> None:
+    assert length_controlled_difference([1.0] * 9, [1.0] * 9, range(9), [0] * 9) is None
+
+
 def test_a_win_rate_of_one_half_is_no_difference() -> None:
     shares = np.tile([0.0, 1.0], 30)
     rate = win_rate("a", "b", shares, judge="j", lengths_a=range(60), lengths_b=[0] * 60)
