@@ -105,6 +105,29 @@ def tiny_chat(tmp_path_factory: pytest.TempPathFactory) -> Path:
 _HF = {"num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 _GROUPED = {**_HF, "num_key_value_heads": 2}
 _EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+_PDROP = {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "n_positions": 64}
+_QWEN_MOE = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+    "use_sliding_window": True,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
+_LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "moe_intermediate_size": 16,
+}
+_NEO = [[["global", "local"], 1]]
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", _GROUPED | {"attention_dropout": 0.5}),
     "qwen2": ("Qwen2Config", _GROUPED | {"tie_word_embeddings": True}),
@@ -116,8 +139,30 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("MistralConfig", _GROUPED | {"sliding_window": 5}),
     "gemma2": ("Gemma2Config", _GROUPED | {"head_dim": 8, "sliding_window": 5}),
     "gemma3": ("Gemma3TextConfig", _GROUPED | {"head_dim": 8, "sliding_window": 5}),
-    # those that cannot be packed
+    # what scales its logits
     "granite": ("GraniteConfig", _GROUPED | {"logits_scaling": 2.0}),
+    "cohere": ("CohereConfig", _GROUPED | {"logit_scale": 0.3}),
+    # rates under other names, functional ones, noise and sampling in training mode
+    "seed_oss": ("SeedOssConfig", _GROUPED | {"head_dim": 8, "residual_dropout": 0.5}),
+    "starcoder2": ("Starcoder2Config", _GROUPED | {"residual_dropout": 0.5, "sliding_window": 5}),
+    "gpt_bigcode": ("GPTBigCodeConfig", {"n_embd": 32, "n_layer": 2, "n_head": 4} | _PDROP),
+    "biogpt": ("BioGptConfig", _HF | {"layerdrop": 0.5, "activation_dropout": 0.5}),
+    "mixtral": ("MixtralConfig", _GROUPED | _EXPERTS | {"router_jitter_noise": 0.01}),
+    # windows that are in the mask alone
+    "phimoe": ("PhimoeConfig", _GROUPED | _EXPERTS | {"sliding_window": 5}),
+    "qwen2_moe": ("Qwen2MoeConfig", _GROUPED | _QWEN_MOE | {"sliding_window": 5}),
+    # values of another size than keys
+    "deepseek_v3": ("DeepseekV3Config", _HF | _LATENT),
+    # those that cannot be packed
+    "falcon": ("FalconConfig", _HF),
+    "gptj": ("GPTJConfig", {"n_layer": 2, "n_head": 4, "rotary_dim": 4}),
+    "gpt_neo": ("GPTNeoConfig", {"num_layers": 2, "num_heads": 4, "attention_types": _NEO}),
+    "llama4": ("Llama4TextConfig", _GROUPED | _EXPERTS | {"attention_chunk_size": 5}),
+    "jamba": ("JambaConfig", _GROUPED | {"use_mamba_kernels": False, "num_experts": 1}),
+    "bert": ("BertConfig", _HF),
+    "bart": ("BartConfig", {"decoder_layers": 2, "decoder_attention_heads": 4, "d_model": 32}),
+    "stablelm": ("StableLmConfig", _GROUPED),
+    "doge": ("DogeConfig", _GROUPED),
     "mamba": ("MambaConfig", {"num_hidden_layers": 2}),
     "bloom": ("BloomConfig", {"n_layer": 2, "n_head": 4}),
     "gpt_oss": ("GptOssConfig", _GROUPED | {"head_dim": 8} | _EXPERTS),

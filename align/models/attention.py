@@ -39,7 +39,16 @@ from align.types import Segment
 BACKENDS = {"segments": "align_segments", "flash": "align_varlen", "flex": "align_blocks"}
 """What a recipe calls them, and transformers, which takes any name with "flash" for its own."""
 
-UNSUPPORTED = ("position_bias", "s_aux", "sinks", "indices", "block_indices")
+WINDOW = "align_window"
+"""Attribute of an attention layer: its sliding window, found in its mask (`masks`)."""
+
+UNSUPPORTED = {
+    "position_bias": "position biases",
+    "s_aux": "attention sinks",
+    "sinks": "attention sinks",
+    "indices": "sparse attention",
+    "block_indices": "sparse attention",
+}
 """What a model may hand to its attention function that changes the result and is not done here."""
 
 
@@ -70,13 +79,14 @@ def segment_attention(
     **more: Any,
 ) -> tuple[Tensor, None]:
     """``[B,heads,T,D]`` queries and ``[B,kv_heads,S,D]`` keys -> ``[B,T,heads,D]``."""
-    for name in UNSUPPORTED:
+    for name, what in UNSUPPORTED.items():
         if more.get(name) is not None:
-            raise NotImplementedError(f"attention with `{name}` is not supported")
+            raise NotImplementedError(f"it has {what} (`{name}`), which align does not compute")
     if torch.is_autocast_enabled(query.device.type):  # rotary embeddings are float32 there
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    options = _Options(dropout, scaling or query.shape[-1] ** -0.5, sliding_window, softcap)
+    window = getattr(module, WINDOW, sliding_window)
+    options = _Options(dropout, scaling or query.shape[-1] ** -0.5, window, softcap)
     if decode is not None:
         return _decode(query, key, value, decode, options), None
     if segments is None:
@@ -187,7 +197,8 @@ def _packed(
     query: Tensor, key: Tensor, value: Tensor, segments: tuple[Segment, ...], options: _Options
 ) -> Tensor:
     """``[B,heads,T,D]`` -> ``[B,T,heads,D]``; columns in no segment give zeros."""
-    batch, heads, time, dim = query.shape
+    batch, heads, time, _ = query.shape
+    sizes = [t.shape[-1] for t in (query, key, value)]  # values may be smaller (DeepSeek)
     plan = _plan(segments, batch, time, options.window, query.device)
     # one row of all heads per column; embedding, because its backward is fast on every device
     flat = [t.transpose(1, 2).reshape(batch * time, -1) for t in (query, key, value)]
@@ -195,13 +206,13 @@ def _packed(
     for bucket in plan.buckets:
         places = (bucket.queries, bucket.keys, bucket.keys)
         q, k, v = (
-            F.embedding(columns, t).unflatten(-1, (-1, dim)).transpose(1, 2)
-            for columns, t in zip(places, flat, strict=True)
+            F.embedding(columns, t).unflatten(-1, (-1, size)).transpose(1, 2)
+            for columns, t, size in zip(places, flat, sizes, strict=True)
         )
         out = _attend(q, k, v, bucket.mask, options, before=bucket.before)
-        outputs.append(out.transpose(1, 2).reshape(-1, heads * dim))
-    outputs.append(flat[0].new_zeros(1, heads * dim))
-    return F.embedding(plan.order, torch.cat(outputs)).view(batch, time, heads, dim)
+        outputs.append(out.transpose(1, 2).flatten(2).flatten(0, 1))
+    outputs.append(flat[0].new_zeros(1, heads * sizes[2]))
+    return F.embedding(plan.order, torch.cat(outputs)).view(batch, time, heads, sizes[2])
 
 
 def _varlen(
@@ -289,3 +300,20 @@ def _capped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, options: _O
 
 for _backend, _name in BACKENDS.items():
     AttentionInterface.register(_name, partial(segment_attention, backend=_backend))
+
+
+INSTEAD = "take a decoder such as Llama, Qwen 3, Mistral, Gemma 2, Phi-3, OLMo 2 or GPT-NeoX"
+
+
+def not_on_the_interface(kind: str) -> str:
+    """Why an architecture that computes its attention by itself is refused."""
+    return (
+        f"{kind} is not on transformers' attention interface, through which align packs "
+        f"sequences; {INSTEAD}"
+    )
+
+
+def own_attention(kind: Any) -> bool:
+    """Whether a class of transformers models computes its attention by itself."""
+    library = str(kind.__module__).startswith("transformers.")
+    return library and not kind._can_set_attn_implementation()

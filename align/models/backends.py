@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from align.models import varlen
 from align.models.attention import BACKENDS, segment_attention
-from align.models.policy import Packed, check_packable
+from align.models.policy import Packed
+from align.models.probes import check_packable
 from align.progress import say
 from align.types import AlignError, Segment
 
@@ -122,6 +123,8 @@ def candidates(
     on_gpu = device.type == "cuda"
     unfit_for_flash = _unfit_for_flash(config, precision) if on_gpu else None
     require_gpu(wanted, device)
+    if wanted == "flex" and _latent(config):
+        raise AlignError(f"attention: flex {_latent(config)}; auto finds what works")
     if wanted == "flash" and unfit_for_flash:
         raise AlignError(f"attention: flash {unfit_for_flash}; auto finds what works")
     if wanted in ("flash", "flex"):
@@ -130,13 +133,16 @@ def candidates(
         return ("segments",)
     if unfit_for_flash is None:
         return ("flash", "segments")
-    return ("flex", "segments") if _softcap(config) is not None else ("segments",)
+    for_flex = _softcap(config) is not None and not _latent(config)
+    return ("flex", "segments") if for_flex else ("segments",)
 
 
 def _unfit_for_flash(config: Any, precision: str) -> str | None:
     """What the flash kernel lacks for such a model."""
     if precision != "bf16":
         return f"needs precision=bf16, not {precision}"
+    if _latent(config):
+        return _latent(config)
     if _softcap(config) is not None:
         return "cannot cap scores, as this model does"
     try:
@@ -157,6 +163,12 @@ def head_shape(config: Any) -> tuple[int, int, int]:
     heads = text.num_attention_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // heads
     return heads, getattr(text, "num_key_value_heads", None) or heads, size
+
+
+def _latent(config: Any) -> str | None:
+    """Why a model with multi-head latent attention (DeepSeek) is left to ``segments``."""
+    values = getattr(config.get_text_config(), "v_head_dim", None)
+    return "is not proved on heads whose values have another size than keys" if values else None
 
 
 def _softcap(config: Any) -> float | None:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import warnings
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from align.models.attention import BACKENDS
+from align.models.attention import BACKENDS, not_on_the_interface
+from align.models.dropout import switch_off_dropout
 from align.models.locate import adapter_base, require_found
 from align.types import AlignError
 
@@ -85,8 +87,12 @@ def load_causal_lm(
         config = _guarded(
             model, AutoConfig.from_pretrained, where, trust_remote_code=trust_remote_code, **options
         )
-        loaded = AutoModelForCausalLM.from_config(
-            config, attn_implementation=BACKENDS["segments"], dtype=torch.float32
+        loaded = _guarded(
+            model,
+            AutoModelForCausalLM.from_config,
+            config,
+            attn_implementation=BACKENDS["segments"],
+            dtype=torch.float32,
         )
     else:
         loaded, info = _guarded(
@@ -189,17 +195,8 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 
 def _settle(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """Dropout off, no cache, no quantisation record, one pad token, room for every token.
-
-    Dropout stays off in training too (the policy's ratio must be 1 at the first step, and the
-    reward must not depend on the mode): "N+ details", section 3. LoRA's own dropout is separate.
-    """
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        for name in ("attention_dropout", "dropout"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
+    """Dropout off, no quantisation record, one pad token, room for every token."""
+    switch_off_dropout(model)
     text = model.config.get_text_config()
     text.pad_token_id = tokenizer.pad_token_id
     if getattr(model, "generation_config", None) is not None:
@@ -264,6 +261,8 @@ def _guarded(model: str, load: Any, *args: Any, **options: Any) -> Any:
     try:
         return load(*args, **options)
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        if str(error) == repr(BACKENDS["segments"]):  # a table of attention classes without it
+            raise AlignError(f"model: {model}: {not_on_the_interface(_kind(error))}") from error
         reason = str(error).strip().split("\n")[0]
         raise AlignError(
             f"model: {model}: cannot be loaded: {reason} "
@@ -273,3 +272,13 @@ def _guarded(model: str, load: Any, *args: Any, **options: Any) -> Any:
         if type(error).__name__ in ("SafetensorError", "HFValidationError", "GatedRepoError"):
             raise AlignError(f"model: {model}: cannot be loaded: {error}".split("\n")[0]) from error
         raise
+
+
+def _kind(error: BaseException) -> str:
+    """Class of the model that was being made when an error was raised."""
+    kinds = [
+        type(frame.f_locals["self"])
+        for frame, _ in walk_tb(error.__traceback__)
+        if isinstance(frame.f_locals.get("self"), PreTrainedModel)
+    ]
+    return kinds[0].__name__ if kinds else "its architecture"

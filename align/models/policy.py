@@ -20,11 +20,12 @@ from transformers import PreTrainedTokenizerBase
 
 from align.losses.logprobs import TokenStatistics, token_logprobs, token_statistics
 from align.models.attention import BACKENDS
+from align.models.dropout import keep_pinned
 from align.models.load import weights_hash
 from align.models.lora import merged, save_adapter, unwrapped
 from align.models.offload import kept_on_cpu
 from align.models.precision import autocast
-from align.types import AlignError, Segment, TokenBatch
+from align.types import AlignError, TokenBatch
 
 
 class Packed(nn.Module):
@@ -40,6 +41,11 @@ class Packed(nn.Module):
         self.model = model
         self.precision = precision
         self.name = name
+
+    def train(self, mode: bool = True) -> Any:
+        super().train(mode)
+        keep_pinned(self)
+        return self
 
     @property
     def inner(self) -> Any:
@@ -64,7 +70,8 @@ class Packed(nn.Module):
 
     @property
     def trunk(self) -> Any:
-        return getattr(self.inner, self.inner.base_model_prefix)
+        # Llama 4's prefix is that of the model it is a part of
+        return getattr(self.inner, self.inner.base_model_prefix, None) or self.inner.model
 
     def hidden_states(self, batch: TokenBatch) -> Tensor:
         """Final hidden states ``[B,T,H]``, after the last norm."""
@@ -115,7 +122,12 @@ class Packed(nn.Module):
 
 
 class Policy(Packed):
-    """A causal language model that answers with log-probabilities of the tokens it is given."""
+    """A causal language model that answers with log-probabilities of the tokens it is given.
+
+    ``logit_scale``: what the architecture multiplies its head's products by (Granite, Cohere).
+    """
+
+    logit_scale = 1.0
 
     def forward(
         self, batch: TokenBatch, *, temperature: float = 1.0, statistics: bool = False
@@ -130,13 +142,14 @@ class Policy(Packed):
         targets = batch.input_ids[batch.loss_mask]
         with autocast(self.precision, self.device):
             weight, options = self.head_weight(), self._head()
+            options["temperature"] = temperature
+            if self.logit_scale != 1.0:  # (scale z) / t = z / (t / scale), in a cap's tanh as well
+                options["temperature"] = temperature / self.logit_scale
+                if options["softcap"] is not None:
+                    options["softcap"] /= self.logit_scale
             if statistics:
-                return token_statistics(
-                    predicting, weight, targets, temperature=temperature, **options
-                )
-            logprobs = token_logprobs(
-                predicting, weight, targets, temperature=temperature, **options
-            )
+                return token_statistics(predicting, weight, targets, **options)
+            logprobs = token_logprobs(predicting, weight, targets, **options)
         nothing = torch.zeros_like(logprobs)
         return TokenStatistics(logprobs, nothing, nothing)
 
@@ -147,6 +160,8 @@ class Policy(Packed):
             logits = nn.functional.linear(hidden, self.head_weight()).float()
         if options["bias"] is not None:
             logits = logits + options["bias"]
+        if self.logit_scale != 1.0:
+            logits = logits * self.logit_scale
         if options["softcap"] is not None:
             logits = options["softcap"] * torch.tanh(logits / options["softcap"])
         return logits
@@ -207,70 +222,26 @@ def _flat(batch: TokenBatch, columns: Tensor) -> Tensor:
 
 def check_length(model: Packed, longest: int, what: str) -> None:
     """Refuse sequences that are longer than the model has positions for."""
-    limit = getattr(model.inner.config.get_text_config(), "max_position_embeddings", None)
+    config = model.inner.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    cure = "lower data.max_tokens or generation.max_new_tokens"
     if limit is not None and longest > limit:
+        raise AlignError(f"{model.name} has {limit} positions, but {what} {longest} tokens; {cure}")
+    switch = _rope_switches_at(config)
+    if switch is not None and longest > switch:
         raise AlignError(
-            f"{model.name} has {limit} positions, but {what} {longest} tokens; "
-            "lower data.max_tokens or generation.max_new_tokens"
+            f"{model.name} rotates all positions of a sequence otherwise once it has more than "
+            f"{switch} tokens (longrope), which is not done in packed rows, and {what} {longest}; "
+            f"{cure}"
         )
 
 
-def check_packable(model: Packed) -> None:
-    """Refuse a model that cannot be packed, by trying: eight tokens, two sequences, two prefixes.
-
-    The hidden states of a packed row must be those of the sequences alone; in float32 where the
-    weights are, for rounding to bf16 may hide or look like a difference. This catches models that
-    are not on the attention interface, recurrent ones, and position embeddings that ignore
-    ``position_ids``; and, for a `Policy`, heads that do more than a linear map.
-    """
-    vocabulary = model.inner.get_input_embeddings().num_embeddings
-    tokens = torch.arange(8, device=model.device)[None] % vocabulary
-    where = torch.tensor([[0, 1, 2, 3, 4, 3, 4, 5]], device=model.device)
-    prefixes = Segment(0, 0, 2), Segment(0, 2, 3, 0, 2)
-    packed = _probe(tokens, where, (*prefixes, Segment(0, 3, 5, 2, 3), Segment(0, 5, 8, 2, 3)))
-    alone = torch.cat([tokens[:, :3], tokens[:, 5:]], dim=1)
-    single = _probe(alone, torch.arange(6, device=model.device)[None], (Segment(0, 0, 6),))
-    training, precision = model.training, model.precision
-    exact = all(p.dtype == torch.float32 for p in model.parameters())
-    model.eval()
-    try:
-        model.precision = "fp32" if exact else precision
-        with torch.no_grad():
-            got, want = model.hidden_states(packed)[0, 5:], model.hidden_states(single)[0, 3:]
-            if isinstance(model, Policy):
-                with autocast(model.precision, model.device):
-                    plain = model.model(
-                        input_ids=alone, position_ids=single.position_ids, segments=single.segments
-                    ).logits[0, 3:]
-                got = torch.cat([got.float(), model.logits(want).float()], dim=-1)
-                want = torch.cat([want.float(), plain.float()], dim=-1)
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, NotImplementedError, TypeError) as error:
-        raise AlignError(
-            f"{model.name}: {type(model.inner).__name__} cannot be packed: {error}"
-        ) from error
-    finally:
-        model.train(training)
-        model.precision = precision
-    if not (got.isfinite().all() and want.isfinite().all()):
-        raise AlignError(
-            f"{model.name}: its numbers become NaN or infinite; its weights are broken, or "
-            "overflow in this precision: try precision=fp32"
-        )
-    tolerance = 1e-3 if exact else 0.1
-    if not torch.allclose(got, want, rtol=tolerance, atol=tolerance * want.abs().max().item()):
-        raise AlignError(
-            f"{model.name}: {type(model.inner).__name__} gives other numbers when packed "
-            f"(by {(got - want).abs().max():.3g}), so align cannot train it"
-        )
-
-
-def _probe(tokens: Tensor, positions: Tensor, segments: Sequence[Segment]) -> TokenBatch:
-    zeros = torch.zeros_like(tokens)
-    return TokenBatch(
-        tokens, positions, zeros + 1, zeros, zeros, zeros.bool(), segments=tuple(segments)
-    )
+def _rope_switches_at(config: Any) -> int | None:
+    """The length beyond which longrope takes other frequencies for the whole sequence."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]
+    found = [k.get("original_max_position_embeddings") for k in kinds if "longrope" in k.values()]
+    return min((int(length) for length in found if length), default=None)
 
 
 def batch_sequences(batch: TokenBatch) -> np.ndarray:

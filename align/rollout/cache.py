@@ -80,10 +80,11 @@ class SlotCache(Cache):
         layers = []
         for recorded in prefill.layers:
             layer = _SlotLayer()
-            shape = (num_slots, recorded.keys.shape[1], columns, recorded.keys.shape[3])
             # under autocast values have its dtype, and keys, once they are rotated, float32
-            layer.keys = recorded.values.new_zeros(shape)
-            layer.values = recorded.values.new_zeros(shape)
+            for name in ("keys", "values"):
+                _, heads, _, size = getattr(recorded, name).shape
+                empty = recorded.values.new_zeros((num_slots, heads, columns, size))
+                setattr(layer, name, empty)
             layer.length = columns
             layers.append(layer)
         super().__init__(layers=layers)

@@ -56,7 +56,20 @@ def assert_complete(rollout: Rollout, max_new_tokens: int) -> None:
 # ---------------------------------------------------------------- whole rollouts
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "mistral", "gemma2", "gemma3"])
+SAMPLED = (
+    "llama",
+    "gpt2",
+    "opt",
+    "mistral",
+    "gemma2",
+    "gemma3",
+    "qwen2_moe",
+    "cohere",
+    "deepseek_v3",
+)
+
+
+@pytest.mark.parametrize("name", SAMPLED)
 def test_recorded_logprobs_are_the_training_ones(
     name: str, architecture: Callable[[str], Path], prompts: list[np.ndarray]
 ) -> None:
@@ -110,7 +123,7 @@ def test_slots_and_prefills_change_no_result(
 
 
 @pytest.mark.parametrize("opening", [0, 11])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral", "gemma3"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral", "gemma3", "qwen2_moe", "deepseek_v3"])
 def test_greedy_is_transformers_generate(
     name: str, architecture: Callable[[str], Path], prompts: list[np.ndarray], opening: int
 ) -> None:
