@@ -59,6 +59,7 @@ def check(command: str, recipe: Any) -> Iterator[str]:
 
         check_plugins(recipe)
     _check_kinds(command, recipe)
+    yield from _notes(recipe)
     rows = 0
     sample: list[Any] = []
     for name in ("train", "test"):
@@ -192,6 +193,23 @@ def _not_here(source: DataSource) -> str:
     if path.parent.is_dir():
         raise AlignError(f"data: {path}: no such file or folder{did_you_mean(path)}")
     return f"{source.path}: not there yet, nor is its folder"
+
+
+def _notes(recipe: Any) -> Iterator[str]:
+    """What a folder holds beside the rows that are read; refuses to train on what is held out."""
+    from align.data.held_out import notes_of, refuse_shared
+    from align.models.locate import looks_like_hub_id
+
+    def is_there(source: DataSource) -> bool:
+        return Path(source.path).expanduser().exists() or looks_like_hub_id(source.path)
+
+    train, test = (
+        [source for source in sources if is_there(source)]
+        for sources in (recipe.data.train, recipe.data.test)
+    )
+    if not isinstance(recipe, EvalRecipe):
+        refuse_shared(train, test)
+    yield from (f"data        {note}" for note in notes_of([*train, *test]))
 
 
 def _first_source(data: DataConfig) -> str:

@@ -77,7 +77,8 @@ class DataSource:
         path: A local JSONL, JSON, Parquet, CSV or Arrow file (``.gz`` allowed for the text
             formats), a folder of such files, or a hub data set ``org/name``.
         name: The hub data set's configuration, if it has several.
-        split: The hub data set's split, in the syntax of ``datasets.load_dataset``.
+        split: In the syntax of ``datasets.load_dataset``, of local files and folders too, such as
+            ``test[:100]`` and ``train[10%:20%]``.
         weight: Relative weight when several sources are mixed: 2.0 repeats every row twice,
             0.5 keeps half of the rows; unit: copies of the source per epoch.
         columns: Our field -> the file's column, for files that name theirs otherwise.

@@ -17,6 +17,7 @@ from align.data.columns import Example, format_name, kind_of
 from align.data.fields import Kind
 from align.data.findings import Finding, Level, findings_of, plain, roles_of, texts_of
 from align.data.formats import BadRow, Row, read_source
+from align.data.held_out import notes_of
 from align.data.lengths import longer_wins
 from align.data.naming import UNKNOWN, mapping
 from align.data.oddities import oddities, script
@@ -57,7 +58,9 @@ def inspect(
     formats = {s.path: format_name(first_row(s), kind, columns=s.columns) for s in sources}
     loaded = load_examples(sources, kind=kind, on_bad_row="skip")
     examples = loaded.examples
-    findings = [*_of_reports(loaded.reports), *_of_texts(examples)]
+    advice = "make sure that it is meant"
+    findings = [Finding("note", note, 1, advice) for note in notes_of([*sources, *test])]
+    findings += [*_of_reports(loaded.reports), *_of_texts(examples)]
     if kind == "preference":
         findings += _of_pairs(examples)
     if said is None and kind == "prompt":

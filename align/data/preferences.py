@@ -18,7 +18,7 @@ import numpy as np
 from align.data.bad_rows import BadRows, no_row
 from align.data.columns import Example, read_row
 from align.data.fields import Kind, check_names
-from align.data.formats import BadRow, Row, file_sha256, find_files, read_file, read_hub
+from align.data.formats import BadRow, Row, file_sha256, find_parts, read_hub
 from align.data.rankings import Rated, pairs_of
 from align.data.spool import Spool, Store
 from align.data.subset import Lazy
@@ -190,12 +190,12 @@ def _text_key(text: Text) -> str:
 
 
 def _open(source: DataSource) -> Iterator[tuple[str, str | None, Iterator[Row | BadRow]]]:
-    """(path, sha256, rows) of each file of a source."""
-    files = find_files(source)
-    if not files:
+    """(path, sha256, rows) of what is read of each file of a source."""
+    parts = find_parts(source)
+    if not parts:
         yield f"{source.path}/{source.split}", None, read_hub(source)
-    for file in files:
-        yield str(file), file_sha256(file), read_file(file)
+    for part in parts:
+        yield str(part.path), file_sha256(part.path), part.rows()
 
 
 def _read(

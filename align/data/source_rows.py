@@ -7,10 +7,9 @@ to one, local rows before it are read over again, and a hub data set is told whe
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
 from typing import Any, TypeAlias
 
-from align.data.formats import BadRow, Row, find_files, open_hub_stream, read_file, stream_hub
+from align.data.formats import BadRow, FilePart, Row, find_parts, open_hub_stream, stream_hub
 from align.types import DataSource
 
 Place: TypeAlias = dict[str, Any]
@@ -29,8 +28,8 @@ class SourceRows:
         self._file, self._done = int(place.get("file", 0)), int(place.get("rows", 0))
         self._source, self._state = source, place.get("state")
         self._dataset: Any = None
-        files = find_files(source)
-        self._rows = self._of_files(files) if files else self._of_hub()
+        parts = find_parts(source)
+        self._rows = self._of_files(parts) if parts else self._of_hub()
 
     def next(self) -> Row | BadRow | None:
         """None = there is no more."""
@@ -44,14 +43,14 @@ class SourceRows:
             return {"rows": self._done, "state": self._state}
         return {"file": self._file, "rows": self._done}
 
-    def _of_files(self, files: Sequence[Any]) -> Iterator[Row | BadRow]:
-        while self._file < len(files):
-            for row in islice(read_file(files[self._file]), self._done, None):
+    def _of_files(self, parts: Sequence[FilePart]) -> Iterator[Row | BadRow]:
+        while self._file < len(parts):
+            for row in parts[self._file].rows(done=self._done):
                 self._done += 1
                 yield row
             self._file, self._done = self._file + 1, 0
 
-    def _of_hub(self) -> Iterator[Row]:
+    def _of_hub(self) -> Iterator[Row | BadRow]:
         self._dataset = open_hub_stream(self._source)
         if self._state is not None:
             self._dataset.load_state_dict(self._state)

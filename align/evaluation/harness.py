@@ -19,6 +19,7 @@ import torch
 from accelerate import PartialState
 
 from align.config import EvalRecipe
+from align.data.held_out import notes_of
 from align.data.preferences import load_examples, split_by_prompt, with_columns
 from align.data.subset import pick
 from align.evaluation.agreement import best_of_n, best_of_n_kl
@@ -285,6 +286,8 @@ def _data(
     prompts: list[PromptExample] = []
     pairs: list[PreferencePair] = []
     reports: dict[str, Any] = {}
+    for note in notes_of((*sources, *recipe.preferences.train, *recipe.preferences.test)):
+        say(f"eval: {note}")
     if needs_prompts:
         loaded = load_examples(with_columns(sources, data.columns), kind="prompt", **options)
         prompts = [e for e in loaded.examples if isinstance(e, PromptExample)]

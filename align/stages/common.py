@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from align.config import CommonRecipe
 from align.data.chat import end_token_ids
-from align.data.formats import find_files
+from align.data.held_out import notes_of
 from align.models import Policy, load_tokenizer
 from align.models.locate import is_on_the_hub
 from align.models.offload import require_gpu
@@ -51,8 +51,9 @@ def open_session(recipe: CommonRecipe, stage: str) -> Session:
     if recipe.activation_offload:
         require_gpu(accelerator.device)
     # a misspelt file is told at once, before a model is looked for on the hub
-    for source in (*recipe.data.train, *recipe.data.test):
-        find_files(source)
+    notes = notes_of((*recipe.data.train, *recipe.data.test))
+    for note in notes if accelerator.is_main_process else ():
+        say(f"{stage}: {note}")
     if accelerator.is_main_process and is_on_the_hub(recipe.model):
         say(f"{stage}: {recipe.model}: no such folder here; asking the hub, or its cache")
     tokenizer = load_tokenizer(recipe.model, trust_remote_code=recipe.trust_remote_code)

@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from align.config import DataConfig
 from align.data.formats import content_of
+from align.data.held_out import ADVICE, num_shared, refuse_shared
 from align.data.order import EpochOrder, as_it_comes, epoch_order
 from align.data.preferences import Example, held_out, load_examples, with_columns
 from align.data.spool import Spool
@@ -71,6 +72,7 @@ def load_data(
     """
     if not data.train:
         raise AlignError("data.train: no data given; name a file, a folder or a hub data set")
+    refuse_shared(data.train, data.test)
     if data.streaming:
         if train is None:
             raise AlignError("data.streaming: is for sft, rm and dpo; here all rows are read first")
@@ -85,6 +87,7 @@ def load_data(
         "test_rows": facts["rows"]["test"],
         "train_tokens": facts["tokens"]["train"],
         "dropped_when_tokenised": facts["dropped"],
+        "test_rows_trained_on": facts["shared"],
     }
     session.run.describe(**manifest)
     _require_for_each_process(session, groups["train"], groups["test"])
@@ -144,10 +147,24 @@ def _tokenised(
     def make(write: Any) -> dict[str, Any]:
         with Spool(folder.parent) as spool:
             read, reports = _read(data, kind, seed, spool)
-            return {"reports": reports, **_tokenise(session, data, read, write)}
+            # a split by prompt has none
+            shared = _shared(data.test, read) if data.test and data.train else 0
+            facts = {"reports": reports, "shared": shared}
+            return {**facts, **_tokenise(session, data, read, write)}
 
     write_entry(folder, make)
     return open_entry(folder, SIDES)
+
+
+def _shared(test: Sequence[DataSource], read: dict[str, Sequence[Example]]) -> int:
+    """How many held-out rows are training rows; refused where all are."""
+    shared = num_shared(read["train"], read["test"])
+    if shared == len(read["test"]):
+        paths = ", ".join(source.path for source in test)
+        raise AlignError(
+            f"data.test: {paths}: all {shared} rows are training data too, word for word: {ADVICE}"
+        )
+    return shared
 
 
 def _tokenise(
@@ -227,6 +244,11 @@ def _tell(reports: Sequence[SourceReport], dropped: dict[str, int], facts: dict[
         f"{facts['test_rows']} more held out"
         f"{not_read(name for report in reports for name in report.unread)}"
     )
+    if facts["test_rows_trained_on"]:
+        say(
+            f"  {facts['test_rows_trained_on']} held-out rows are training rows too, word for "
+            "word: what is measured on them says little"
+        )
     reasons = dict(dropped)
     for report in reports:
         for reason, count in report.dropped.items():

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from align.data import formats
+from align.data import arrow_files, formats, json_files
 from align.data.formats import BadRow, Row, file_sha256, find_files, read_source
 from align.types import AlignError, DataSource
 
@@ -205,7 +205,8 @@ def test_a_csv_row_with_a_cell_too_many_is_bad(tmp_path) -> None:
     good, bad = read(path)
     assert good.values == {"prompt": "a", "completion": "b"}
     assert str(bad) == (
-        f"{path}:3: row: wrong number of cells; it has 3 cells and the header 2: quote the commas"
+        f"{path}:3: row: wrong number of cells; it has 3 cells and the header 2: "
+        "quote the commas, or mend a line that is cut off"
     )
 
 
@@ -282,7 +283,7 @@ def test_a_json_file_of_lines_is_read_a_line_at_a_time() -> None:
     """Behind a byte order mark and more white space than is looked at in one go."""
     line = b'{"prompt": "x"}\n'
     stream = io.BytesIO(b"\xef\xbb\xbf" + b" " * 70_000 + b"\n" + line * 1000)
-    first = next(formats._read_json(stream, Path("a.json")))
+    first = next(json_files.read_json(stream, Path("a.json")))
     assert isinstance(first, Row)
     assert first.where == "a.json:2"
     assert stream.tell() == 3 + 70_000 + 1 + len(line)
@@ -304,7 +305,7 @@ def test_arrows_rows_become_values_a_few_at_a_time(
         """A batch that says how many rows of it are asked for."""
 
         def __init__(self, batch: pa.RecordBatch) -> None:
-            self.batch, self.num_rows = batch, batch.num_rows
+            self.batch, self.num_rows, self.nbytes = batch, batch.num_rows, batch.nbytes
 
         def slice(self, start: int, count: int) -> Counted:
             return Counted(self.batch.slice(start, count))
@@ -313,9 +314,9 @@ def test_arrows_rows_become_values_a_few_at_a_time(
             made.append(self.num_rows)
             return self.batch.to_pylist()
 
-    original = formats._values
-    monkeypatch.setattr(formats, "BATCH", 7)
-    monkeypatch.setattr(formats, "_values", lambda batch: original(Counted(batch)))
+    original = arrow_files._values
+    monkeypatch.setattr(arrow_files, "BATCH", 7)
+    monkeypatch.setattr(arrow_files, "_values", lambda batch: original(Counted(batch)))
     found = read(tmp_path / name)
     assert [row.values["prompt"] for row in found] == [f"p{n}" for n in range(100)]
     assert found[99].where.endswith(":row 100")

@@ -89,7 +89,7 @@ def test_a_folder_goes_on_in_the_file_where_it_was(
         opened.append(path.name)
         return original(path)
 
-    monkeypatch.setattr("align.data.source_rows.read_file", spying)
+    monkeypatch.setattr("align.data.formats.read_file", spying)
     assert rest(SourceRows(source, rows.place())) == whole[60:]
     assert opened == ["c.csv", "d.parquet", "e.arrow"]
 

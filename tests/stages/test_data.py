@@ -340,3 +340,54 @@ def test_few_rows_are_alive_at_once(
     load("preference", path, SKIP, "data.test_fraction=0.5")
     assert made > 2000
     assert most <= 2 * 50 + 10
+
+
+# ---------------------------------------------------------------- held out
+
+
+def test_a_held_out_file_that_is_trained_on_is_refused(
+    load: Callable[..., Any], write_rows: Callable[..., Path], preferences: list[Row]
+) -> None:
+    """The file itself, and the same rows in another file and another order."""
+    rows = write_rows("pairs.jsonl", preferences)
+    with pytest.raises(AlignError, match=r"pairs.jsonl \[train\] is training data too"):
+        load("preference", rows, f"data.test={rows}", "data.test_fraction=0")
+    turned = write_rows("turned.jsonl", preferences[::-1][:5])
+    with pytest.raises(AlignError, match=r"turned.jsonl: all 5 rows are training data too, word"):
+        load("preference", rows, f"data.test={turned}", "data.test_fraction=0")
+
+
+def test_held_out_rows_that_are_trained_on_are_counted_and_said(
+    load: Callable[..., Any],
+    write_rows: Callable[..., Path],
+    preferences: list[Row],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows = write_rows("pairs.jsonl", preferences[2:])
+    mixed = write_rows("mixed.jsonl", preferences[:4])
+    for _ in range(2):  # made, and from the cache
+        *_, manifest = load("preference", rows, f"data.test={mixed}", "data.test_fraction=0")
+        assert manifest["test_rows_trained_on"] == 2
+        assert "2 held-out rows are training rows too" in capsys.readouterr().out
+
+
+def test_a_folder_of_splits_is_said_and_its_split_is_read(
+    load: Callable[..., Any],
+    tmp_path: Path,
+    preferences: list[Row],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for name, rows in (("train", preferences[4:]), ("test", preferences[:4])):
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    train, test, _ = load(
+        "preference",
+        folder,
+        f"data.test={{path: {folder}, split: test}}",
+        "data.test_fraction=0",
+    )
+    assert (len(train.groups), len(test.groups)) == (len(preferences) - 4, 4)
+    said = capsys.readouterr().out
+    assert "split train is read (train.jsonl); not read: split test (test.jsonl)" in said

@@ -1,0 +1,71 @@
+"""CSV and TSV: blank cells are null, and a last line that is cut off is a bad row."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from align.data.formats import BadRow, Row, read_file
+from align.data.preferences import load_examples
+from align.types import AlignError, DataSource, PreferencePair, SFTExample
+
+
+def test_a_blank_cell_is_null(tmp_path: Path) -> None:
+    path = tmp_path / "d.tsv"
+    path.write_text('prompt\tmargin\tnote\na\t\t" "\nb\t2\tx\n')
+    assert [row.values for row in read_file(path) if isinstance(row, Row)] == [
+        {"prompt": "a", "margin": None, "note": None},
+        {"prompt": "b", "margin": "2", "note": "x"},
+    ]
+
+
+def test_a_pair_without_its_margin_and_a_row_without_its_input(tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs.csv"
+    pairs.write_text("prompt,chosen,rejected,margin\nq,good,bad,\nr,good,bad,2\n")
+    read = load_examples([DataSource(path=str(pairs))], kind="preference").examples
+    assert [p.margin for p in read if isinstance(p, PreferencePair)] == [None, 2.0]
+    alpaca = tmp_path / "alpaca.csv"
+    alpaca.write_text("instruction,input,output,system\nSay hi,,hi,\n")
+    (row,) = load_examples([DataSource(path=str(alpaca))], kind="sft").examples
+    assert isinstance(row, SFTExample)
+    assert row.messages == (
+        {"role": "user", "content": "Say hi"},
+        {"role": "assistant", "content": "hi"},
+    )
+
+
+def test_a_blank_cell_that_is_needed_is_a_bad_row(tmp_path: Path) -> None:
+    path = tmp_path / "d.csv"
+    path.write_text("prompt,completion\na,b\nc,\n")
+    with pytest.raises(AlignError, match=r"d.csv:3: completion: null; give it a value"):
+        load_examples([DataSource(path=str(path))], kind="sft")
+
+
+@pytest.mark.parametrize("name", ["d.csv", "d.tsv"])
+@pytest.mark.parametrize("end", ['3,"four and', '3,"four\nand a', '3,"', "3", '"3'])
+def test_a_last_line_that_is_cut_off_is_a_bad_row(tmp_path: Path, name: str, end: str) -> None:
+    path = tmp_path / name
+    text = 'a,b\n1,"x\ny"\n' + end
+    path.write_text(text.replace(",", "\t") if name == "d.tsv" else text)
+    good, bad = read_file(path)
+    assert good == Row({"a": "1", "b": "x\ny"}, f"{path}:2")
+    assert isinstance(bad, BadRow)
+    assert bad.where == f"{path}:4"
+    assert bad.reason in ("breaks off inside a quoted cell", "wrong number of cells")
+
+
+def test_a_quote_that_hides_rows_up_to_the_end_is_no_cut_line(tmp_path: Path) -> None:
+    path = tmp_path / "d.csv"
+    path.write_text('a,b\n1,"2\n3,4\n5,6\n')
+    with pytest.raises(AlignError, match=r"d.csv:2: .* a cell that begins with a quote"):
+        list(read_file(path))
+
+
+def test_a_quote_inside_a_cell_is_text(tmp_path: Path) -> None:
+    path = tmp_path / "d.csv"
+    path.write_text('a,b\n5" disk,3" disk\n1,2\n')
+    assert [dict(row.values) for row in read_file(path) if isinstance(row, Row)] == [
+        {"a": '5" disk', "b": '3" disk'},
+        {"a": "1", "b": "2"},
+    ]
