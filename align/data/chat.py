@@ -1,9 +1,9 @@
 """Text -> token ids: the one file that decides which tokens are trained, scored and sampled.
 
-A prompt and what follows it are always tokenised apart, because that is what sampling does: the
-model continues tok(prompt), and no merge ever crosses the boundary. A response that is decoded and
-encoded again gives the same tokens (for canonical tokenisations), so a reward model scores what
-training saw. No row is ever shortened: what is too long is a bad row.
+A prompt has the tokens that sampling gives it, and an answer those that it has after that prompt in
+the whole text; no token crosses the boundary. A response that is decoded and encoded again gives
+the same tokens (for canonical tokenisations), so a reward model scores what training saw. No row is
+ever shortened: what is too long is a bad row.
 """
 
 from __future__ import annotations
@@ -15,14 +15,17 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
+from align.data.answers import encode_after, encode_turns, group_of, split_group
 from align.data.template import (
+    OURS,
     Tokenizer,
-    after,
-    close_turn,
+    cut_at_end,
     encode_text,
     end_token_ids,
     eos_id,
     render,
+    require_keys_rendered,
+    require_rendered,
 )
 from align.types import (
     AlignError,
@@ -37,6 +40,7 @@ from align.types import (
 
 __all__ = [
     "decode_response",
+    "encode_answers",
     "encode_completion",
     "encode_example",
     "encode_examples",
@@ -62,7 +66,10 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Text) -> np.ndarray:
     about BOS.
     """
     if not isinstance(prompt, str):
-        return _array(encode_text(tokenizer, render(tokenizer, prompt, open_turn=True)))
+        text = render(tokenizer, prompt, open_turn=True)
+        require_rendered(tokenizer, prompt, text)
+        require_keys_rendered(tokenizer, prompt)
+        return _array(encode_text(tokenizer, text))
     ids = _encode_from_start(tokenizer, prompt)
     if ids[-1:] == [tokenizer.eos_token_id]:
         plain = encode_text(tokenizer, prompt)
@@ -74,31 +81,72 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Text) -> np.ndarray:
 def encode_completion(
     tokenizer: Tokenizer, prompt: Text, completion: Text, *, finished: bool = True
 ) -> np.ndarray:
-    """Token ids, int32, of an answer to ``prompt``, ending in an end token where it is finished.
+    """Token ids, int32, of an answer to ``prompt``, through its end token where it is finished.
 
-    A string answer to a prompt of turns is one assistant turn. What a template writes after the
-    end token (``<|im_end|>\\n``) is left out: training, scoring and sampling all stop at it.
-    Without a template that closes its turns, EOS is appended.
+    They are the tokens that the answer has in the whole, as `encode_after` says. A string answer to
+    a prompt of turns is one assistant turn. What a template writes after the end token
+    (``<|im_end|>\\n``) is left out: training, scoring and sampling all stop at it. Where there is
+    no end token, EOS is appended.
 
     Args:
         tokenizer: A ``transformers`` tokenizer with an EOS token.
-        prompt: What is answered: a template may need it to render the answer.
-        completion: A string, or assistant turns.
+        prompt: What is answered.
+        completion: A string, or turns.
         finished: False for a response that hit the length limit: no end token then.
     """
+    (answer,) = encode_answers(tokenizer, prompt, [completion]).continuations
+    ids = answer.input_ids
+    ended = bool(len(ids)) and int(ids[-1]) in end_token_ids(tokenizer)
+    return ids[:-1] if ended and not finished else ids
+
+
+def encode_answers(
+    tokenizer: Tokenizer,
+    prompt: Text,
+    answers: Sequence[Text],
+    *,
+    id: str = "",
+    margin: float | None = None,
+) -> TokenGroup:
+    """A prompt once, continued by each answer, of which what the model says counts.
+
+    The tokens that score and train an answer. A prompt of turns may end earlier for one answer than
+    for another (see `answers.py`): what they share is the group's prefix.
+    """
     if isinstance(prompt, str):
-        if not isinstance(completion, str):
-            raise AlignError(
-                "the answer is a list of turns although the prompt is a string; "
-                "give both as strings or both as turns"
-            )
-        ends: tuple[int, ...] = (eos_id(tokenizer),)
-        text = completion
-    else:
-        whole = render(tokenizer, (*prompt, *_turns(completion)))
-        turn = after(render(tokenizer, prompt, open_turn=True), whole)
-        text, ends = close_turn(tokenizer, turn), end_token_ids(tokenizer)
-    return _ending(tokenizer, encode_text(tokenizer, text), ends, finished=finished)
+        ids = encode_prompt(tokenizer, prompt)
+        sequences = [_string_answer(tokenizer, prompt, ids, answer) for answer in answers]
+        return TokenGroup(ids, tuple(sequences), id=id, margin=margin)
+    found = [_one_sequence(tokenizer, prompt, answer) for answer in answers]
+    return group_of(found, id=id, margin=margin)
+
+
+def _string_answer(
+    tokenizer: Tokenizer, prompt: str, prompt_ids: np.ndarray, answer: Text
+) -> TokenSequence:
+    if not isinstance(answer, str):
+        raise AlignError(
+            "the answer is a list of turns although the prompt is a string; "
+            "give both as strings or both as turns"
+        )
+    end, own = eos_id(tokenizer), prompt_ids.tolist()
+    if own[:1] == [tokenizer.bos_token_id] and not prompt.startswith(tokenizer.bos_token):
+        own = own[1:]  # the tokenizer put it there, not the text
+    said, ended = cut_at_end(tokenizer, answer, is_turn=False)
+    ids, _ = encode_after(tokenizer, prompt, own, said)
+    ids = ids if ended else [*ids, end]
+    return TokenSequence(_array(ids), np.ones(len(ids), dtype=bool))
+
+
+def _one_sequence(tokenizer: Tokenizer, prompt: Sequence[Message], answer: Text) -> TokenSequence:
+    found = encode_turns(tokenizer, (*prompt, *_turns(answer)), first=len(prompt))
+    if len(found) > 1:
+        raise AlignError(
+            "the answer has several assistant turns, and the chat template writes the earlier ones "
+            "otherwise once the conversation goes on, so that they are not one sequence; put all "
+            "but the last into the prompt"
+        )
+    return found[0]
 
 
 def decode_response(
@@ -128,34 +176,49 @@ def encode_sft(
                 "plain text has no completion; set data.loss_on=all, or give prompt + completion "
                 "or messages"
             )
-        ids = _encode_from_start(tokenizer, example.text)
-        pieces = [(_ending(tokenizer, ids, (eos_id(tokenizer),)), True)]
-    elif example.messages is not None:
-        pieces = _dialogue_pieces(tokenizer, example.messages)
+        read, end = _encode_from_start(tokenizer, example.text), eos_id(tokenizer)
+        text = _array(read if read[-1:] == [end] else [*read, end])
+        whole = TokenSequence(text, np.ones(len(text), dtype=bool))
+        return TokenGroup(_NOTHING, (whole,), id=example.id)
+    prompt, completion = example.prompt or "", example.completion or ""
+    if example.messages is None and isinstance(prompt, str):
+        group = encode_answers(tokenizer, prompt, [completion])
+        ids = np.concatenate([group.prefix_ids, group.continuations[0].input_ids])
+        counts = (np.arange(len(ids)) >= len(group.prefix_ids)) | (loss_on == "all")
+        return TokenGroup(_NOTHING, (TokenSequence(ids, counts),), id=example.id)
+    if example.messages is not None:
+        turns, first = example.messages, 0
     else:
-        prompt, completion = example.prompt or "", example.completion or ""
-        pieces = [
-            (encode_prompt(tokenizer, prompt), False),
-            (encode_completion(tokenizer, prompt, completion), True),
-        ]
-    input_ids = np.concatenate([ids for ids, _ in pieces])
-    counts = [np.full(len(ids), count or loss_on == "all") for ids, count in pieces]
-    sequence = TokenSequence(input_ids, np.concatenate(counts))
-    return TokenGroup(_NOTHING, (sequence,), id=example.id)
+        turns, first = (*prompt, *_turns(completion)), len(prompt)
+    if loss_on == "all":
+        return TokenGroup(_NOTHING, (_all_of(tokenizer, turns, first),), id=example.id)
+    sequences = encode_turns(tokenizer, turns, first=first)
+    if len(sequences) == 1:
+        return TokenGroup(_NOTHING, tuple(sequences), id=example.id)
+    return group_of(sequences, id=example.id)
+
+
+def _all_of(tokenizer: Tokenizer, turns: Sequence[Message], first: int) -> TokenSequence:
+    """A conversation as it is rendered up to its last assistant turn, every token counted."""
+    if any(not turn.get(OURS, True) for turn in turns):
+        raise AlignError(
+            "data.loss_on=all trains every token, but a turn says that it is not trained; set "
+            "data.loss_on=auto, or take the key out of the rows"
+        )
+    last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=first)
+    (whole,) = encode_turns(tokenizer, turns, first=last)
+    return TokenSequence(whole.input_ids, np.ones(len(whole.input_ids), dtype=bool))
 
 
 def encode_pair(tokenizer: Tokenizer, pair: PreferencePair) -> TokenGroup:
-    """The prompt once, continued by chosen and by rejected, every token of which counts."""
-    chosen = encode_completion(tokenizer, pair.prompt, pair.chosen)
-    rejected = encode_completion(tokenizer, pair.prompt, pair.rejected)
-    if np.array_equal(chosen, rejected):
-        raise AlignError("chosen and rejected are the same tokens; remove the row")
-    return TokenGroup(
-        encode_prompt(tokenizer, pair.prompt),
-        tuple(TokenSequence(ids, np.ones(len(ids), dtype=bool)) for ids in (chosen, rejected)),
-        id=pair.id,
-        margin=pair.margin,
+    """The prompt once, continued by chosen and by rejected."""
+    group = encode_answers(
+        tokenizer, pair.prompt, [pair.chosen, pair.rejected], id=pair.id, margin=pair.margin
     )
+    chosen, rejected = group.continuations
+    if np.array_equal(chosen.input_ids, rejected.input_ids):
+        raise AlignError("chosen and rejected are the same tokens; remove the row")
+    return group
 
 
 def encode_examples(
@@ -219,6 +282,11 @@ def encode_some(
                 owners += [number] * len(pieces)
                 continue
             problem = over_length(group, max_tokens)
+            if not problem and isinstance(example, SFTExample):
+                parts = split_group(group, max_tokens)
+                groups += parts
+                owners += [number] * len(parts)
+                continue
         except AlignError as error:
             problem, reason = str(error), str(error).partition(";")[0].partition("(")[0].strip()
         else:
@@ -278,30 +346,6 @@ def _cut(group: TokenGroup, max_tokens: int) -> list[TokenGroup]:
     ]
 
 
-def _dialogue_pieces(
-    tokenizer: Tokenizer, messages: Sequence[Message]
-) -> list[tuple[np.ndarray, bool]]:
-    """(ids, counts) of what lies between and in the assistant's turns, by growing prefixes.
-
-    Each piece is tokenised apart, so that every turn has the tokens that sampling it would give.
-    Turns after the last of the assistant teach nothing and are left out.
-    """
-    pieces: list[tuple[list[int], bool]] = []
-    done = ""
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = render(tokenizer, messages[:i], open_turn=True)
-        pieces.append((encode_text(tokenizer, after(done, before)), False))
-        turn = close_turn(tokenizer, after(before, render(tokenizer, messages[: i + 1])))
-        pieces.append((encode_text(tokenizer, turn), True))
-        done = before + turn
-    if not pieces:
-        raise AlignError("no assistant turn to learn from; give messages an answer")
-    last = _ending(tokenizer, pieces[-1][0], end_token_ids(tokenizer))
-    return [*((_array(ids), counts) for ids, counts in pieces[:-1]), (last, True)]
-
-
 def _turns(completion: Text) -> tuple[Message, ...]:
     if isinstance(completion, str):
         return ({"role": "assistant", "content": completion},)
@@ -313,17 +357,6 @@ def _encode_from_start(tokenizer: Tokenizer, text: str) -> list[int]:
     ids = encode_text(tokenizer, text, specials=True)
     bos = tokenizer.bos_token_id
     return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
-
-
-def _ending(
-    tokenizer: Tokenizer, ids: list[int], ends: Sequence[int], *, finished: bool = True
-) -> np.ndarray:
-    has_end = bool(ids) and ids[-1] in ends
-    if finished and not has_end:
-        ids = [*ids, eos_id(tokenizer)]
-    elif not finished and has_end:
-        ids = ids[:-1]
-    return _array(ids)
 
 
 def _array(ids: Sequence[int]) -> np.ndarray:

@@ -78,7 +78,7 @@ def inspect(
         tokens = counts([group for _, group in encoded])
         every = max(len(encoded) // max(num_shown, 1), 1)
         picked = encoded[::every][:num_shown]
-        shown = tuple(show(tokenizer, group, example.id) for example, group in picked)
+        shown = tuple(show(tokenizer, group, example) for example, group in picked)
     order = {"error": 0, "warning": 1, "note": 2}
     findings.sort(key=lambda f: order[f.level])
     return Inspection(

@@ -1,22 +1,38 @@
 """What a tokenizer and its chat template do to text: rendering turns, and where a turn ends.
 
-Works with any template that never changes what it already wrote; others are refused by name.
+Any template will do that writes every turn's words. One that leaves some out is refused by name.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, TypeAlias
 
+from align.data.sandbox import Unbounded, render_bounded
 from align.data.turns import ALLOWED, ROLES
 from align.types import AlignError, Message
 
 Tokenizer: TypeAlias = Any
 """A ``transformers`` tokenizer; its own type does not say what it takes and gives."""
 
-_PROBE = "alignprobe"  # letters only, so that no template or tokenizer alters it
+PROBE = "alignprobe"  # letters only, so that no template or tokenizer alters it
+
+OURS = "train"
+"""Our own key of a turn, which no template gets: False is not trained."""
+LINKS = ("tool_call_id", "name")
+"""Keys that only say which call a tool's turn answers: the order of turns says it too."""
+RECORDS = frozenset({
+    "id", "message_id", "parent_id", "turn_id", "turn_identifier", "index", "timestamp", "time",
+    "date", "created_at", "created", "language", "lang", "model", "tokens", "num_tokens",
+    "finish_reason", "redacted", "toxic", "hashed_ip", "country", "state", "header",
+    "annotations", "metadata",
+})  # fmt: skip
+"""Keys of published data sets that are about a turn and no part of what was said."""
+
+_EMPTY: tuple[Any, ...] = ("", [], {})
 
 
 def encode_text(tokenizer: Tokenizer, text: str, *, specials: bool = False) -> list[int]:
@@ -39,6 +55,139 @@ def eos_id(tokenizer: Tokenizer) -> int:
     return int(tokenizer.eos_token_id)
 
 
+# ---------------------------------------------------------------- rendering
+
+
+def render(tokenizer: Tokenizer, turns: Sequence[Message], *, open_turn: bool = False) -> str:
+    """The turns as the template writes them; ``open_turn`` begins the assistant's next one."""
+    if not tokenizer.chat_template:
+        raise AlignError(
+            "the tokenizer has no chat template but the data are turns; put chat_template.jinja "
+            "beside the tokenizer, or give prompts and answers as strings"
+        )
+    template = str(tokenizer.chat_template)
+    for role in {t["role"] for t in turns} - set(ROLES):
+        if not _names(template, role):
+            raise AlignError(
+                f"role {role!r} is none that the chat template names; allowed: {ALLOWED}"
+            )
+
+    def apply(turns: Sequence[Mapping[str, Any]], open_turn: bool) -> str:
+        found = tokenizer.apply_chat_template(
+            list(turns), tokenize=False, add_generation_prompt=open_turn
+        )
+        return str(found)
+
+    given = [{k: v for k, v in turn.items() if k != OURS} for turn in turns]
+    try:
+        return render_bounded(template, apply, given, open_turn)
+    except Unbounded as error:
+        raise AlignError(
+            f"the chat template is refused: {error}; look at chat_template.jinja beside the "
+            "tokenizer, and write or take another"
+        ) from error
+    except Exception as error:  # a template may raise anything
+        roles = ", ".join(t["role"] for t in turns) or "none"
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise AlignError(
+            f"the chat template refuses turns in this order ({roles}): {reason}; "
+            "change the rows or the template"
+        ) from error
+
+
+@lru_cache(maxsize=256)
+def _names(template: str, role: str) -> bool:
+    """Whether a template names a role. Many write any role, and one nobody meant would be trained.
+
+    It is looked for in quotes, which every comparison with it has.
+    """
+    return bool(re.search(rf"""['"]{re.escape(role)}['"]""", template))
+
+
+# ---------------------------------------------------------------- what has to be rendered
+
+
+def holds(text: str, content: str) -> bool:
+    """Whether a rendered text has the words of a turn, whatever white space they have there."""
+    return content.strip() in text or _squeezed(content) in _squeezed(text)
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
+
+
+def require_rendered(tokenizer: Tokenizer, turns: Sequence[Message], text: str) -> None:
+    """Refuse a template that leaves words of these turns out of their rendered ``text``.
+
+    Of an assistant's earlier turn the end has to be there: templates drop the thinking before it.
+    """
+    for i, turn in enumerate(turns):
+        said = turn["content"].strip()
+        if turn["role"] == "assistant":
+            said = said[-32:].strip()
+        as_json = json.dumps(said, ensure_ascii=False)[1:-1]  # as templates write a tool's words
+        if said in text or as_json in text or _squeezed(said) in _squeezed(text):
+            continue
+        probed = [*turns[:i], {**turn, "content": f"{turn['content']} {PROBE}"}, *turns[i + 1 :]]
+        if PROBE not in render(tokenizer, probed, open_turn=True):
+            raise left_out(turn["role"])
+
+
+def left_out(role: str) -> AlignError:
+    return AlignError(
+        f"the chat template leaves out turns of role {role!r}; change the rows or the template"
+    )
+
+
+def require_keys_rendered(tokenizer: Tokenizer, turns: Sequence[Message]) -> None:
+    """Refuse a turn with a key (thinking, tool calls, a name) that its rendering does not show.
+
+    Empty values say nothing, and neither do `RECORDS` and, of a tool's turn, `LINKS`.
+    """
+    for i, turn in enumerate(turns):
+        if len(turn) == 2:
+            continue
+        for key in _keys_of(turn):
+            without = {k: v for k, v in turn.items() if k != key}
+            if not _changes(tokenizer, turns[:i], turn, without, turns[i + 1 :]):
+                raise AlignError(
+                    f"the chat template leaves out {key!r} of a turn of role {turn['role']!r}; "
+                    "remove the key from the rows, or use a template that writes it"
+                )
+
+
+def _keys_of(turn: Message) -> Iterator[str]:
+    links = () if turn["role"] in ("user", "system", "assistant") else LINKS
+    for key, value in turn.items():
+        if key in ("role", "content", OURS) or key in RECORDS or key in links:
+            continue
+        if value is not None and value is not False and value not in _EMPTY:
+            yield key
+
+
+def _changes(
+    tokenizer: Tokenizer,
+    before: Sequence[Message],
+    turn: Message,
+    without: Message,
+    rest: Sequence[Message],
+) -> bool:
+    """Whether the rendering of a conversation up to a turn differs without one of its keys."""
+    for following in ((), rest):  # some templates refuse a conversation that ends in this turn
+        try:
+            shown = render(tokenizer, (*before, turn, *following))
+        except AlignError:
+            continue
+        try:
+            return shown != render(tokenizer, (*before, without, *following))
+        except AlignError:
+            return True  # the template cannot do without it
+    return True  # the row itself is refused, with the template's reason
+
+
+# ---------------------------------------------------------------- where a turn ends
+
+
 def end_token_ids(
     tokenizer: Tokenizer, generation_config_eos: int | Iterable[int] | None = None
 ) -> tuple[int, ...]:
@@ -55,80 +204,94 @@ def end_token_ids(
     return tuple(dict.fromkeys(int(i) for i in ends if i is not None))
 
 
-def render(tokenizer: Tokenizer, turns: Sequence[Message], *, open_turn: bool = False) -> str:
-    """The turns as the template writes them; ``open_turn`` begins the assistant's next one."""
-    if not tokenizer.chat_template:
-        raise AlignError(
-            "the tokenizer has no chat template but the data are turns; put chat_template.jinja "
-            "beside the tokenizer, or give prompts and answers as strings"
-        )
-    for role in {t["role"] for t in turns} - {"system", "user", "assistant"}:
-        problem = _problem_with(tokenizer, str(tokenizer.chat_template), role)
-        if problem:
-            raise AlignError(problem)
-    try:
-        return tokenizer.apply_chat_template(
-            [dict(t) for t in turns], tokenize=False, add_generation_prompt=open_turn
-        )
-    except Exception as error:  # a template may raise anything
-        roles = ", ".join(t["role"] for t in turns) or "none"
-        raise AlignError(
-            f"the chat template refuses turns in this order ({roles}): {error}; "
-            "change the rows or the template"
-        ) from error
+@lru_cache(maxsize=16)
+def special_tokens(tokenizer: Tokenizer) -> dict[int, str]:
+    """Id -> text of the special tokens. Added words that are not special (``<tool_call>``) are
+    text."""
+    found = {int(i): str(t) for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    named = [tokenizer.eos_token_id, *tokenizer.all_special_ids]
+    found.update({i: tokenizer.convert_ids_to_tokens(i) for i in named if i is not None})
+    return {i: text for i, text in found.items() if text}
 
 
-@lru_cache(maxsize=256)
-def _problem_with(tokenizer: Tokenizer, template: str, role: str) -> str:
-    """Why turns of this role cannot be rendered, or nothing.
+def cut_at_end(tokenizer: Tokenizer, said: str, *, is_turn: bool = True) -> tuple[str, bool]:
+    """A text up to the first end token after its words, and whether it has one.
 
-    Many templates write any role that they are given, so that one nobody meant would be trained on;
-    others leave out what they do not know.
+    After the words is where only white space and special tokens follow, or what the template writes
+    after every turn. Words that spell out the end token themselves so end in one, not in two.
+    ``is_turn`` says that the template rendered the text.
     """
-    named = re.search(rf"""['"]{re.escape(role)}['"]""", template)
-    if role not in ROLES and not named:
-        return f"role {role!r} is none that the chat template names; allowed: {ALLOWED}"
-    asked = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hello"}]
-    turn = {"role": role, "content": _PROBE}
-    for turns in ([*asked, turn], [turn, *asked]):
-        try:
-            if _PROBE in tokenizer.apply_chat_template(turns, tokenize=False):
-                return ""
-        except Exception:  # a template may raise anything; what it says of the row comes later
-            return ""
-    return f"the chat template leaves out turns of role {role!r}; change the rows or the template"
-
-
-def after(before: str, whole: str) -> str:
-    """``whole`` without ``before``, which it must start with."""
-    if not whole.startswith(before):
-        raise AlignError(
-            "the chat template renders a conversation differently once it goes on "
-            f"({before[-40:]!r} does not stay as it was); use a template whose earlier text "
-            "never changes, or give prompts and answers as strings"
-        )
-    return whole[len(before) :]
-
-
-def close_turn(tokenizer: Tokenizer, turn: str) -> str:
-    """A rendered assistant turn without what the template writes after its end token."""
-    bare = turn.rstrip()
-    ends = (tokenizer.decode([i]) for i in end_token_ids(tokenizer))
-    return bare if any(bare.endswith(end) for end in ends) else turn
+    specials = special_tokens(tokenizer)
+    texts = tuple(specials.values())
+    words = said.rstrip()
+    while words.endswith(texts):
+        last = max((t for t in texts if words.endswith(t)), key=len)
+        words = words[: -len(last)].rstrip()
+    start, closing = len(words), _closing(tokenizer, str(tokenizer.chat_template))
+    if is_turn and closing and said.endswith(closing):
+        start = min(start, len(said) - len(closing))
+    ends = [specials[i] for i in end_token_ids(tokenizer) if i in specials]
+    # a template may end a turn of another kind (a tool call) with a token of its own
+    for candidates in (ends, texts) if is_turn else (ends,):
+        found = [(at, -len(t)) for t in candidates if (at := said.find(t, start)) >= 0]
+        if found:
+            at, size = min(found)
+            return said[: at - size], True
+    return said, False
 
 
 @lru_cache(maxsize=16)
-def _turn_end(tokenizer: Tokenizer, template: str) -> int | None:
-    """The first special token that the template writes after an assistant's words.
+def _closing(tokenizer: Tokenizer, template: str) -> str:
+    """What the template writes after the words of a conversation's last turn, an assistant's.
 
     ``template`` is only a part of the cache's key: a tokenizer may be given another one later.
     """
     if not tokenizer.chat_template:
-        return None
-    turns = ({"role": "user", "content": "hello"}, {"role": "assistant", "content": _PROBE})
+        return ""
+    turns = ({"role": "user", "content": "hello"}, {"role": "assistant", "content": PROBE})
     try:
-        suffix = render(tokenizer, turns).rpartition(_PROBE)[2]
+        return render(tokenizer, turns).rpartition(PROBE)[2]
     except AlignError:  # rows that need the template say so themselves, with their place
-        return None
-    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    return next((i for i in encode_text(tokenizer, suffix) if i in special), None)
+        return ""
+
+
+@lru_cache(maxsize=16)
+def _turn_end(tokenizer: Tokenizer, template: str) -> int | None:
+    """The first special token that the template writes after an assistant's words."""
+    special = special_tokens(tokenizer)
+    closing = encode_text(tokenizer, _closing(tokenizer, template))
+    return next((i for i in closing if i in special), None)
+
+
+@lru_cache(maxsize=16)
+def opening(tokenizer: Tokenizer, template: str) -> str:
+    """What the template opens the assistant's turn with, such as ``<|im_start|>assistant``."""
+    turns = ({"role": "user", "content": PROBE},)
+    asked, opened = render(tokenizer, turns), render(tokenizer, turns, open_turn=True)
+    same = next((k for k, (a, b) in enumerate(zip(asked, opened, strict=False)) if a != b), None)
+    return opened[min(len(asked), len(opened)) if same is None else same :]
+
+
+@lru_cache(maxsize=16)
+def _dialogue_ids(tokenizer: Tokenizer, template: str) -> tuple[int, ...]:
+    """Tokens of a conversation with nothing in its turns that is special; none without template."""
+    if not tokenizer.chat_template:
+        return ()
+    user, assistant = ({"role": r, "content": PROBE} for r in ("user", "assistant"))
+    try:
+        return tuple(encode_text(tokenizer, render(tokenizer, (user, assistant, user))))
+    except AlignError:  # rows that need the template say so
+        return ()
+
+
+def times_in_dialogue(tokenizer: Tokenizer, token: int) -> int:
+    """How often the chat template writes a token in a conversation of three turns."""
+    return _dialogue_ids(tokenizer, str(tokenizer.chat_template)).count(token)
+
+
+def structure_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    """Special tokens that the chat template writes around turns, and BOS, pad and the ends."""
+    written = _dialogue_ids(tokenizer, str(tokenizer.chat_template))
+    named = tokenizer.bos_token_id, tokenizer.pad_token_id, *end_token_ids(tokenizer)
+    special = special_tokens(tokenizer)
+    return frozenset(i for i in (*written, *named) if i is not None and i in special)

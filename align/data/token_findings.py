@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,8 +11,16 @@ import numpy as np
 from align.data.chat import encode_example, over_length
 from align.data.columns import Example
 from align.data.findings import Finding, Level, findings_of, texts_of
-from align.data.template import Tokenizer, end_token_ids
-from align.types import AlignError, Message, SFTExample, Text, TokenGroup
+from align.data.template import (
+    Tokenizer,
+    cut_at_end,
+    encode_text,
+    end_token_ids,
+    special_tokens,
+    structure_ids,
+    times_in_dialogue,
+)
+from align.types import AlignError, Message, PreferencePair, SFTExample, Text, TokenGroup
 
 
 @dataclass(frozen=True)
@@ -58,21 +66,54 @@ def of_tokens(
     found: dict[str, list[str]] = defaultdict(list)
     bos, unknown, pad = tokenizer.bos_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id
     ends = set(end_token_ids(tokenizer))
+    bos_is_markup = bos is not None and times_in_dialogue(tokenizer, bos) > 1
     for example, group in encoded:
-        is_chat = not isinstance(_prompt_of(example), str)
+        turns = turns_of(example)
+        for name in _spelt_out(tokenizer, turns, ends):
+            found[name].append(example.id)
         for answer in group.continuations:
             ids = np.concatenate([group.prefix_ids, answer.input_ids]).tolist()
-            if bos is not None and bos not in ends and ids.count(bos) > 1:
+            if not turns and bos not in (None, *ends) and ids.count(bos) > 1 and not bos_is_markup:
                 found["bos"].append(example.id)
             inside = answer.input_ids[answer.loss_mask][:-1].tolist()
-            if not is_chat and ends & set(inside):
+            if not turns and ends & set(inside):
                 found["end"].append(example.id)
             if unknown is not None and unknown not in ends and unknown in ids:
                 found["unknown"].append(example.id)
-            if pad is not None and pad not in ends and pad in ids:
+            if not turns and pad is not None and pad not in ends and pad in ids:
                 found["pad"].append(example.id)
+        if not turns and any(_ends_itself(tokenizer, t, ends) for t in _answers_of(example)):
+            found["ended"].append(example.id)
     for name, level, what, advice in _TOKEN_FINDINGS:
         yield from findings_of(level, what, dict.fromkeys(found[name]), advice)
+
+
+def _spelt_out(tokenizer: Tokenizer, turns: Sequence[Message], ends: set[int]) -> set[str]:
+    """Findings of a conversation whose words spell out tokens that belong to the template."""
+    structure = structure_ids(tokenizer)
+    found = set()
+    for turn in turns:
+        if not any(special_tokens(tokenizer)[i] in turn["content"] for i in structure):
+            continue
+        said = turn["content"]
+        if turn["role"] == "assistant" and _ends_itself(tokenizer, said, ends):
+            found.add("ended")
+            said = cut_at_end(tokenizer, said, is_turn=False)[0]
+            said = said[: -max(len(t) for t in _texts(tokenizer, ends) if said.endswith(t))]
+        inside = structure & set(encode_text(tokenizer, said))
+        if inside & ends and turn["role"] == "assistant":
+            found.add("end")
+        elif inside:
+            found.add("markup")
+    return found
+
+
+def _ends_itself(tokenizer: Tokenizer, said: str, ends: set[int]) -> bool:
+    return said.rstrip().endswith(tuple(_texts(tokenizer, ends)))
+
+
+def _texts(tokenizer: Tokenizer, ids: Iterable[int]) -> list[str]:
+    return [text for i, text in special_tokens(tokenizer).items() if i in ids]
 
 
 _TOKEN_FINDINGS: tuple[tuple[str, Level, str, str], ...] = (
@@ -82,6 +123,18 @@ _TOKEN_FINDINGS: tuple[tuple[str, Level, str, str], ...] = (
         "error",
         "rows with an end token in the middle, after which the model would stop",
         "take it out of the text; it is added at the end",
+    ),
+    (
+        "markup",
+        "error",
+        "rows whose turns spell out tokens with which the chat template begins or ends turns",
+        "take them out of the text: the model reads them as turns",
+    ),
+    (
+        "ended",
+        "warning",
+        "rows whose answers spell out the end token, which is written once",
+        "take it out of the text; it is added",
     ),
     ("unknown", "warning", "rows with tokens unknown to the tokenizer", "clean the text"),
     ("pad", "warning", "rows that spell out the pad token", "take it out of the text"),
@@ -123,24 +176,38 @@ def _longest(group: TokenGroup) -> int:
     return max((len(c.input_ids) for c in group.continuations), default=0)
 
 
-def show(tokenizer: Tokenizer, group: TokenGroup, id: str) -> Shown:
-    names = ("chosen", "rejected") if len(group.continuations) == 2 else ("",)
+def show(tokenizer: Tokenizer, group: TokenGroup, example: Example) -> Shown:
+    names = ("chosen", "rejected") if isinstance(example, PreferencePair) else ()
     prefix = tuple((text, False) for text in _pieces(tokenizer, group.prefix_ids))
     parts = [("prompt", prefix)] if prefix else []
-    for name, answer in zip(names, group.continuations, strict=False):
+    for k, answer in enumerate(group.continuations):
         trained = answer.loss_mask.tolist()
-        texts = _pieces(tokenizer, answer.input_ids)
+        texts = _pieces(tokenizer, answer.input_ids, group.prefix_ids.tolist())
+        name = names[k] if names else f"turn {k + 1}" if len(group.continuations) > 1 else ""
         parts.append((name, tuple(zip(texts, trained, strict=True))))
-    return Shown(id, tuple(parts))
+    return Shown(example.id, tuple(parts))
 
 
-def _pieces(tokenizer: Tokenizer, ids: np.ndarray) -> list[str]:
-    """The text of each token; a character of several tokens is the last one's."""
-    texts, done, pending = [], 0, ids.tolist()
-    for stop in range(1, len(pending) + 1):
-        text = tokenizer.decode(
-            pending[done:stop], skip_special_tokens=False, clean_up_tokenization_spaces=False
+def _pieces(tokenizer: Tokenizer, ids: np.ndarray, before: Sequence[int] = ()) -> list[str]:
+    """The text of each token as it goes on from ``before``; a character of several tokens is the
+    last one's.
+
+    A token is decoded behind the one before it, because sentencepiece's decoders drop the space of
+    the first one.
+    """
+
+    def decode(tokens: list[int]) -> str:
+        found = tokenizer.decode(
+            tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
+        return str(found)
+
+    pending = [*before[-1:], *ids.tolist()]
+    start = len(pending) - len(ids)
+    texts, done = [], start
+    for stop in range(start + 1, len(pending) + 1):
+        context = pending[max(done - 1, 0) : done]
+        text = decode([*context, *pending[done:stop]]).removeprefix(decode(context))
         if text.endswith("\ufffd") and stop < len(pending) and stop - done < 4:
             texts.append("")
         else:
@@ -153,3 +220,31 @@ def _prompt_of(example: Example) -> Text | tuple[Message, ...] | None:
     if isinstance(example, SFTExample):
         return example.messages if example.messages is not None else example.prompt
     return example.prompt
+
+
+def turns_of(example: Example) -> tuple[Message, ...]:
+    """Every turn of an example, of both answers of a pair; none of one in strings."""
+    given: list[Text | None] = [_prompt_of(example)]
+    if isinstance(example, SFTExample):
+        given.append(example.completion)
+    elif isinstance(example, PreferencePair):
+        given += [example.chosen, example.rejected]
+    if given[0] is None or isinstance(given[0], str):
+        return ()
+    turns = list(given[0])
+    for answer in given[1:]:
+        if isinstance(answer, str):
+            turns.append({"role": "assistant", "content": answer})
+        else:
+            turns += answer or ()
+    return tuple(turns)
+
+
+def _answers_of(example: Example) -> tuple[str, ...]:
+    """The string answers of an example."""
+    given: tuple[Text | None, ...] = ()
+    if isinstance(example, SFTExample):
+        given = (example.completion,)
+    elif isinstance(example, PreferencePair):
+        given = (example.chosen, example.rejected)
+    return tuple(text for text in given if isinstance(text, str))

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from align.config import EvalRecipe
-from align.data.chat import encode_completion, encode_prompt, end_token_ids
+from align.data.chat import encode_answers, encode_prompt, end_token_ids
 from align.data.packing import pack
 from align.evaluation.cache import cached_rollout
 from align.files import reason
@@ -26,7 +26,7 @@ from align.nearest import did_you_mean
 from align.options import GenerationOptions, LoraOptions
 from align.rollout.engine import sample
 from align.rollout.experience import decode_rollout, over_rollout, rollout_groups
-from align.types import AlignError, PromptExample, Rollout, TokenGroup, TokenSequence
+from align.types import AlignError, PromptExample, Rollout
 
 
 @dataclass(frozen=True)
@@ -124,11 +124,8 @@ class Answerer:
         """Log-probability of the first reference of each prompt, at temperature 1."""
         groups, sizes = [], []
         for example in examples:
-            ids = encode_completion(self.tokenizer, example.prompt, example.references[0])
-            answer = TokenSequence(ids, np.ones(len(ids), dtype=bool))
-            groups.append(
-                TokenGroup(encode_prompt(self.tokenizer, example.prompt), (answer,), id=example.id)
-            )
+            answer = example.references[:1]
+            groups.append(encode_answers(self.tokenizer, example.prompt, answer, id=example.id))
             sizes.append(len(example.references[0].encode()))
         nll = np.zeros(len(groups))
         for batch in pack(groups, tokens_per_microbatch=self.tokens_per_microbatch):

@@ -16,12 +16,12 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from align.data.chat import encode_completion, encode_prompt
+from align.data.chat import encode_answers
 from align.data.packing import longest_sequence, pack
 from align.models import load_scalar_model, load_tokenizer
 from align.models.policy import ScalarModel, batch_sequences, check_length
 from align.rewards.function import checked_scores
-from align.types import AlignError, Text, TokenGroup, TokenSequence
+from align.types import AlignError, Text, TokenGroup
 
 
 class ModelReward:
@@ -66,15 +66,9 @@ class ModelReward:
         start = 0
         for stop in range(1, len(prompts) + 1):
             if stop == len(prompts) or prompts[stop] != prompts[start]:
-                prompt = prompts[start]
-                answers = tuple(self._response(prompt, r) for r in responses[start:stop])
-                groups.append(TokenGroup(encode_prompt(self.tokenizer, prompt), answers))
+                groups.append(encode_answers(self.tokenizer, prompts[start], responses[start:stop]))
                 start = stop
         return groups
-
-    def _response(self, prompt: Text, response: str) -> TokenSequence:
-        ids = encode_completion(self.tokenizer, prompt, response)
-        return TokenSequence(ids, np.ones(len(ids), dtype=bool))
 
 
 def reward_model_loader(

@@ -130,7 +130,14 @@ def test_eos_is_added_where_a_template_closes_nothing(make_tokenizer) -> None:
     assert end_token_ids(tokenizer) == (EOS,)
     assert tokenizer.decode(encode_completion(tokenizer, QUESTION, "He.")) == "He.\n</s>"
     group = encode_sft(tokenizer, SFTExample(id="x", messages=TWO_ROUNDS))
-    assert counted_text(tokenizer, group) == "first answer\nsecond answer\n</s>"
+    # each turn learns to stop; the second one is not given an EOS that serving would not give it
+    said = [tokenizer.decode(s.input_ids[s.loss_mask]) for s in group.continuations]
+    assert said == ["first answer\n</s>", "second answer\n</s>"]
+    second = [*group.prefix_ids, *group.continuations[1].input_ids]
+    assert tokenizer.decode(second) == (
+        "system: Be brief.\nuser: one\nassistant: first answer\n"
+        "user: two\nassistant: second answer\n</s>"
+    )
 
 
 def test_every_assistant_turn_counts_with_its_end_and_nothing_else(chatml) -> None:
@@ -151,12 +158,12 @@ def test_a_dialogue_is_trained_on_the_tokens_that_sampling_sees(chatml) -> None:
     assert sequence.input_ids.tolist() == sampled
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(make_tokenizer) -> None:
+def test_a_template_that_leaves_out_earlier_answers_is_refused(make_tokenizer) -> None:
     forgetful = (
         "{% for m in messages %}{% if loop.last or m['role'] != 'assistant' %}"
         "[{{ m['role'] }}] {{ m['content'] }}</s>{% endif %}{% endfor %}"
     )
-    with pytest.raises(AlignError, match="renders a conversation differently once it goes on"):
+    with pytest.raises(AlignError, match="leaves out turns of role 'assistant'"):
         encode_sft(make_tokenizer(template=forgetful), SFTExample(id="x", messages=TWO_ROUNDS))
 
 
