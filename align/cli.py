@@ -12,7 +12,6 @@ import importlib
 import os
 import platform
 import re
-import shutil
 import signal
 import sys
 import warnings
@@ -82,8 +81,8 @@ class OneLineParser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code.
 
-    0, 1 internal error (or what `doctor` and `data check` found), 2 user's error, 130 Ctrl-C,
-    143 SIGTERM.
+    0, 1 internal error (or what `doctor` and `data check` found), 2 user's error, 129 SIGHUP,
+    130 Ctrl-C, 143 SIGTERM.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
@@ -117,7 +116,7 @@ def _explain(error: Exception) -> tuple[str, int]:
         name = f"{error.filename}: " if error.filename else ""
         return f"{name}{error.strerror or text}", 2
     # by name: torch is not imported for the sake of a message
-    if type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in text:
+    if type(error).__name__ in ("OutOfMemoryError", "MemoryError") or "DefaultCPUAllocator" in text:
         return f"out of memory: {text[:120]}; lower tokens_per_microbatch or data.max_tokens", 2
     kind = type(error).__name__
     return f"internal error: {kind}: {text[:300]}; rerun with --debug for the traceback", 1
@@ -251,6 +250,7 @@ def run_ls(args: argparse.Namespace) -> None:
 
 
 def run_cp(args: argparse.Namespace) -> None:
+    from align.files import require_writable, write_whole
     from align.recipes_io import find_recipe
     from align.types import AlignError
 
@@ -260,9 +260,8 @@ def run_cp(args: argparse.Namespace) -> None:
         dest = dest / source.name
     if dest.exists():
         raise AlignError(f"{dest}: exists already; choose another name or remove it first")
-    if not dest.parent.is_dir():
-        raise AlignError(f"{dest}: the folder {dest.parent} does not exist; make it first")
-    shutil.copyfile(source, dest)
+    require_writable(dest)
+    write_whole(dest, source.read_bytes(), new=True)
     say(f"{dest}: copied from {args.name}; change it, then `align check {dest}`")
 
 

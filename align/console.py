@@ -6,9 +6,15 @@ of them could recolour, retitle or overwrite the terminal, so it is shown as tex
 
 from __future__ import annotations
 
+import errno
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TextIO
+
+LONGEST_ERROR = 600
+"""Characters of an error line; the middle of a longer one is left out."""
 
 # C0 and C1 control characters with ESC, CSI, BEL and DEL; Unicode's two line separators; the marks
 # that turn the reading direction (an override can show a name backwards); lone surrogates, which
@@ -35,8 +41,17 @@ def say(text: str) -> None:
 
 
 def complain(line: str) -> None:
-    """Print one line on stderr behind the program's name."""
-    _print(f"align: {one_line(line)}", sys.stderr)
+    """Print one line of bounded length on stderr behind the program's name."""
+    _print(f"align: {bounded(one_line(line))}", sys.stderr)
+
+
+def bounded(line: str, longest: int = LONGEST_ERROR) -> str:
+    """A line of at most ``longest`` characters: its beginning and its end say the most."""
+    if len(line) <= longest:
+        return line
+    left_out = len(line) - longest + 40
+    head = (longest - 40) * 2 // 3
+    return f"{line[:head]} [... {left_out} characters ...] {line[head + left_out :]}"
 
 
 def say_traceback() -> None:
@@ -46,5 +61,16 @@ def say_traceback() -> None:
 
 def _print(text: str, stream: TextIO) -> None:
     encoding = getattr(stream, "encoding", None) or "utf-8"
-    # a terminal that knows no UTF-8 gets escapes, not an error
-    print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+    with terminal_may_be_gone():
+        # a terminal that knows no UTF-8 gets escapes, not an error
+        print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+
+
+@contextmanager
+def terminal_may_be_gone() -> Iterator[None]:
+    """Go on without a terminal that was closed: a run has to save then, not to die of a line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise

@@ -1,46 +1,334 @@
-"""Files that are written whole or not at all, and a disk that cannot be written as one line."""
+"""Files that are read through one guard, and written whole or not at all.
+
+A file that cannot be read, or does not hold what it should, is one line with its name and the
+reason. A file that is written appears at once or not at all, and a disk that is full, or gone, is
+one line with what is needed and what is free.
+"""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
+import stat
+import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import yaml
 from safetensors import SafetensorError
 
 from align.types import AlignError
+
+RESUME = "make room, then go on with resume=auto"
+AGAIN = "make room, then run the command again"
+UNTOUCHED = "what was there before is untouched"
+
+
+# ---------------------------------------------------------------- reading
+
+
+class Unreadable(ValueError):
+    """Why a file cannot be used, without its name."""
+
+
+def load_text(path: Path) -> str:
+    """Text of a regular UTF-8 file; a byte-order mark is dropped.
+
+    Raises:
+        Unreadable: It is missing, a folder, a pipe or a device, forbidden, or not UTF-8.
+    """
+    try:
+        mode = os.stat(path).st_mode
+        if stat.S_ISDIR(mode):
+            raise Unreadable("a folder, not a file")
+        if not stat.S_ISREG(mode):  # reading a pipe would wait for ever
+            raise Unreadable("a pipe or a device, not a file")
+        with open(path, "rb") as file:
+            content = file.read()
+    except FileNotFoundError as error:
+        broken = os.path.islink(path)
+        raise Unreadable("a link to a missing file" if broken else "no such file") from error
+    except OSError as error:
+        raise Unreadable(error.strerror or str(error)) from error
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise Unreadable(f"not UTF-8 text (byte {error.start})") from error
+
+
+def parse_object(text: str) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        Unreadable: The text is empty, is not JSON, or is another JSON value.
+    """
+    if not text.strip():
+        raise Unreadable("empty")
+    try:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise Unreadable("JSON that is nested too deeply") from error
+    except ValueError as error:
+        raise Unreadable(f"not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise Unreadable(f"wanted a JSON object {{...}}, got {_kind(value)}")
+    return value
+
+
+def load_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; raises `Unreadable`."""
+    return parse_object(load_text(path))
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """The YAML mapping in a file; raises `Unreadable`."""
+    try:
+        value = yaml.safe_load(load_text(path))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"line {mark.line + 1}: " if mark else ""
+        raise Unreadable(f"not YAML: {place}{getattr(error, 'problem', error)}") from error
+    except RecursionError as error:
+        raise Unreadable("YAML that is nested too deeply") from error
+    except ValueError as error:  # a date that is none, a number of thousands of digits
+        raise error if isinstance(error, Unreadable) else Unreadable(str(error)) from error
+    if not isinstance(value, dict):
+        raise Unreadable(f"wanted a mapping `key: value`, got {_kind(value)}")
+    return value
+
+
+def read_json(path: Path, remedy: str = "") -> dict[str, Any]:
+    """The JSON object in a file, or one line that names the file."""
+    with reading(path, remedy):
+        return load_json(path)
+
+
+def read_yaml(path: Path, remedy: str = "") -> dict[str, Any]:
+    """The YAML mapping in a file, or one line that names the file."""
+    with reading(path, remedy):
+        return load_yaml(path)
+
+
+@contextmanager
+def reading(place: Path | str, remedy: str = "") -> Iterator[None]:
+    """Turn what broken content raises into one line about ``place``.
+
+    To stand around what uses a file that somebody may have damaged: a key that is missing, a list
+    where an object should be. Lines that are clear already pass.
+    """
+    try:
+        yield
+    except AlignError:
+        raise
+    except Unreadable as error:
+        raise AlignError(f"{place}: cannot be read: {error}{_behind(remedy)}") from error
+    except BROKEN as error:
+        raise AlignError(
+            f"{place}: cannot be read: {type(error).__name__}: {reason(error)}{_behind(remedy)}"
+        ) from error
+
+
+BROKEN = (
+    OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError,
+    RecursionError, yaml.YAMLError,
+)  # fmt: skip
+"""What reading a damaged file, or using its content, raises."""
 
 
 def reason(error: BaseException) -> str:
     """What went wrong, without the system's number for it."""
     name = getattr(error, "filename", None)
     said = str(getattr(error, "strerror", None) or error)
-    return f"{name}: {said}" if name and name not in said else said
+    return f"{name}: {said}" if name and str(name) not in said else said
+
+
+def read_logged(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSONL file that a run has written; a last line that was cut short is left out."""
+    if not os.path.lexists(path):
+        return []
+    rows = []
+    with reading(path):
+        # not splitlines: a text may hold U+2028, which is a line end to it
+        *lines, _cut_short = load_text(path).split("\n")
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                try:
+                    rows.append(parse_object(line))
+                except Unreadable as error:
+                    raise AlignError(f"{path}:{number}: {error}") from error
+    return rows
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Rows of ``metrics.jsonl``: a step, and numbers."""
+    rows = read_logged(path)
+    for number, row in enumerate(rows, start=1):
+        wrong = [name for name, value in row.items() if not _is_number(value)]
+        if wrong or "step" not in row:
+            name = wrong[0] if wrong else "step"
+            found = _kind(row[name]) if name in row else "nothing"
+            raise AlignError(f"{path}: row {number}: {name[:60]}: wanted a number, got {found}")
+    return rows
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return isinstance(value, int | float) and float(value) is not None
+    except OverflowError:  # an integer of hundreds of digits
+        return False
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "text", type(None): "null", bool: "a boolean"}
+    return names.get(type(value), "a number")
+
+
+def _behind(remedy: str) -> str:
+    return f"; {remedy}" if remedy else ""
+
+
+# ---------------------------------------------------------------- writing
 
 
 @contextmanager
-def writing(path: Path, kept: str = "what was saved before is untouched") -> Iterator[None]:
-    """A disk that is full, or gone, is one line about ``path``."""
+def writing(
+    path: Path, kept: str = UNTOUCHED, *, again: str = RESUME, needs: int = 0
+) -> Iterator[None]:
+    """Turn a disk that is full, or gone, into one line about ``path``.
+
+    Args:
+        kept: What is not lost.
+        again: How to go on.
+        needs: Bytes that are to be written, where that is known.
+    """
     try:
         yield
     except (OSError, SafetensorError) as error:
-        said = getattr(error, "strerror", None) or error
         raise AlignError(
-            f"{path}: cannot be written: {said}; {kept}: make room, then go on with resume=auto"
+            f"{path}: cannot be written: {reason_on_disk(error)}{_room(path, error, needs)}; "
+            f"{kept}: {again}"
         ) from error
 
 
-def write_whole(path: Path, text: str | Iterable[str]) -> None:
-    """Replace a text file, in pieces if need be: a crash leaves the old text or the new one."""
-    partial = path.with_suffix(".tmp")
-    with writing(path):
-        with partial.open("w", encoding="utf-8") as file:
-            file.writelines([text] if isinstance(text, str) else text)
-        fsync(partial)
-        move_into_place(partial, path)
+def reason_on_disk(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or error)
+
+
+def _room(path: Path, error: Exception, needs: int) -> str:
+    """What is needed and what is free, where the disk or a quota is full."""
+    full = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
+    if getattr(error, "errno", None) not in full and "No space left" not in str(error):
+        return ""
+    folder = next((p for p in Path(os.path.abspath(path)).parents if p.is_dir()), Path("/"))
+    with suppress(OSError):
+        free = in_words(shutil.disk_usage(folder).free)
+        need = f"about {in_words(needs)} needed, " if needs else ""
+        return f" ({need}{free} free in {folder})"
+    return ""
+
+
+def in_words(size: float) -> str:
+    """Bytes in the largest unit that leaves a number of at least 1."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
+
+
+def write_whole(
+    path: Path, content: str | bytes | Iterable[str], *, new: bool = False, again: str = AGAIN
+) -> None:
+    """Replace a file, in pieces if need be: a crash leaves the old content or the new one.
+
+    A link is followed, and what is no regular file (``/dev/stdout``) is written to as it is.
+
+    Args:
+        new: Refuse to replace a file.
+    """
+    require_new(path, new)
+    place = Path(os.path.realpath(path))
+    pieces = [content] if isinstance(content, str | bytes) else content
+    needs = len(content) if isinstance(content, str | bytes) else 0
+    with writing(path, again=again, needs=needs):
+        if place.exists() and not place.is_file():
+            _write(place, pieces)
+            return
+        partial = place.with_name(f".{place.name[:200]}.{os.getpid()}.partial")
+        try:
+            _write(partial, pieces)
+            if place.exists():
+                shutil.copymode(place, partial)
+            fsync(partial)
+            require_new(path, new)  # what another process has put there meanwhile stays
+            move_into_place(partial, place)
+        finally:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+
+
+def _write(path: Path, pieces: Iterable[str | bytes]) -> None:
+    with path.open("wb") as file:
+        for piece in pieces:
+            # a lone surrogate becomes \udXXX, which is what JSON writes for it
+            data = piece.encode("utf-8", "backslashreplace") if isinstance(piece, str) else piece
+            file.write(data)
+
+
+def require_new(path: Path, new: bool = True) -> None:
+    if new and os.path.lexists(path) and (path.is_file() or not path.exists()):
+        raise AlignError(f"{path}: exists already; name another file, or remove it")
+
+
+def require_writable(path: Path, what: str = "", *, new: bool = False) -> None:
+    """Refuse a file that could not be written in the end, before work is spent on its content.
+
+    Args:
+        what: The option that names it, for the line, such as ``--output``.
+        new: Whether a file that is there is refused.
+    """
+    named = f"{what} {path}".strip()
+    require_new(path, new)
+    parent = path.parent
+    try:
+        if path.is_dir():
+            raise AlignError(f"{named}: is a folder; name a file in it")
+        if path.exists() and not path.is_file():
+            return
+        if not parent.is_dir():
+            wrong = "is a file" if parent.exists() else "does not exist; make it first"
+            raise AlignError(f"{named}: the folder {parent} {wrong}")
+        place = Path(os.path.realpath(path))
+        with tempfile.TemporaryFile(dir=place.parent):
+            pass
+    except OSError as error:
+        raise AlignError(f"{named}: cannot be written: {reason_on_disk(error)}") from error
+
+
+@contextmanager
+def whole_folder(folder: Path, *, needs: int = 0) -> Iterator[Path]:
+    """A folder to be filled that takes the place of ``folder`` once all is in it and on disk."""
+    partial = folder.with_name(f"{folder.name}.partial")
+    old = folder.with_name(f".{folder.name}.old")
+    with writing(folder, needs=needs):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+            for path in (*partial.rglob("*"), partial):
+                fsync(path)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        if folder.exists():  # a folder cannot be renamed onto another one
+            shutil.rmtree(old, ignore_errors=True)
+            move_into_place(folder, old)
+        move_into_place(partial, folder)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def move_into_place(partial: Path, place: Path) -> None:
@@ -58,15 +346,3 @@ def fsync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def read_logged(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSONL file that a run has written; a last line that was cut short is left out."""
-    if not path.is_file():
-        return []
-    # not splitlines: a text may hold U+2028, which is a line end to it
-    *lines, _cut_short = path.read_text(encoding="utf-8").split("\n")
-    try:
-        return [json.loads(line) for line in lines if line.strip()]
-    except ValueError as error:
-        raise AlignError(f"{path}: not JSON: {error}") from error

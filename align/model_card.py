@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from align.files import write_whole
+
 WHAT = {
     "sft": "fine-tuned on demonstrations",
     "rm": "trained as a Bradley-Terry reward model on preference pairs",
@@ -27,7 +29,7 @@ def write_cards(folder: Path, manifest: Mapping[str, Any]) -> list[Path]:
         place = folder / name
         if place.is_dir():
             path = place / "README.md"
-            path.write_text(model_card(name, folder, manifest), encoding="utf-8")
+            write_whole(path, model_card(name, folder, manifest))
             written.append(path)
     return written
 

@@ -9,7 +9,7 @@ from types import TracebackType
 
 from tqdm import tqdm
 
-from align.console import one_line, printable, say
+from align.console import one_line, printable, say, terminal_may_be_gone
 
 __all__ = ["Progress", "change", "duration", "say", "table", "warn"]
 
@@ -87,5 +87,6 @@ def _short(value: float) -> str:
 
 def warn(text: str) -> None:
     """A line for the user on stderr, above a bar that may stand there."""
-    tqdm.write(f"align: warning: {one_line(text)}", file=sys.stderr)
-    sys.stderr.flush()
+    with terminal_may_be_gone():
+        tqdm.write(f"align: warning: {one_line(text)}", file=sys.stderr)
+        sys.stderr.flush()

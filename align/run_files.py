@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import platform
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-from align.files import write_whole
+from align import locks
+from align.console import bounded, one_line
+from align.files import RESUME, Unreadable, load_json, read_json, write_whole
 from align.progress import warn
 from align.types import AlignError
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+MANIFEST = "manifest.json"
 
 OURS = (
     "config.yaml", "manifest.json", "metrics.jsonl", "samples.jsonl", "pairs.jsonl", "best.jsonl",
@@ -36,9 +33,6 @@ NONFINITE = "nonfinite.jsonl"
 GROWING = ("metrics.jsonl", "samples.jsonl", NONFINITE)
 """Files that rows are added to while a run goes on."""
 
-RUNNING = ".running"
-"""Which process writes in a folder, while it does."""
-
 REPLACED = ".replaced"
 """The run that ``overwrite=true`` replaces, until the new one has numbers or a checkpoint."""
 
@@ -46,57 +40,59 @@ WHOLE = ".whole"
 """In ``REPLACED`` once all is there."""
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Nobody else of this machine claims the folder meanwhile; not on Windows."""
-    if fcntl is None:
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
 def claim(folder: Path) -> None:
-    """Two runs in one folder would mix their rows: the second one is refused."""
-    with locked(folder):
-        holder = running_in(folder)
-        if holder and holder != _me():
-            host, process = holder
-            gone = f", or remove {folder / RUNNING} if it no longer is"
-            raise AlignError(
-                f"output_dir: {folder}: process {process} is running in it"
-                + (f" on {host}" if host != platform.node() else "")
-                + "; wait for it, name another output_dir"
-                + (gone if host != platform.node() else "")
-            )
-        mine = [*_me(), psutil.Process().create_time()]
-        (folder / RUNNING).write_text(json.dumps(mine) + "\n", encoding="utf-8")
-
-
-def running_in(folder: Path) -> tuple[str, int] | None:
-    """(host, process) that writes in the folder; of another host it cannot be known whether it
-    still does, so it counts."""
-    try:
-        host, process, started = json.loads((folder / RUNNING).read_text(encoding="utf-8"))
-        if host != platform.node() or psutil.Process(process).create_time() == started:
-            return str(host), int(process)
-    except (OSError, ValueError, TypeError, psutil.Error):
-        pass  # nobody, or a run that was killed
-    return None
-
-
-def _me() -> tuple[str, int]:
-    return platform.node(), os.getpid()
+    """Hold the folder until the run ends: two runs in it would mix their rows."""
+    other = locks.take(folder)
+    if other is not None:
+        raise AlignError(f"output_dir: {folder}: {locks.refusal(folder, other)}")
 
 
 def status_of(folder: Path, manifest: Mapping[str, Any]) -> str:
     """``done``, ``failed``, ``interrupted``, ``running``, or ``died``: nobody is running it."""
     status = str(manifest.get("status", ""))
-    return "died" if status == "running" and running_in(folder) is None else status
+    return "died" if status == "running" and locks.holder_of(folder) is None else status
+
+
+# ---------------------------------------------------------------- the manifest
+
+CHECKSUM = "checksum"
+SHAPES = {
+    "stage": str, "status": str, "recipe": dict, "data": dict, "held_out": dict, "versions": dict,
+    "hardware": dict, "stream": dict, "run": str,
+}  # fmt: skip
+"""Keys of a manifest that are used, and what their values are."""
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Replace ``manifest.json``, with the checksum of what a run is known by."""
+    text = json.dumps({**manifest, CHECKSUM: _checksum(manifest)}, indent=2) + "\n"
+    write_whole(folder / MANIFEST, text, again=RESUME)
+
+
+def read_manifest(folder: Path, remedy: str = "") -> dict[str, Any]:
+    """The manifest of a run.
+
+    Raises:
+        AlignError: It is missing, damaged, or something else; one line with its name.
+    """
+    path = folder / MANIFEST
+    manifest = read_json(path, remedy)
+    behind = f"; {remedy}" if remedy else ""
+    for key, kind in SHAPES.items():
+        if manifest.get(key) is not None and not isinstance(manifest[key], kind):
+            raise AlignError(f"{path}: {key}: not what a run writes there{behind}")
+    if manifest.get(CHECKSUM) not in (None, _checksum(manifest)):
+        raise AlignError(f"{path}: has changed since the run wrote it (checksum){behind}")
+    return manifest
+
+
+def _checksum(manifest: Mapping[str, Any]) -> str:
+    """Over all but how the run ended, which may be put right by hand."""
+    fixed = {k: v for k, v in manifest.items() if k not in ("status", "error", CHECKSUM)}
+    return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
+
+
+# ---------------------------------------------------------------- the end of a run
 
 
 def supervise(stage: Callable[[Any], None], recipe: Any) -> None:
@@ -111,18 +107,20 @@ def supervise(stage: Callable[[Any], None], recipe: Any) -> None:
 
 def close(folder: Path, status: str, error: BaseException) -> None:
     """Close what this process has left open in ``folder``."""
-    if running_in(folder) != _me():
+    if not locks.holds(folder):
         return
-    (folder / RUNNING).unlink()
-    if (folder / REPLACED).is_dir():
-        _bring_back(folder)
-        warn(f"{folder}: nothing was measured or saved yet, so the run that was there is kept")
-        return
-    path = folder / "manifest.json"
-    held = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if held.get("status") == "running":
-        line = " ".join(str(error).split()) or type(error).__name__
-        write_whole(path, json.dumps({**held, "status": status, "error": line}, indent=2) + "\n")
+    try:
+        if (folder / REPLACED).is_dir():
+            _bring_back(folder)
+            warn(f"{folder}: nothing was measured or saved yet, so the run that was there is kept")
+            return
+        with suppress(AlignError):  # neither a damaged manifest nor a full disk hides the error
+            held = read_manifest(folder)
+            if held.get("status") == "running":
+                line = bounded(one_line(str(error))) or type(error).__name__
+                write_manifest(folder, {**held, "status": status, "error": line})
+    finally:
+        locks.release(folder)
 
 
 def stillborn(folder: Path) -> bool:
@@ -130,12 +128,9 @@ def stillborn(folder: Path) -> bool:
     made = [name for name in OURS if (folder / name).exists()]
     if not set(made) <= {"config.yaml", "manifest.json", "train_rows.tsv", "nonfinite.jsonl"}:
         return False
-    path = folder / "manifest.json"
-    if not path.is_file():
-        return False
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+        manifest = load_json(folder / MANIFEST)
+    except Unreadable:
         return False
     return status_of(folder, manifest) in ("failed", "interrupted", "died")
 
@@ -170,7 +165,7 @@ def _bring_back(folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,21 +19,24 @@ from typing import Any
 
 import yaml
 
-from align import doctor
+from align import doctor, locks
 from align.doctor_rules import FEWEST
-from align.files import read_logged, write_whole, writing
+from align.files import RESUME, read_metrics, require_writable, write_whole
+from align.growing import GrowingFiles, Marks
 from align.machine import hardware, versions
 from align.model_card import write_cards
 from align.progress import duration, say, table, warn
 from align.run_files import (
     GROWING,
+    MANIFEST,
     OURS,
     REPLACED,
-    RUNNING,
     claim,
+    read_manifest,
     remove,
     set_aside,
     stillborn,
+    write_manifest,
 )
 from align.run_identity import lasting, plain, require_same
 from align.types import AlignError, SourceReport
@@ -59,6 +63,7 @@ class Run:
         self.trackers: list[Callable[[dict[str, float], int], None]] = []
         self._manifest: dict[str, Any] = {
             "stage": stage,
+            "run": uuid.uuid4().hex,
             "status": "running",
             "seed": seed,
             "command": " ".join(sys.argv),
@@ -70,6 +75,7 @@ class Run:
         # of the run that is resumed
         self._previous: dict[str, Any] | None = None
         self._begun = False
+        self._growing = GrowingFiles(self.folder, GROWING)
         # rows logged by this process, after how many of them the doctor looks, what it has told
         self._logged, self._next_look = 0, FEWEST
         self._told: set[str] = set()
@@ -81,7 +87,7 @@ class Run:
 
     def _open(self, resume: str, overwrite: bool) -> None:
         """Refuse what cannot be; nothing is written or removed before `begin`."""
-        held = (self.folder / "manifest.json").is_file()
+        held = os.path.lexists(self.folder / MANIFEST)
         if self.folder.exists() and not self.folder.is_dir():
             raise AlignError(f"output_dir: {self.folder} is a file; name a folder")
         for path in self._inputs:
@@ -104,21 +110,29 @@ class Run:
             )
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            claim(self.folder)
         except OSError as error:
             raise AlignError(f"output_dir: {self.folder}: {error.strerror}") from error
-        claim(self.folder)
+        require_writable(self.folder / "config.yaml", "output_dir:")
         if held and resume == "auto":
             self._previous = self._read_manifest()
 
     def _read_manifest(self) -> dict[str, Any]:
-        path = self.folder / "manifest.json"
+        remedy = "so the run cannot go on; restore it, or start anew with overwrite=true"
         try:
-            return dict(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError) as error:
-            raise AlignError(
-                f"resume: {path}: cannot be read ({error}), so the run cannot go on; restore it, "
-                "or start anew with overwrite=true"
-            ) from error
+            return read_manifest(self.folder, remedy)
+        except AlignError as error:
+            raise AlignError(f"resume: {error}") from error
+
+    @property
+    def id(self) -> str:
+        """What the run and its checkpoints are known by; of a run that goes on, what it was."""
+        return str(self._manifest["run"])
+
+    @property
+    def previous_id(self) -> str | None:
+        """The id of the folder's run; an older one has none."""
+        return (self._previous or {}).get("run")
 
     def begin(self) -> None:
         """Start anew, now that model and data are loaded: what an earlier run left goes.
@@ -140,6 +154,7 @@ class Run:
             AlignError: The recipe, the data or the starting weights are others than they were.
         """
         self._require_same()
+        self._manifest["run"] = self.previous_id or self.id
         self.keep()
         self._go()
 
@@ -157,10 +172,10 @@ class Run:
     def _go(self) -> None:
         self._begun = True
         if self.is_main:
-            write_whole(self.folder / "config.yaml", self._config_yaml)
+            write_whole(self.folder / "config.yaml", self._config_yaml, again=RESUME)
             if self._rows is not None:
                 lines = (f"{name}\t{tokens}\n" for name, tokens in self._rows())
-                write_whole(self.folder / "train_rows.tsv", lines)
+                write_whole(self.folder / "train_rows.tsv", lines, again=RESUME)
             self._write_manifest()
 
     def describe(self, **facts: Any) -> None:
@@ -192,28 +207,36 @@ class Run:
 
     def _look(self) -> None:
         """Ask the doctor, and tell the user of each kind of trouble once."""
-        rows = read_logged(self.folder / "metrics.jsonl")
+        rows = read_metrics(self.folder / "metrics.jsonl")
         for finding in doctor.diagnose(self.stage, rows, self._manifest):
             if finding.kind not in self._told:
                 self._told.add(finding.kind)
                 warn(f"{self.stage}, step {rows[-1]['step']}: {finding}")
 
-    def sizes(self) -> dict[str, int]:
-        """How long the growing files are now, in bytes: what a checkpoint keeps for `rewind`."""
-        paths = {name: self.folder / name for name in GROWING}
-        return {name: path.stat().st_size for name, path in paths.items() if path.is_file()}
+    def marks(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the growing files, for `rewind`."""
+        return self._growing.marks() if self.is_main else {}
 
-    def rewind(self, sizes: Mapping[str, int]) -> None:
+    def require_rows(self, marks: Marks, checkpoint: Path) -> None:
+        """Refuse to go on from a checkpoint where the growing files are not what they were then."""
+        if self.is_main:
+            self._growing.require(marks, checkpoint)
+
+    def rewind(self, marks: Marks) -> None:
         """Drop the rows of steps that a resumed run will do again, and what a crash cut short."""
-        for name, size in self.sizes().items() if self.is_main else ():
-            with writing(self.folder / name):
-                os.truncate(self.folder / name, min(size, sizes.get(name, 0)))
+        if self.is_main:
+            self._growing.cut_back(marks)
 
     def append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Rows of a JSONL file in the folder."""
+        """Add rows to one of the growing files."""
         if self.is_main:
-            with writing(self.folder / name), (self.folder / name).open("a", encoding="utf-8") as f:
-                f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            self._growing.append(name, rows)
+
+    def write_rows(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write a JSONL file of the folder that is whole from the start."""
+        if self.is_main:
+            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            write_whole(self.folder / name, lines)
 
     def count(self, name: str) -> int:
         """Rows of a JSONL file in the folder; 0 where there is none."""
@@ -232,14 +255,14 @@ class Run:
         if self.is_main:
             write_cards(self.folder, plain(self._manifest))
             self.keep()
-            (self.folder / RUNNING).unlink(missing_ok=True)
+            locks.release(self.folder)
             say(table(rows, title=f"\n{self.stage}: done in {duration(seconds)}"))
             if self.stage in doctor.RULES:
                 self._tell_findings()
             say(f"  -> {self.folder}")
 
     def _tell_findings(self) -> None:
-        logged = read_logged(self.folder / "metrics.jsonl")
+        logged = read_metrics(self.folder / "metrics.jsonl")
         findings = doctor.diagnose(self.stage, logged, self._manifest)
         self.describe(doctor=[asdict(finding) for finding in findings])
         for line in doctor.closing_lines(self.stage, logged, findings):
@@ -247,8 +270,7 @@ class Run:
 
     def _write_manifest(self) -> None:
         if self.is_main and self._begun:
-            text = json.dumps(self._manifest, indent=2) + "\n"
-            write_whole(self.folder / "manifest.json", text)
+            write_manifest(self.folder, plain(self._manifest))
 
 
 def _inputs(recipe: Any, key: str = "") -> list[Path]:

@@ -10,14 +10,17 @@ from __future__ import annotations
 import gc
 import importlib
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+from align.locks import held
 from align.progress import say, table
 from align.recipes_io import load_recipe
+from align.run_files import MANIFEST, read_manifest
 from align.types import AlignError
 
 
@@ -54,13 +57,14 @@ def sweep(
     evaluation = None
     if evaluate is not None:
         evaluation = _with_models(stages, evaluate, swept, root / "eval")
-    for number, (folder, own) in enumerate(planned, start=1):
-        say(f"sweep: {number} of {len(planned)}: {folder.name}")
-        _run_point(stage, stages, recipe, own, folder)
-        gc.collect()
-    say(table(_held_out([folder for folder, _ in planned]), title="\nsweep, held out"))
-    if evaluation is not None:
-        _function(stages, "eval")(evaluation)
+    with held(root, "sweep"):  # two of them would run the same points
+        for number, (folder, own) in enumerate(planned, start=1):
+            say(f"sweep: {number} of {len(planned)}: {folder.name}")
+            _run_point(stage, stages, recipe, own, folder)
+            gc.collect()
+        say(table(_held_out([folder for folder, _ in planned]), title="\nsweep, held out"))
+        if evaluation is not None:
+            _function(stages, "eval")(evaluation)
     say(f"sweep: done; `align report {root}` draws it")
 
 
@@ -89,7 +93,7 @@ def _held_out(folders: Sequence[Path]) -> list[list[str]]:
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
-    return dict(json.loads((folder / "manifest.json").read_text(encoding="utf-8")))
+    return read_manifest(folder, "restore it, or remove the folder to run this point again")
 
 
 def _run_point(
@@ -100,7 +104,7 @@ def _run_point(
     folder: Path,
 ) -> None:
     planned = _load(stage, stages, recipe, overrides)
-    if not (folder / "manifest.json").is_file():
+    if not os.path.lexists(folder / MANIFEST):
         _function(stages, stage)(planned)
         return
     manifest = _manifest(folder)

@@ -14,7 +14,7 @@ import json
 import os
 from pathlib import Path
 
-from align.run_files import locked
+from align.locks import waiting_for
 
 FOLDER = Path(__file__).parents[1] / "docs" / "trust"
 
@@ -37,7 +37,7 @@ class Trust:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{table}.json"
-        with locked(self.folder):  # tests run on several cores
+        with waiting_for(self.folder):  # tests run on several cores
             rows = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
             rows[what] = {"found": found, "wanted": wanted, "test": self.test}
             text = json.dumps(dict(sorted(rows.items())), indent=1, ensure_ascii=False) + "\n"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from align.commands import rank, trace
 from align.commands.files import write_rows
 from align.console import say
+from align.files import require_writable
 from align.types import AlignError, DataSource
 
 if TYPE_CHECKING:
@@ -121,6 +122,7 @@ def run_convert(args: argparse.Namespace) -> None:
     output = Path(args.output)
     if output.suffix != ".jsonl":
         raise AlignError(f"-o {output}: must end in .jsonl; rows are written one a line")
+    require_writable(output, "-o", new=True)
     given = sources(args.files, args.columns)
     kind = args.kind or kind_of_sources(given)
     on_bad_row: Literal["skip", "stop"] = "skip" if args.skip_bad_rows else "stop"

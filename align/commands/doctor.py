@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -26,23 +26,22 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     from align.doctor import closing_lines, diagnose
     from align.doctor_rules import RULES
-    from align.files import read_logged, reason
-    from align.run_files import status_of
+    from align.files import read_metrics, reading
+    from align.run_files import read_manifest, status_of
 
     folder = Path(args.folder)
     _require_run(folder)
     try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        stage = manifest["stage"]
-        rows = read_logged(folder / "metrics.jsonl")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise AlignError(
-            f"doctor: {folder} holds no run that can be read: {reason(error)}"
-        ) from error
+        manifest = read_manifest(folder)
+        stage = manifest.get("stage")
+        rows = read_metrics(folder / "metrics.jsonl")
+    except AlignError as error:
+        raise AlignError(f"doctor: {folder} holds no run that can be read: {error}") from error
     if stage not in RULES:
         raise AlignError(f"doctor: {folder} is a run of {stage}; it knows {', '.join(RULES)}")
     manifest["status"] = status_of(folder, manifest)
-    findings = diagnose(stage, rows, manifest)
+    with reading(f"doctor: {folder}", "its files are not as a run writes them"):
+        findings = diagnose(stage, rows, manifest)
     for line in closing_lines(stage, rows, findings):
         say(line)
     return 1 if findings else 0
@@ -50,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _require_run(folder: Path) -> None:
     """Refuse what is no run's folder, and name the run that was meant where one is near."""
-    if (folder / "manifest.json").exists():
+    if os.path.lexists(folder / "manifest.json"):
         return
     if not folder.is_dir():
         what = "a file" if folder.exists() else "no such folder"

@@ -10,6 +10,7 @@ from typing import Any
 
 from align.commands.files import write_rows
 from align.console import say
+from align.files import require_writable
 from align.types import AlignError, DataSource
 
 EPILOG = """\
@@ -51,6 +52,8 @@ def run(args: argparse.Namespace) -> None:
         raise AlignError(f"--answers {answers}: no such file yet; name responses to compare")
     if not 0 <= args.overlap <= 1 or (args.goal is not None and args.goal < 1):
         raise AlignError("--overlap has to be between 0 and 1, and --goal 1 or more")
+    if args.export:
+        require_writable(Path(args.export), "--export", new=True)
     rows = [row for file in args.files for row in read_responses(file)]
     store = Store(answers)
     store.add_responses(rows)

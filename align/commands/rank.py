@@ -9,6 +9,7 @@ from typing import Any
 
 from align.commands.files import write_rows
 from align.console import say
+from align.files import require_writable
 from align.progress import table
 from align.types import AlignError
 
@@ -34,6 +35,8 @@ def run(args: argparse.Namespace) -> None:
 
     if args.prior < 0 or not args.min_margin >= 0:
         raise AlignError("--prior, --min-margin: have to be 0 or more")
+    if args.pairs:
+        require_writable(Path(args.pairs), "--pairs", new=True)
     judgements = read_judgements(args.files)
     found: dict[str, Any] = {
         "leaderboard": leaderboard(judgements, prior=args.prior, seed=args.seed),

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from align.console import say
-from align.files import read_logged, reason
+from align.files import load_text, read_logged, reading
 from align.progress import warn
-from align.run_files import NONFINITE
+from align.run_files import MANIFEST, NONFINITE, read_manifest
 from align.types import AlignError
 
 
@@ -28,7 +28,8 @@ def run(args: argparse.Namespace) -> None:
     members = list(range(len(ids)))
     if args.step is not None:
         _require_done(folder, args.step)
-        members = members_of(manifest, lengths, args.step)
+        with reading(f"data trace: {folder / MANIFEST}"):
+            members = members_of(manifest, lengths, args.step)
     if args.json:
         say(json.dumps([ids[i] for i in members], ensure_ascii=False))
         return
@@ -40,18 +41,19 @@ def read_trained_rows(folder: Path) -> tuple[list[str], list[int], dict[str, Any
     """(ids, tokens, manifest): an id is ``file:line``, ``#2`` behind it for a second copy."""
     manifest: dict[str, Any] = {}
     try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        lines = (folder / "train_rows.tsv").read_text(encoding="utf-8").split("\n")[:-1]
-        rows = [line.rsplit("\t", 1) for line in lines]
-        return [row[0] for row in rows], [int(row[1]) for row in rows], manifest
-    except (OSError, ValueError, IndexError) as error:
+        manifest = read_manifest(folder)
+        with reading(folder / "train_rows.tsv"):
+            lines = load_text(folder / "train_rows.tsv").split("\n")[:-1]
+            rows = [line.rsplit("\t", 1) for line in lines]
+            return [row[0] for row in rows], [int(row[1]) for row in rows], manifest
+    except AlignError as error:
         if "stream" in manifest:
             raise AlignError(
                 f"data trace: {folder}: its rows were streamed (data.streaming=true), and no list "
                 "of them is kept; without streaming there is one"
             ) from error
         raise AlignError(
-            f"data trace: {folder} holds no run whose rows can be traced: {reason(error)}; name "
+            f"data trace: {folder} holds no run whose rows can be traced: {error}; name "
             "the folder of an sft, rm, dpo or ppo run"
         ) from error
 

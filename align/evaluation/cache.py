@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
+from align.checksums import load_tensors, save_tensors
+from align.files import AGAIN, BROKEN, reason, writing
 from align.models import Policy
 from align.models.load import fingerprint
 from align.options import GenerationOptions
+from align.progress import warn
 from align.types import Rollout
+
+TENSORS = ("input_ids", "response_mask", "logprobs", "finished")
+"""Fields of a rollout that are kept; its prompts are part of the key."""
 
 
 def cached_rollout(
@@ -43,21 +46,16 @@ def cached_rollout(
         return make()
     path = folder / f"{_key(policy, prompts, options, end_ids, seed)}.safetensors"
     try:
-        return _to_rollout(load_file(path), prompts, options.samples_per_prompt, policy.device)
-    except (OSError, SafetensorError):
+        held = load_tensors(path)[0]
+        return _to_rollout(held, prompts, options.samples_per_prompt, policy.device)
+    except FileNotFoundError:
         rollout = make()
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    save_file(
-        {
-            "input_ids": rollout.input_ids.cpu().contiguous(),
-            "response_mask": rollout.response_mask.cpu().contiguous(),
-            "logprobs": rollout.logprobs.cpu().contiguous(),
-            "finished": rollout.finished.cpu().contiguous(),
-        },
-        partial,
-    )
-    os.replace(partial, path)
+    except BROKEN as error:
+        warn(f"{path}: cannot be read ({reason(error)}); sampled again")
+        rollout = make()
+    with writing(path, "cache_outputs=false keeps none", again=AGAIN):
+        folder.mkdir(parents=True, exist_ok=True)
+        save_tensors({name: getattr(rollout, name) for name in TENSORS}, path)
     return rollout
 
 

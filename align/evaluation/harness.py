@@ -29,6 +29,7 @@ from align.evaluation.outputs import Answerer, Outputs, Reference, ReferenceFit,
 from align.evaluation.reward_model import agreement_with, evaluate_reward
 from align.evaluation.systems import Judge, comparisons, judge_of, pooled, win_rates
 from align.evaluation.table import closing_table, reward_table, significance
+from align.files import write_whole
 from align.progress import Progress, say
 from align.recipes_io import to_yaml
 from align.rewards import (
@@ -88,9 +89,9 @@ def run(recipe: EvalRecipe) -> None:
     session.begin()
     for name, rows in evaluation.outputs_rows().items():
         (session.folder / "outputs").mkdir(exist_ok=True)
-        session.append(f"outputs/{name}.jsonl", rows)
-    path = session.folder / "eval.json"
-    path.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        session.write_rows(f"outputs/{name}.jsonl", rows)
+    text = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
+    write_whole(session.folder / "eval.json", text)
     say("")
     if models:
         say(significance(results))

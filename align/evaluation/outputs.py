@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,15 +11,14 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from align.checksums import check_sums
 from align.config import EvalRecipe
 from align.data.chat import encode_answers, encode_prompt, end_token_ids
 from align.data.packing import pack
 from align.evaluation.cache import cached_rollout
-from align.files import reason
+from align.files import BROKEN, Unreadable, load_text, load_yaml, parse_object, reading, reason
 from align.models import Policy, load_policy, load_tokenizer
 from align.models.lora import merged
 from align.models.policy import batch_sequences
@@ -179,17 +179,17 @@ class TrainingCheckpoint:
     from_scratch: bool
 
     def load_into(self, policy: Policy) -> None:
-        try:
+        with reading(f"models: {self.weights}"):
+            check_sums(self.weights.parent, [self.weights.name], only=[self.weights.name])
             held = load_file(self.weights)
-        except (OSError, SafetensorError) as error:
-            raise AlignError(f"models: {self.weights}: cannot be read: {reason(error)}") from error
         parameters = dict(policy.named_parameters())
         unknown = [name for name in held if name not in parameters]
         if unknown:
             raise AlignError(f"models: {self.weights}: {self.model} has no parameter {unknown[0]}")
         with torch.no_grad():
             for name, weights in held.items():
-                parameters[name].copy_(weights)
+                with reading(f"models: {self.weights}: {name}"):
+                    parameters[name].copy_(weights)
         if self.lora is not None:
             adapted: Any = policy.model
             policy.model = merged(adapted).to(policy.device, policy.inner.dtype)
@@ -202,17 +202,19 @@ def training_checkpoint(model: str) -> TrainingCheckpoint | None:
         return None
     weights = [p for n in ("actor", "model") if (p := folder / f"{n}.safetensors").is_file()]
     config = folder.parents[1] / "config.yaml"
+    if not weights:
+        raise AlignError(f"models: {model}: a checkpoint, but not of a run of sft, dpo or ppo")
     try:
-        recipe = yaml.safe_load(config.read_text(encoding="utf-8"))
+        recipe = load_yaml(config)
         lora = recipe.get("lora")
         if lora is not None:
             lora = LoraOptions(**lora | {"target_modules": tuple(lora["target_modules"])})
         return TrainingCheckpoint(
-            weights[0], recipe["model"], lora, bool(recipe.get("from_scratch"))
+            weights[0], str(recipe["model"]), lora, bool(recipe.get("from_scratch"))
         )
-    except (OSError, KeyError, IndexError, TypeError, yaml.YAMLError) as error:
+    except BROKEN as error:
         raise AlignError(
-            f"models: {model}: a checkpoint, but not of a run of sft, dpo or ppo: {reason(error)}"
+            f"models: {model}: a checkpoint, whose model {config} does not tell: {reason(error)}"
         ) from error
 
 
@@ -229,26 +231,22 @@ _ROW = '{"prompt": ..., "response": "..."}'
 def read_outputs(path: str, examples: Sequence[PromptExample]) -> Outputs:
     """Somebody else's answers: JSONL rows with ``prompt`` and ``response``, in any order."""
     answers: dict[str, str] = {}
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except FileNotFoundError as error:
+    if not os.path.lexists(path):
         raise AlignError(
             f"models: {path}: no such file{did_you_mean(Path(path))}; give JSONL rows {_ROW}, or a "
             "model's folder"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise AlignError(f"models: {path}: not UTF-8 ({error.reason}); save it as UTF-8") from error
-    except OSError as error:
-        raise AlignError(f"models: {path}: cannot be read: {error.strerror}") from error
+        )
+    with reading(f"models: {path}"):
+        lines = load_text(Path(path)).split("\n")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise AlignError(f"{path}:{number}: not JSON: {error}") from error
+            row = parse_object(line)
+        except Unreadable as error:
+            raise AlignError(f"{path}:{number}: {error}; a row is {_ROW}") from error
         for name in ("prompt", "response"):
-            if not isinstance(row, dict) or name not in row:
+            if name not in row:
                 raise AlignError(f"{path}:{number}: has no `{name}`; a row is {_ROW}")
         key = _key(row["prompt"])
         if key in answers:

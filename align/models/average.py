@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from align.files import whole_folder
 from align.models.load import load_causal_lm, load_tokenizer
 
 
@@ -20,7 +21,6 @@ def average_models(slow: str, fast: str, folder: Path, *, decay: float) -> None:
         for mine, its in zip(averaged.parameters(), other.parameters(), strict=True):
             mine.lerp_(its, 1 - decay)
     averaged.generation_config = other.generation_config
-    partial = folder.with_name(f"{folder.name}.partial")
-    averaged.save_pretrained(str(partial))
-    tokenizer.save_pretrained(str(partial))
-    partial.rename(folder)
+    with whole_folder(folder) as partial:
+        averaged.save_pretrained(str(partial))
+        tokenizer.save_pretrained(str(partial))

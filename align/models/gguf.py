@@ -7,10 +7,12 @@ every time; a folder is also what other tools read.
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from transformers.utils import logging
 
 from align.console import complain
+from align.files import whole_folder
 from align.models.load import load_causal_lm, load_tokenizer
 from align.types import AlignError
 
@@ -19,8 +21,9 @@ def convert(gguf_file: str, folder: str) -> None:
     """Dequantise to float32 and save."""
     tokenizer = load_tokenizer(gguf_file)
     model = load_causal_lm(gguf_file, tokenizer)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with whole_folder(Path(folder)) as partial:
+        model.save_pretrained(str(partial))
+        tokenizer.save_pretrained(str(partial))
 
 
 def main() -> int:

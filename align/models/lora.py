@@ -21,6 +21,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from align.files import whole_folder
 from align.options import LoraOptions
 from align.types import AlignError
 
@@ -109,10 +110,11 @@ saved with it."""
 
 def save_adapter(model: PeftModel, folder: Path, *, trunk_sha256: str) -> None:
     """The adapter (and head) alone, in peft's own format, and what it belongs on."""
-    model.save_pretrained(str(folder))
     has_head = model.peft_config["default"].task_type == TaskType.SEQ_CLS
     text = json.dumps({"sha256": trunk_sha256, "head": has_head}) + "\n"
-    (folder / RECORD).write_text(text, encoding="utf-8")
+    with whole_folder(folder) as partial:
+        model.save_pretrained(str(partial))
+        (partial / RECORD).write_text(text, encoding="utf-8")
 
 
 def adapter_beside(model: str) -> tuple[Path, str] | None:

@@ -7,7 +7,6 @@ tokens (row-major) or the sequences: nothing of the size ``[B, T, V]``, and no p
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from align.files import whole_folder
 from align.losses.logprobs import TokenStatistics, token_logprobs, token_statistics
 from align.models.attention import BACKENDS
 from align.models.dropout import keep_pinned
@@ -106,19 +106,16 @@ class Packed(nn.Module):
         if end_ids:  # so that plain `generate` stops where training taught it to
             self.inner.generation_config.eos_token_id = list(end_ids)
         folder = Path(folder)
-        partial = folder.with_name(f"{folder.name}.partial")
         model: Any = self.model
         if model is not self.inner:
             adapter = folder.with_name(f"{folder.name}_adapter")
             save_adapter(model, adapter, trunk_sha256=weights_hash(self.trunk))
             model = merged(model)
-        shutil.rmtree(partial, ignore_errors=True)
-        model.save_pretrained(str(partial))
-        tokenizer.save_pretrained(str(partial))
-        for name, text in (extra_files or {}).items():
-            (partial / name).write_text(text, encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        with whole_folder(folder, needs=sum(p.nbytes for p in model.parameters())) as partial:
+            model.save_pretrained(str(partial))
+            tokenizer.save_pretrained(str(partial))
+            for name, text in (extra_files or {}).items():
+                (partial / name).write_text(text, encoding="utf-8")
 
 
 class Policy(Packed):

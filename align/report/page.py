@@ -20,10 +20,11 @@ from align import __version__, doctor
 from align.doctor_rules import Finding
 from align.evaluation.columns import columns
 from align.evaluation.verdict import deciding_p
+from align.files import BROKEN, reading, require_writable, write_whole
 from align.progress import duration
 from align.report import figures
 from align.report.frontier import frontier_of
-from align.report.runs import RunRecord, find_runs, read_run
+from align.report.runs import NOT_OURS, RunRecord, find_runs, read_run
 from align.report.samples import of_training, side_by_side
 from align.report.verdicts import NAMES, verdicts
 from align.types import AlignError
@@ -38,14 +39,26 @@ def write_report(places: Sequence[str], output: str) -> Path:
     path = Path(output)
     if path.is_dir():
         path = path / "report.html"
-    root = Path(os.path.commonpath([f.resolve().parent for f in folders]))
-    page = render([read_run(folder.resolve(), root) for folder in folders])
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(page, encoding="utf-8")
     except OSError as error:
         raise AlignError(f"report: {path}: {error.strerror}; name another --output") from error
+    require_writable(path, "--output")
+    root = Path(os.path.commonpath([f.resolve().parent for f in folders]))
+    runs = [read_run(folder.resolve(), root) for folder in folders]
+    write_whole(path, _rendered(runs))
     return path
+
+
+def _rendered(runs: Sequence[RunRecord]) -> str:
+    """The page; files that are not as a run writes them are one line that names the run."""
+    try:
+        return render(runs)
+    except BROKEN:
+        for run in runs:
+            with reading(run.folder, NOT_OURS):
+                render([run])
+        raise
 
 
 def render(runs: Sequence[RunRecord]) -> str:

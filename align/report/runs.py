@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+import math
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from align.files import read_logged
-from align.run_files import status_of
+from align.files import read_json, read_logged, read_metrics, read_yaml, reading
+from align.run_files import MANIFEST, read_manifest, status_of
 from align.types import AlignError
 
 Row = dict[str, Any]
+
+NOT_OURS = "its content is not what align writes there"
 
 ORDER = ("sft", "generate", "rm", "dpo", "ppo", "eval")
 """In which stages are told; others come after them."""
@@ -47,9 +48,10 @@ class RunRecord:
         return str(self.manifest.get("status", "unknown"))
 
     def series(self, key: str) -> tuple[list[float], list[float]]:
-        """Steps and values of one key, where it was logged as a number."""
-        found = [(r["step"], r[key]) for r in self.metrics if isinstance(r.get(key), int | float)]
-        return [float(s) for s, _ in found], [float(v) for _, v in found]
+        """Steps and values of one key, where it was logged; what is not finite cannot be drawn."""
+        found = [(float(r["step"]), float(r[key])) for r in self.metrics if key in r]
+        finite = [pair for pair in found if all(map(math.isfinite, pair))]
+        return [s for s, _ in finite], [v for _, v in finite]
 
 
 def find_runs(places: Sequence[str]) -> list[Path]:
@@ -64,35 +66,33 @@ def find_runs(places: Sequence[str]) -> list[Path]:
         if not folder.is_dir():
             what = "is a file" if folder.is_file() else "no such folder"
             raise AlignError(f"report: {place}: {what}; name a folder such as runs/tiny/ppo")
-        here = [folder] if (folder / "manifest.json").is_file() else []
-        inside = sorted(p.parent for p in folder.rglob("manifest.json") if p.parent != folder)
+        here = [folder] if os.path.lexists(folder / MANIFEST) else []
+        inside = sorted(p.parent for p in folder.rglob(MANIFEST) if p.parent != folder)
         if not here + inside:
             raise AlignError(f"report: {place}: no run in it; a run's folder has a manifest.json")
         found |= dict.fromkeys(here + inside)
-    return sorted(found, key=lambda p: _rank(_read_json(p / "manifest.json").get("stage", "")))
+    return sorted(found, key=lambda folder: _rank(_manifest(folder).get("stage", "")))
 
 
 def read_run(folder: Path, root: Path) -> RunRecord:
     """Everything that one run has written."""
-    manifest = _read_json(folder / "manifest.json")
+    manifest = _manifest(folder)
     manifest["status"] = status_of(folder, manifest)
-    evaluation = _read_json(folder / "eval.json") if (folder / "eval.json").is_file() else None
-    outputs = {p.stem: read_logged(p) for p in sorted((folder / "outputs").glob("*.jsonl"))}
+    with reading("report"):
+        evaluation = _if_there(folder / "eval.json", read_json)
+        outputs = {p.stem: read_logged(p) for p in sorted((folder / "outputs").glob("*.jsonl"))}
+        config = _if_there(folder / "config.yaml", read_yaml) or {}
     if evaluation is not None:  # in the recipe's order
-        named = [m["name"] for m in evaluation["models"]]
-        outputs = {name: outputs[name] for name in named if name in outputs}
-    try:
-        text = (folder / "config.yaml").read_text(encoding="utf-8")
-    except OSError:
-        text = ""
-    config = yaml.safe_load(text) or {}
+        with reading(folder / "eval.json", NOT_OURS):
+            named = [m["name"] for m in evaluation["models"]]
+            outputs = {name: outputs[name] for name in named if name in outputs}
     return RunRecord(
         name=str(folder.relative_to(root)) if folder != root else folder.name,
         folder=folder,
         stage=str(manifest.get("stage", "?")),
         manifest=manifest,
         config=config,
-        metrics=read_logged(folder / "metrics.jsonl"),
+        metrics=read_metrics(folder / "metrics.jsonl"),
         evaluation=evaluation,
         outputs=outputs,
         samples=read_logged(folder / "samples.jsonl"),
@@ -103,8 +103,12 @@ def _rank(stage: str) -> tuple[int, str]:
     return (ORDER.index(stage) if stage in ORDER else len(ORDER), stage)
 
 
-def _read_json(path: Path) -> Row:
+def _manifest(folder: Path) -> Row:
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise AlignError(f"report: {path}: cannot be read: {error}") from error
+        return read_manifest(folder)
+    except AlignError as error:
+        raise AlignError(f"report: {error}") from error
+
+
+def _if_there(path: Path, read: Callable[[Path], Row]) -> Row | None:
+    return read(path) if os.path.lexists(path) else None

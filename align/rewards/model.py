@@ -7,7 +7,6 @@ score, in training, in PPO, in evaluation and through plain transformers.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from transformers.utils import cached_file
 
 from align.data.chat import encode_answers
 from align.data.packing import longest_sequence, pack
+from align.files import BROKEN, load_json
 from align.models import load_scalar_model, load_tokenizer
 from align.models.policy import ScalarModel, batch_sequences, check_length
 from align.rewards.function import checked_scores
@@ -109,8 +109,8 @@ def _recorded_mean(model: str) -> float:
     if path is None:
         return 0.0
     try:
-        return float(json.loads(Path(path).read_text(encoding="utf-8"))["mean"])
-    except (ValueError, KeyError, TypeError) as error:
+        return float(load_json(Path(path))["mean"])
+    except BROKEN as error:
         raise AlignError(
             f'reward model {model}: {path}: wanted {{"mean": number}}, as `align rm` writes it'
         ) from error

@@ -60,7 +60,7 @@ def run(recipe: GenerateRecipe) -> None:
         return
     rows = _score(recipe, prompts.examples, answers, writers, accelerator)
     session.run.begin()
-    session.run.append("samples.jsonl", rows)
+    session.run.write_rows("samples.jsonl", rows)
     report = [["sampled", ""], ["responses", str(len(rows))]]
     report.append(["ended by themselves", f"{np.mean([r['finished'] for r in rows]):.1%}"])
     if recipe.reward:
@@ -69,14 +69,14 @@ def run(recipe: GenerateRecipe) -> None:
         pairs, left_out = make_pairs(rows, len(writers), recipe.pairs)
         if not pairs:
             raise AlignError(f"no pairs can be made of {len(rows)} samples: {left_out}")
-        session.run.append("pairs.jsonl", pairs)
+        session.run.write_rows("pairs.jsonl", pairs)
         session.run.describe(pairs=len(pairs), left_out=left_out)
         report.append(["pairs", str(len(pairs))])
         for reason, count in left_out.items():
             say(f"  left out {count} pairs: {reason}")
     if recipe.best_of_n:
         best = best_of_n(rows, len(writers))
-        session.run.append("best.jsonl", best)
+        session.run.write_rows("best.jsonl", best)
         report.append([f"best of {len(writers)}", str(len(best))])
     session.run.finish(report)
 

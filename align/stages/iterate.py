@@ -7,7 +7,7 @@ short goes on from its checkpoint, so an iteration can be killed anywhere and st
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,10 +26,12 @@ from align.config import (
     StopRules,
 )
 from align.evaluation import harness
+from align.files import load_json, read_logged, reading
 from align.losses.dpo import LOSSES_WITHOUT_REFERENCE
 from align.models.average import average_models
 from align.progress import say, table
 from align.recipes_io import load_recipe, to_yaml
+from align.run_files import MANIFEST, read_manifest, supervise
 from align.run_folder import Run
 from align.stages import dpo, generate, ppo, reward_model
 from align.stages.dpo_options import check_options
@@ -104,7 +106,7 @@ def run(recipe: IterateRecipe) -> None:
         resume=recipe.resume,
         overwrite=recipe.overwrite,
     )
-    if (run.folder / "manifest.json").is_file() and recipe.resume == "auto":
+    if (run.folder / MANIFEST).is_file() and recipe.resume == "auto":
         run.resume()
     else:
         run.begin()
@@ -211,12 +213,13 @@ def _policy(recipe: IterateRecipe, now: Round) -> Path:
 
 def _run_once(recipe: Any, stage: Callable[[Any], None], *, resumable: bool = True) -> None:
     """Run a stage, unless its folder says that it is done; go on with one that was cut short."""
-    manifest = Path(recipe.output_dir) / "manifest.json"
-    if manifest.is_file():
-        if json.loads(manifest.read_text(encoding="utf-8"))["status"] == "done":
+    folder = Path(recipe.output_dir)
+    if os.path.lexists(folder / MANIFEST):
+        remedy = "restore it, or remove the folder to run this stage again"
+        if read_manifest(folder, remedy).get("status") == "done":
             return
         recipe = replace(recipe, **({"resume": "auto"} if resumable else {"overwrite": True}))
-    stage(recipe)
+    supervise(stage, recipe)
 
 
 # ---------------------------------------------------------------- what a round was worth
@@ -241,8 +244,7 @@ def _row_of(recipe: IterateRecipe, stages: dict[str, Any], now: Round) -> dict[s
     row: dict[str, float] = {"round": now.number, "gold": found["reward_mean"]}
     row |= {key: found[key] for key in ("kl", "bleu") if found.get(key) is not None}
     if now.number:
-        with now.pairs.open(encoding="utf-8") as lines:
-            row["pairs"] = sum(1 for _ in lines)
+        row["pairs"] = len(read_logged(now.pairs))
     if "rm" in stages and now.number:
         scored = now.folder / "eval_reward"  # the same outputs, by the round's reward model
         proxy = replace(
@@ -259,7 +261,9 @@ def _row_of(recipe: IterateRecipe, stages: dict[str, Any], now: Round) -> dict[s
 
 
 def _of_eval(folder: Path) -> dict[str, float]:
-    return dict(json.loads((folder / "eval.json").read_text(encoding="utf-8"))["models"][0])
+    path = folder / "eval.json"
+    with reading(path, f"remove {folder} to measure again"):
+        return dict(load_json(path)["models"][0])
 
 
 def stop_reason(rows: list[dict[str, float]], rules: StopRules) -> str:

@@ -7,19 +7,18 @@ model's *name* would be wrong as soon as the folder's content changes.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
+from align.checksums import load_tensors, save_tensors
 from align.data.packing import WINDOW, pack, windows
 from align.data.token_cache import GroupFile
+from align.files import BROKEN, reason, writing
 from align.models.load import fingerprint
 from align.models.policy import Policy, batch_sequences
 from align.progress import Progress, warn
@@ -73,10 +72,9 @@ class ReferenceCache:
         every = gather_in_order(parts, accelerator)
         logprobs = np.concatenate([np.zeros(0, dtype=np.float32), *every])
         if is_main and len(logprobs):
-            folder.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(f".{os.getpid()}.partial")
-            save_file({"logprobs": logprobs}, partial)
-            os.replace(partial, path)
+            with writing(path, "dpo.reference=online keeps none"):
+                folder.mkdir(parents=True, exist_ok=True)
+                save_tensors({"logprobs": torch.from_numpy(logprobs)}, path)
         return cls(groups, logprobs)
 
     def lookup(self, batch: TokenBatch, members: Sequence[int]) -> Tensor:
@@ -89,11 +87,11 @@ class ReferenceCache:
 def _read(path: Path) -> np.ndarray | None:
     """None where nothing is kept, or what is kept was damaged."""
     try:
-        return load_file(path)["logprobs"]
+        return load_tensors(path)[0]["logprobs"].numpy()
     except FileNotFoundError:
         return None
-    except (OSError, SafetensorError, KeyError) as error:
-        warn(f"{path}: cannot be read ({error}); computing it again")
+    except BROKEN as error:
+        warn(f"{path}: cannot be read ({reason(error)}); computing it again")
         return None
 
 

@@ -6,6 +6,7 @@ last token, its end token, as plain transformers reads it.
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from align.data.lengths import longer_wins
 from align.data.packing import pack, windows
 from align.data.stream import TokenStream, at_hand
 from align.data.subset import pick
+from align.files import write_whole
 from align.losses import bradley_terry_loss
 from align.models import ScalarModel, load_scalar_model
 from align.models.load import weights_hash
@@ -210,6 +212,8 @@ def _plot_margins(gaps: np.ndarray, session: Session) -> None:
     axes.set_ylabel("held-out pairs")
     axes.set_title(f"{(gaps > 0).mean():.0%} of {len(gaps)} held-out pairs in the right order")
     path = session.run.folder / "margins.png"
-    figure.savefig(path, dpi=120)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=120)
+    write_whole(path, drawn.getvalue())
     plt.close(figure)
     say(f"  margin histogram: {path}")

@@ -1,9 +1,10 @@
 """Whole checkpoints in safetensors and JSON: all of one there, or none of it.
 
 A checkpoint is written beside its place, forced to disk and renamed into it, so a run that dies in
-the middle of a save leaves the checkpoint before it untouched. Nothing is pickled. No random state
-is saved: every step seeds its generators from (seed, step), so a resumed run draws what the whole
-run drew.
+the middle of a save leaves the checkpoint before it untouched. ``SHA256SUMS`` has the sum of every
+file, and the state names the run, so that a changed bit or a checkpoint of another run is found.
+Nothing is pickled. No random state is saved: every step seeds its generators from (seed, step), so
+a resumed run draws what the whole run drew.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import shutil
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from align.files import fsync, move_into_place, writing
+from align.checksums import SUMS, check_sums, load_tensors, save_tensors, write_sums
+from align.files import Unreadable, fsync, load_json, move_into_place, writing
 from align.progress import warn
 from align.training.distributed import laid_out_as, own_parameters, whole_tensors
 from align.types import AlignError
@@ -32,7 +35,9 @@ InHand = tuple[Mapping[str, torch.Tensor], Mapping[str, Any]]
 
 IN_HAND = "in_hand.safetensors"
 
-UNREADABLE = (OSError, SafetensorError, ValueError, KeyError, TypeError)
+STATE = "state.json"
+
+UNREADABLE = (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError)
 """What a damaged file raises."""
 
 
@@ -69,15 +74,18 @@ def save_checkpoint(
     for left in folder.glob("partial-*"):  # by a run that was killed
         shutil.rmtree(left, ignore_errors=True)
     try:
-        with writing(place, "the checkpoints before it are untouched"):
+        with writing(place, "the checkpoints before it are untouched", needs=size_of(trained)):
             partial.mkdir(parents=True)
+            written = [STATE]
             for file, tensors in files:
                 _save_tensors(tensors, partial / file)
-            if in_hand is not None:
-                _save_in_hand(in_hand, partial)
+                written.append(file)
             text = json.dumps({"step": step, **state}, indent=2)
-            (partial / "state.json").write_text(text, encoding="utf-8")
-            fsync(partial / "state.json")
+            (partial / STATE).write_text(text, encoding="utf-8")
+            fsync(partial / STATE)
+            write_sums(partial, written)
+            if in_hand is not None:
+                _save_in_hand(in_hand, partial, {"step": step, **state})
             fsync(partial)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -96,7 +104,7 @@ def save_checkpoint(
 def add_in_hand(place: Path, in_hand: InHand) -> None:
     """Put an unfinished step beside the whole checkpoint that it starts from."""
     with writing(place, "it is whole without what was to be added"):
-        _save_in_hand(in_hand, place)
+        _save_in_hand(in_hand, place, _read_state(place))
 
 
 def load_checkpoint(place: Path, trained: Trained) -> dict[str, Any]:
@@ -113,23 +121,60 @@ def load_checkpoint(place: Path, trained: Trained) -> dict[str, Any]:
         raise _unreadable(place, error) from error
 
 
-def damage(place: Path, roles: Iterable[str]) -> str:
-    """Why a checkpoint's files cannot be read, or nothing: headers, sizes, the state; no weights.
+def damage(
+    place: Path, roles: Iterable[str], *, run: str | None = None, compare: bool = True
+) -> str:
+    """Why a checkpoint cannot be gone on from, or nothing.
 
-    Weights are not compared with anything: a file of the right length whose bits have changed is
-    not told from another.
+    Args:
+        run: The run that it has to be of; an older checkpoint names none.
+        compare: Whether files are compared with their sums and the run with ``run``: one process
+            of several does that, the others look at headers, sizes and the state.
     """
+    names = [f"{role}{end}.safetensors" for role in roles for end in ("", ".optimizer")]
     try:
-        for name in [f"{role}{end}" for role in roles for end in ("", ".optimizer")]:
-            with safe_open(place / f"{name}.safetensors", framework="pt"):
+        for name in names:
+            with named(name), safe_open(place / name, framework="pt"):
                 pass
-        _read_state(place)
+        state = _read_state(place)
+        if compare:
+            if state.get("run") not in (None, run):
+                return f"checkpoint {place}: is of another run ({state['run']}, not {run})"
+            if not check_sums(place, [STATE, *names]) and "run" in state:
+                raise Unreadable(f"{SUMS} is missing")
         # one of a whole step is whole without, see `load_in_hand`
         if _position(place)[1:] > (0,) and _read_in_hand(place) is None:
-            raise ValueError(f"{IN_HAND} is missing, from which its step goes on")
+            raise Unreadable(f"{IN_HAND} is missing, from which its step goes on")
     except UNREADABLE as error:
         return f"checkpoint {place}: cannot be read: {error}"
     return ""
+
+
+@contextmanager
+def named(name: str) -> Iterator[None]:
+    """Put a file's name before what safetensors says of it."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise Unreadable(f"{name}: {error}") from error
+
+
+def read_state(place: Path) -> dict[str, Any]:
+    """The saved state with its ``step``, without weights."""
+    try:
+        return _read_state(place)
+    except UNREADABLE as error:
+        raise _unreadable(place, error) from error
+
+
+def size_of(trained: Trained) -> int:
+    """Bytes of a checkpoint, about: weights and two moments of what is trained."""
+    sizes = [
+        p.numel() * p.element_size()
+        for model, _ in trained.values()
+        for p in _trained_parameters(model).values()
+    ]
+    return 3 * sum(sizes)
 
 
 def set_aside(place: Path) -> Path:
@@ -160,7 +205,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
     One that was set aside to be replaced counts as long as nothing has taken its place.
     """
-    return [place for place in places(folder) if (place / "state.json").is_file()]
+    return [place for place in places(folder) if (place / STATE).is_file()]
 
 
 def places(folder: Path) -> list[Path]:
@@ -181,15 +226,21 @@ def _read_in_hand(place: Path) -> InHand | None:
     path = place / IN_HAND
     if not path.is_file():
         return None
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return tensors, json.loads(file.metadata()["state"])
+    with named(IN_HAND):
+        tensors, state = load_tensors(path)
+    of = _read_state(place)
+    if any(state.pop(key, of.get(key)) != of.get(key) for key in ("run", "step")):
+        raise Unreadable(f"{IN_HAND}: is of another run or step")
+    return tensors, state
 
 
 def _read_state(place: Path) -> dict[str, Any]:
-    state = dict(json.loads((place / "state.json").read_text(encoding="utf-8")))
+    try:
+        state = load_json(place / STATE)
+    except Unreadable as error:
+        raise Unreadable(f"{STATE}: {error}") from error
     if (state.get("step"),) != _position(place)[:1]:
-        raise ValueError(f"state.json is of step {state.get('step')}")
+        raise Unreadable(f"{STATE} is of step {state.get('step')}")
     return state
 
 
@@ -217,18 +268,15 @@ def _moments(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
     }
 
 
-def _save_tensors(
-    tensors: Mapping[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None
-) -> None:
-    save_file({name: t.contiguous() for name, t in tensors.items()}, path, metadata)
+def _save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    save_file({name: t.contiguous() for name, t in tensors.items()}, path)
     fsync(path)
 
 
-def _save_in_hand(in_hand: InHand, folder: Path) -> None:
-    tensors, state = in_hand
-    partial = folder / f"{IN_HAND}.partial"
-    _save_tensors(tensors, partial, {"state": json.dumps(state)})
-    move_into_place(partial, folder / IN_HAND)
+def _save_in_hand(in_hand: InHand, folder: Path, state: Mapping[str, Any]) -> None:
+    """Bound to its checkpoint by run and step; apart from its sums, as it is added later."""
+    of = {key: state[key] for key in ("run", "step") if key in state}
+    save_tensors(in_hand[0], folder / IN_HAND, {**in_hand[1], **of})
 
 
 def _restore(

@@ -1,7 +1,8 @@
 """When a run saves, what it keeps, how it goes on, and how it leaves when it is told to.
 
-SIGTERM and Ctrl-C are noted and answered at the next point where the state is whole: the run saves
-and leaves. A second one leaves at once. A checkpoint is taken again exactly or refused.
+SIGTERM, SIGHUP (the terminal was closed) and Ctrl-C are noted and answered at the next point where
+the state is whole: the run saves and leaves. A second one leaves at once. A checkpoint is taken
+again exactly or refused.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from align.training.checkpoint import (
     damage,
     load_checkpoint,
     places,
+    read_state,
     save_checkpoint,
     set_aside,
 )
@@ -35,7 +37,11 @@ from align.types import AlignError, Interrupted
 BETTER_WHEN_LOWER = {"loss": True, "accuracy": False, "score": False}
 """Held-out numbers that may say which checkpoint is best."""
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
+
+
+def ignored(number: signal.Signals) -> bool:
+    return signal.getsignal(number) is signal.SIG_IGN
 
 
 class Saver:
@@ -66,6 +72,8 @@ class Saver:
 
     def __enter__(self) -> Saver:
         for number in SIGNALS:
+            if number not in (signal.SIGINT, signal.SIGTERM) and ignored(number):
+                continue  # `nohup`: the run outlives its terminal
             try:
                 self._handlers[number] = signal.signal(number, self._note)
             except ValueError:  # not the main thread: whoever started it listens
@@ -105,14 +113,18 @@ class Saver:
             self.run.begin()
             self.run.rewind({})
             return None
+        state = read_state(place)
+        self.run.require_rows(state, place)
         self.run.resume()
         for newer, problem in damaged.items() if self.run.is_main else ():
             aside = set_aside(newer)
             warn(f"resume: {problem}; kept as {aside.name}, going on from {place.name}")
+        if "run" not in state and self.run.is_main:
+            warn(f"resume: {place}: an older align saved it without checksums: not verified")
         self.accelerator.wait_for_everyone()
         state = load_checkpoint(place, self.trained)
         self.best = state["best"]
-        self.run.rewind(state["sizes"])
+        self.run.rewind(state)
         if self.run.is_main:
             say(f"{self.run.stage}: resumed from {place} ({state['step']} steps done)")
         return {**state, "place": place}
@@ -125,7 +137,7 @@ class Saver:
         if self.accelerator.num_processes > 1:
             broadcast_object_list(listed)
         for place in reversed(listed[0]):
-            problem = damage(place, self.trained)
+            problem = self._damage(place, self.run.previous_id)
             if not self._anywhere(bool(problem)):
                 return place, damaged
             damaged[place] = problem or f"checkpoint {place}: another process cannot read it"
@@ -135,6 +147,10 @@ class Saver:
                 "with overwrite=true"
             )
         return None, {}
+
+    def _damage(self, place: Path, run: str | None) -> str:
+        """One process compares hashes and the run: the others would read the same bytes again."""
+        return damage(place, self.trained, run=run, compare=self.run.is_main)
 
     # ------------------------------------------------------------ saving
 
@@ -184,7 +200,7 @@ class Saver:
             self.folder,
             step,
             self.trained,
-            {"best": self.best, "sizes": self.run.sizes(), **state},
+            {"run": self.run.id, "best": self.best, **self.run.marks(), **state},
             keep=self.keep,
             also_keep=also_keep,
             part=part,
@@ -221,7 +237,13 @@ class Saver:
         if not self.best_by or self.best is None or self._beats(last.get(self.best_by, math.nan)):
             return False
         step, value = int(self.best["step"]), self.best["value"]
-        load_checkpoint(self.folder / f"step-{step}", self.trained)
+        place = self.folder / f"step-{step}"
+        problem = self._damage(place, self.run.id)
+        if self._anywhere(bool(problem)):  # the weights of the end are whole, and hours of work
+            if self.run.is_main:
+                warn(f"the best {problem or place}; the model of the last step is saved instead")
+            return False
+        load_checkpoint(place, self.trained)
         self.run.describe(best=self.best)
         if self.run.is_main:
             end = last.get(self.best_by)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -159,7 +160,8 @@ def test_a_save_that_dies_leaves_the_one_before(
 def test_nothing_is_pickled(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, 1, {"model": made(0)}, {"before": None}, keep=1)
     found = sorted(p.name for p in (tmp_path / "step-1").iterdir())
-    assert found == ["model.optimizer.safetensors", "model.safetensors", "state.json"]
+    tensors = ["model.optimizer.safetensors", "model.safetensors"]
+    assert found == ["SHA256SUMS", *tensors, "state.json"]
     assert json.loads((tmp_path / "step-1" / "state.json").read_text())["before"] is None
 
 
@@ -216,3 +218,102 @@ def test_a_damaged_checkpoint_is_set_aside_under_a_name_of_its_own(tmp_path: Pat
     assert names(tmp_path) == []
     held = {p.name: json.loads((p / "state.json").read_text())["n"] for p in tmp_path.iterdir()}
     assert held == {"damaged-step-3": 1, "damaged-step-3-1": 2}
+
+
+# ---------------------------------------------------------------- what a checkpoint knows of itself
+
+
+@pytest.mark.parametrize(
+    "file", ["state.json", "actor.safetensors", "actor.optimizer.safetensors", "SHA256SUMS"]
+)
+@pytest.mark.parametrize("at", [0.0, 0.5, 0.999])
+def test_one_flipped_bit_is_named(tmp_path: Path, file: str, at: float) -> None:
+    pair = made(0)
+    step(pair, 10)
+    place = save_checkpoint(tmp_path, 1, {"actor": pair}, {"run": "abc"}, keep=1)
+    assert module.damage(place, ["actor"], run="abc") == ""
+    whole = bytearray((place / file).read_bytes())
+    whole[int(at * len(whole))] ^= 1
+    (place / file).write_bytes(whole)
+    found = module.damage(place, ["actor"], run="abc")
+    assert found.startswith(f"checkpoint {place}: cannot be read: ")
+    assert file in found or file == "SHA256SUMS"
+
+
+def test_a_flipped_bit_of_an_unfinished_step_is_found(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    in_hand = ({"x": torch.arange(3), "none": torch.zeros(0)}, {"minibatches": 1})
+    place = save_checkpoint(tmp_path, 1, {"actor": made(0)}, {"run": "abc"}, keep=1)
+    module.add_in_hand(place, in_hand)
+    tensors, state = module.load_in_hand(place) or ({}, {})
+    assert (tensors["x"].tolist(), state) == ([0, 1, 2], {"minibatches": 1})
+    assert module.damage(place, ["actor"], run="abc") == ""
+    other = save_checkpoint(tmp_path, 1, {"actor": made(0)}, {"run": "def"}, keep=9)
+    (place / "in_hand.safetensors").unlink(missing_ok=True)
+    module.add_in_hand(other, in_hand)
+    path = other / "in_hand.safetensors"
+    whole = bytearray(path.read_bytes())
+    whole[-1] ^= 1
+    path.write_bytes(whole)
+    assert module.load_in_hand(other) is None
+    assert "its content has changed since it was saved" in capsys.readouterr().err
+
+
+def test_an_unfinished_step_of_another_run_is_not_taken(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    in_hand = ({"x": torch.arange(3)}, {"minibatches": 1})
+    places = [
+        save_checkpoint(tmp_path / run, 1, {"actor": made(0)}, {"run": run}, keep=1)
+        for run in ("abc", "def")
+    ]
+    module.add_in_hand(places[0], in_hand)
+    (places[0] / "in_hand.safetensors").rename(places[1] / "in_hand.safetensors")
+    assert module.load_in_hand(places[1]) is None
+    assert "is of another run or step" in capsys.readouterr().err
+
+
+def test_files_of_two_checkpoints_are_not_mixed(tmp_path: Path) -> None:
+    pair = made(0)
+    for number in (1, 2):
+        step(pair, number)
+        save_checkpoint(tmp_path, number, {"actor": pair}, {"run": "abc"}, keep=2)
+    name = "actor.optimizer.safetensors"
+    (tmp_path / "step-1" / name).replace(tmp_path / "step-2" / name)
+    found = module.damage(tmp_path / "step-2", ["actor"], run="abc")
+    assert f"{name}: its content has changed" in found
+
+
+def test_a_checkpoint_of_another_run_is_named(tmp_path: Path) -> None:
+    place = save_checkpoint(tmp_path, 1, {"actor": made(0)}, {"run": "abc"}, keep=1)
+    found = module.damage(place, ["actor"], run="def")
+    assert found == f"checkpoint {place}: is of another run (abc, not def)"
+    assert module.damage(place, ["actor"], run="def", compare=False) == ""
+
+
+def test_an_older_checkpoint_has_no_sums_and_no_run(tmp_path: Path) -> None:
+    place = save_checkpoint(tmp_path, 1, {"actor": made(0)}, {}, keep=1)
+    (place / "SHA256SUMS").unlink()
+    assert module.damage(place, ["actor"], run=None) == ""
+    assert module.damage(place, ["actor"], run="abc") == ""
+    newer = save_checkpoint(tmp_path, 2, {"actor": made(0)}, {"run": "abc"}, keep=1)
+    (newer / "SHA256SUMS").unlink()
+    assert "SHA256SUMS is missing" in module.damage(newer, ["actor"], run="abc")
+
+
+@pytest.mark.parametrize("text", ["[1]", "null", "NaN", "", "[" * 100_000])
+def test_a_state_that_is_no_object_is_one_line(tmp_path: Path, text: str) -> None:
+    place = save_checkpoint(tmp_path, 1, {"actor": made(0)}, {}, keep=1)
+    (place / "state.json").write_text(text)
+    assert "cannot be read: state.json: " in module.damage(place, ["actor"])
+
+
+def test_the_sums_are_those_of_sha256sum(tmp_path: Path) -> None:
+    place = save_checkpoint(tmp_path, 1, {"actor": made(0)}, {}, keep=1)
+    lines = (place / "SHA256SUMS").read_text().splitlines()
+    expected = [
+        f"{hashlib.sha256((place / name).read_bytes()).hexdigest()}  {name}"
+        for name in ("actor.optimizer.safetensors", "actor.safetensors", "state.json")
+    ]
+    assert lines == expected

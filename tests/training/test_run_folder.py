@@ -1,15 +1,16 @@
 from __future__ import annotations
 
 import json
-import platform
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
-from align import run_files
+from align import locks, run_files
 from align.progress import change, duration
 from align.run_files import close, status_of
 from align.run_folder import Run
@@ -24,6 +25,26 @@ def open_run(folder: Path, *, config_yaml: str = "seed: 3\n", **options: Any) ->
     if options.get("resume") != "auto":
         run.begin()
     return run
+
+
+@contextmanager
+def other_process_in(folder: Path) -> Iterator[int]:
+    """Another process holds the folder as a run does, and is killed in the end; its number."""
+    code = f"""
+import pathlib, sys, time
+from align import locks
+assert locks.take(pathlib.Path({str(folder)!r})) is None
+print("held", flush=True)
+time.sleep(60)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        yield process.pid
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def manifest(folder: Path) -> dict[str, Any]:
@@ -95,9 +116,9 @@ def test_rows_with_strange_line_ends_survive_a_resume(
 ) -> None:
     run = open_run(tmp_path)
     run.append("samples.jsonl", [{"iteration": 1, "response": "a\u2028b\x85c"}])
-    sizes = run.sizes()
+    marks = run.marks()
     run.append("samples.jsonl", [{"iteration": 2, "response": "again"}])
-    run.rewind(sizes)
+    run.rewind(marks)
     text = (tmp_path / "samples.jsonl").read_text(encoding="utf-8")
     assert json.loads(text)["response"] == "a\u2028b\x85c"
 
@@ -116,13 +137,11 @@ def test_what_no_run_wrote_is_not_written_over(tmp_path: Path, name: str, resume
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
-    parent = psutil.Process().parent()
-    claim = [platform.node(), parent.pid, parent.create_time()]
-    (tmp_path / ".running").write_text(json.dumps(claim))
-    with pytest.raises(AlignError, match=rf"process {parent.pid} is running in it"):
+    with other_process_in(tmp_path) as number, pytest.raises(AlignError) as refused:
         open_run(tmp_path)
-    # a process that was killed, its number in use again
-    (tmp_path / ".running").write_text(json.dumps([*claim[:2], 1.0]))
+    assert f"process {number} is running in it; wait for it" in str(refused.value)
+    # that process was killed: its record is still there, its lock is not
+    assert (tmp_path / ".running").exists()
     open_run(tmp_path).finish([["held out", "after"]])
     assert not (tmp_path / ".running").exists()
 
@@ -130,7 +149,7 @@ def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
 def test_a_broken_manifest_is_one_line(tmp_path: Path) -> None:
     open_run(tmp_path).log(1, {"loss": 2.0})
     (tmp_path / "manifest.json").write_text('{"stage": ')
-    with pytest.raises(AlignError, match=r"manifest.json: cannot be read .* overwrite=true"):
+    with pytest.raises(AlignError, match=r"manifest.json: cannot be read: .* overwrite=true"):
         open_run(tmp_path, resume="auto")
 
 
@@ -225,17 +244,10 @@ def test_a_run_that_cannot_be_resumed_does_not_say_that_it_can(tmp_path: Path) -
 
 def test_a_failure_is_noted_by_the_process_that_runs_only(tmp_path: Path) -> None:
     open_run(tmp_path).log(1, {"loss": 2.0})
-    parent = psutil.Process().parent()
-    claim = [platform.node(), parent.pid, parent.create_time()]
-    (tmp_path / ".running").write_text(json.dumps(claim))
-    failed(tmp_path)
-    assert status_of(tmp_path, manifest(tmp_path)) == "running"
-    # of another machine it cannot be known
-    (tmp_path / ".running").write_text(json.dumps(["elsewhere", 1, 1.0]))
-    assert status_of(tmp_path, manifest(tmp_path)) == "running"
-    with pytest.raises(AlignError, match=r"is running in it on elsewhere; .* or remove"):
-        open_run(tmp_path, overwrite=True)
-    (tmp_path / ".running").unlink()
+    locks.release(tmp_path)
+    with other_process_in(tmp_path):
+        failed(tmp_path)
+        assert status_of(tmp_path, manifest(tmp_path)) == "running"
     assert status_of(tmp_path, manifest(tmp_path)) == "died"
 
 
@@ -249,12 +261,12 @@ def test_resume_forgets_the_steps_it_does_again(tmp_path: Path, read_jsonl: Read
     run = open_run(tmp_path)
     run.log(1, {"loss": 1.0})
     run.log(2, {"loss": 2.0})
-    sizes = run.sizes()
+    marks = run.marks()
     run.log(2, {"eval_loss": 2.0})  # of the same step, behind the checkpoint
     run.log(3, {"loss": 3.0})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 1, "lo')  # killed in the middle of a line
-    run.rewind(sizes)
+    run.rewind(marks)
     found = read_jsonl(tmp_path / "metrics.jsonl")
     assert [(row["step"], row["loss"]) for row in found] == [(1, 1.0), (2, 2.0)]
     run.rewind({})
