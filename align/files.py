@@ -44,7 +44,7 @@ def load_text(path: Path) -> str:
     try:
         mode = os.stat(path).st_mode
         if stat.S_ISDIR(mode):
-            raise Unreadable("a folder, not a file")
+            raise Unreadable(os.strerror(errno.EISDIR))
         if not stat.S_ISREG(mode):  # reading a pipe would wait for ever
             raise Unreadable("a pipe or a device, not a file")
         with open(path, "rb") as file:
@@ -57,7 +57,8 @@ def load_text(path: Path) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise Unreadable(f"not UTF-8 text (byte {error.start})") from error
+        place = f"byte {error.start}: not UTF-8 ({error.reason})"
+        raise Unreadable(f"{place}; save it as UTF-8") from error
 
 
 def parse_object(text: str) -> dict[str, Any]:

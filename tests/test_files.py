@@ -36,15 +36,15 @@ def make_fifo(path: Path) -> None:
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (lambda p: None, "no such file"),
-    "folder": (lambda p: p.mkdir(), "a folder, not a file"),
+    "folder": (lambda p: p.mkdir(), "Is a directory"),
     "pipe": (make_fifo, "a pipe or a device, not a file"),
     "device": (lambda p: p.symlink_to("/dev/zero"), "a pipe or a device, not a file"),
     "broken link": (lambda p: p.symlink_to("nowhere"), "a link to a missing file"),
     "link to itself": (lambda p: p.symlink_to(p), "symbolic links"),
     "empty": (lambda p: p.write_text(""), "empty"),
     "blank": (lambda p: p.write_text(" \n\n"), "empty"),
-    "not UTF-8": (lambda p: p.write_bytes(b'{"a": "caf\xe9"}'), "not UTF-8 text (byte 10)"),
-    "UTF-16": (lambda p: p.write_text('{"a": 1}', encoding="utf-16"), "not UTF-8 text (byte 0)"),
+    "not UTF-8": (lambda p: p.write_bytes(b'{"a": "caf\xe9"}'), "byte 10: not UTF-8"),
+    "UTF-16": (lambda p: p.write_text('{"a": 1}', encoding="utf-16"), "byte 0: not UTF-8"),
     "zeros": (lambda p: p.write_bytes(bytes(64)), "not JSON"),
     "cut short": (lambda p: p.write_text('{"stage": '), "not JSON"),
     "list": (lambda p: p.write_text("[1]"), "wanted a JSON object {...}, got a list"),
