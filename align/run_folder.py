@@ -154,7 +154,7 @@ class Run:
             AlignError: The recipe, the data or the starting weights are others than they were.
         """
         self._require_same()
-        self._manifest["run"] = self.previous_id or self.id
+        self._manifest.update(run=self.previous_id or self.id)
         self.keep()
         self._go()
 
