@@ -69,7 +69,8 @@ NO_NUMBERS = {
     },
     "training/loop.py": {"model", "before", "gradient", "left_out_in_a_row", "stream"},
     "run_folder.py": {
-        *("stage", "status", "seed", "command", "started", "versions", "hardware", "recipe"),
+        *("stage", "run", "status", "seed", "command", "started", "versions", "hardware"),
+        "recipe",
     },
     "evaluation/harness.py": {
         *("models", "comparisons", "num_resamples", "seed", "reference", "on_tokens"),
