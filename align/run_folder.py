@@ -241,7 +241,7 @@ class Run:
     def count(self, name: str) -> int:
         """Rows of a JSONL file in the folder; 0 where there is none."""
         path = self.folder / name
-        return path.read_text(encoding="utf-8").count("\n") if path.is_file() else 0
+        return path.read_bytes().count(b"\n") if path.is_file() else 0
 
     def keep(self) -> None:
         """This run has numbers or a checkpoint of its own: what it replaced may go."""
@@ -280,7 +280,7 @@ def _inputs(recipe: Any, key: str = "") -> list[Path]:
     if isinstance(recipe, list):
         return [path for value in recipe for path in _inputs(value, key)]
     named = isinstance(recipe, str) and key not in ("output_dir", "config_yaml")
-    return [Path(recipe)] if named and Path(recipe).exists() else []
+    return [Path(recipe)] if named and os.path.exists(recipe) else []
 
 
 def _lies_in(path: Path, place: Path) -> bool:

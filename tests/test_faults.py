@@ -9,6 +9,7 @@ import json
 import math
 import resource
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from align.options import GenerationOptions
 from align.rollout.sampler import sample
 from align.run_folder import Run
 from align.stages import ppo_update, sft
+from align.training.saver import Saver
 from align.types import NonFiniteError
 from tools.trust import Trust
 
@@ -472,7 +474,87 @@ def test_data_that_change_under_a_resumed_run(
     trust.row("faults", "data that change under a resumed run", found="refused", wanted="refused")
 
 
+# ---------------------------------------------------------------- a terminal that is closed
+
+
+@pytest.fixture
+def hung_up(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[signal.Signals]]:
+    """These signals come after the second step."""
+    signals: list[signal.Signals] = [signal.SIGHUP, signal.SIGHUP]
+    original = Run.log
+
+    def log(run: Run, step: int, metrics: Any) -> None:
+        original(run, step, metrics)
+        if step == 2 and "loss" in metrics:
+            for number in signals:
+                signal.raise_signal(number)
+
+    monkeypatch.setattr(Run, "log", log)
+    before = signal.getsignal(signal.SIGHUP)
+    yield signals
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_a_closed_terminal_saves_as_a_stop_does(
+    align: Align, sft_recipe: str, tmp_path: Path, hung_up: list[signal.Signals],
+    assert_same_weights: Any, trust: Trust,
+) -> None:  # fmt: skip
+    """SIGHUP comes from the shell and from the system: the second one is no hurry."""
+    line = align("sft", sft_recipe, "train.save_every=0", code=129)
+    assert "interrupted and saved in" in line
+    assert "(2 steps done); the same command with resume=auto goes on from there" in line
+    found = json.loads((tmp_path / "run" / "manifest.json").read_text("utf-8"))
+    assert found["status"] == "interrupted"
+    hung_up.clear()
+    align("sft", sft_recipe, "train.save_every=0", "resume=auto", code=0)
+    align("sft", sft_recipe, f"output_dir={tmp_path / 'whole'}", code=0)
+    assert_same_weights(tmp_path / "whole" / "model", tmp_path / "run" / "model")
+    trust.row(
+        "faults", "SIGHUP, twice",
+        found="saved, exit code 129, one line; goes on equal bit for bit", wanted="no loss",
+    )  # fmt: skip
+
+
+def test_a_logout_is_one_stop(align: Align, sft_recipe: str, hung_up: list[signal.Signals]) -> None:
+    hung_up[:] = [signal.SIGTERM, signal.SIGHUP]
+    assert "interrupted and saved in" in align("sft", sft_recipe, code=143)
+    hung_up[:] = [signal.SIGHUP, signal.SIGTERM, signal.SIGTERM]
+    line = align("sft", sft_recipe, "overwrite=true", code=143)
+    assert "interrupted twice; left at once, without saving" in line
+
+
+def test_nohup_is_respected(
+    align: Align, sft_recipe: str, tmp_path: Path, hung_up: list[signal.Signals]
+) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    align("sft", sft_recipe, code=0)
+    found = json.loads((tmp_path / "run" / "manifest.json").read_text("utf-8"))
+    assert found["status"] == "done"
+
+
 # ---------------------------------------------------------------- the best checkpoint
+
+
+def test_a_best_checkpoint_that_is_damaged_does_not_cost_the_run(
+    align: Align, sft_recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Saver.take_best
+
+    def take_best(saver: Saver, last: Any) -> bool:
+        (path,) = saver.folder.glob(f"step-{int(saver.best['step'])}/model.safetensors")
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+        return original(saver, last)
+
+    monkeypatch.setattr(Saver, "take_best", take_best)
+    options = ("train.max_steps=6", "train.keep_best=loss", "optim.schedule=constant",
+               "optim.lr=0.05")  # fmt: skip
+    line = align("sft", sft_recipe, *options, code=0)
+    assert "the best checkpoint " in line
+    assert "its content has changed since it was saved (sha256)" in line
+    assert line.endswith("; the model of the last step is saved instead")
+    assert (tmp_path / "run" / "model" / "config.json").is_file()
 
 
 def test_the_best_checkpoint_is_kept_and_becomes_the_model(

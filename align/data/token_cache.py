@@ -30,7 +30,9 @@ from align import types
 from align.data.spool import restored, writing_cache
 from align.data.subset import Lazy
 from align.data.template import Tokenizer
-from align.types import PromptExample, TokenGroup, TokenSequence
+from align.files import BROKEN, load_json, reason
+from align.locks import waiting_for
+from align.types import AlignError, PromptExample, TokenGroup, TokenSequence
 
 PER_BATCH = 1024
 """Groups of one Arrow batch: what is held while writing."""
@@ -92,8 +94,12 @@ def code_hash(*more: str) -> str:
 # ---------------------------------------------------------------- one entry
 
 
-class Damaged(Exception):
+class Damaged(AlignError):
     """A cache entry that cannot be read."""
+
+
+FACTS = ("reports", "rows", "tokens", "dropped", "groups")
+"""What an entry says of itself."""
 
 
 def open_entry(folder: Path, sides: Iterable[str]) -> tuple[dict[str, Any], dict[str, GroupFile]]:
@@ -103,14 +109,26 @@ def open_entry(folder: Path, sides: Iterable[str]) -> tuple[dict[str, Any], dict
         Damaged: Something is missing, cut short or is no Arrow file.
     """
     try:
-        facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+        facts = load_json(folder / "facts.json")
         files = {side: GroupFile(folder / f"{side}.arrow") for side in sides}
         counts = {side: len(groups) for side, groups in files.items()}
         if counts != facts["groups"]:
             raise Damaged(f"{counts} groups, not {facts['groups']}")
-    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-        raise Damaged(str(error)) from error
+        lacking = [name for name in FACTS if name not in facts]
+        if lacking:
+            raise Damaged(f"facts.json: has no {lacking[0]}")
+    except (*BROKEN, pa.ArrowException) as error:
+        raise Damaged(reason(error)) from error
     return facts, files
+
+
+def remove_damaged(folder: Path, sides: Iterable[str]) -> None:
+    """Make room for a new entry, unless another run has put a whole one in its place meanwhile."""
+    with waiting_for(folder.parent):
+        try:
+            open_entry(folder, sides)
+        except Damaged:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_entry(

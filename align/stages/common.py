@@ -83,7 +83,11 @@ def _tracker(accelerator: Accelerator, stage: str, recipe: str) -> Callable[...,
 
     def log(metrics: dict[str, float], step: int) -> None:
         if not opened:
-            accelerator.init_trackers(f"align-{stage}", config={"recipe": recipe})
+            # of a run that is resumed: what TensorBoard has of the steps that are done again
+            again = {"tensorboard": {"purge_step": step}}
+            accelerator.init_trackers(
+                f"align-{stage}", config={"recipe": recipe}, init_kwargs=again
+            )
             opened.append(True)
         accelerator.log(metrics, step=step)
 

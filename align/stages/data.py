@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -29,6 +28,7 @@ from align.data.token_cache import (
     cache_folder,
     code_hash,
     open_entry,
+    remove_damaged,
     tokenizer_hash,
     write_entry,
 )
@@ -142,7 +142,7 @@ def _tokenised(
             return open_entry(folder, SIDES)
         except Damaged as error:
             say(f"  token cache {folder}: damaged ({error}), so it is made again")
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_damaged(folder, SIDES)
 
     def make(write: Any) -> dict[str, Any]:
         with Spool(folder.parent) as spool:
@@ -153,7 +153,13 @@ def _tokenised(
             return {**facts, **_tokenise(session, data, read, write)}
 
     write_entry(folder, make)
-    return open_entry(folder, SIDES)
+    try:
+        return open_entry(folder, SIDES)
+    except Damaged as error:
+        raise AlignError(
+            f"token cache {folder}: {error}; it cannot be replaced: remove it, or set ALIGN_CACHE "
+            "to another folder"
+        ) from error
 
 
 def _shared(test: Sequence[DataSource], read: dict[str, Sequence[Example]]) -> int:

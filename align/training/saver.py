@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import signal
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, cast
@@ -37,11 +38,10 @@ from align.types import AlignError, Interrupted
 BETTER_WHEN_LOWER = {"loss": True, "accuracy": False, "score": False}
 """Held-out numbers that may say which checkpoint is best."""
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
+HANGUP = getattr(signal, "SIGHUP", None)
+"""The terminal was closed; not on Windows."""
 
-
-def ignored(number: signal.Signals) -> bool:
-    return signal.getsignal(number) is signal.SIG_IGN
+SIGNALS = (signal.SIGINT, signal.SIGTERM, *([HANGUP] if HANGUP else []))
 
 
 class Saver:
@@ -72,7 +72,7 @@ class Saver:
 
     def __enter__(self) -> Saver:
         for number in SIGNALS:
-            if number not in (signal.SIGINT, signal.SIGTERM) and ignored(number):
+            if number == HANGUP and signal.getsignal(number) is signal.SIG_IGN:
                 continue  # `nohup`: the run outlives its terminal
             try:
                 self._handlers[number] = signal.signal(number, self._note)
@@ -90,11 +90,14 @@ class Saver:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self._signal:
+        if self._signal and number == HANGUP:
+            return  # the shell and the system both send it, and a logout sends it behind SIGTERM
+        if self._signal and self._signal != HANGUP:
             raise Interrupted(number, "interrupted twice; left at once, without saving")
         self._signal = number
         if self.run.is_main:
-            warn(f"{self.run.stage}: told to stop; saving as soon as possible (again: at once)")
+            with suppress(RuntimeError):  # in the middle of another line
+                warn(f"{self.run.stage}: told to stop; saving as soon as possible (again: at once)")
 
     # ------------------------------------------------------------ going on
 
