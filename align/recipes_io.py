@@ -101,6 +101,8 @@ def find_recipe(recipe: str) -> Path:
         if path.name.endswith(DATA):
             raise AlignError(f"{recipe}: a data file, not a recipe; wanted RECIPE data={recipe}")
         return path
+    if path.exists() and not path.is_dir():  # a pipe would be waited for
+        raise AlignError(f"{recipe}: a pipe or a device, not a recipe")
     shipped = shipped_recipes()
     name = recipe.removesuffix(".yaml")
     if name in shipped:

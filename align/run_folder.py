@@ -21,7 +21,7 @@ import yaml
 
 from align import doctor, locks
 from align.doctor_rules import FEWEST
-from align.files import RESUME, read_metrics, require_writable, write_whole
+from align.files import RESUME, read_metrics, reason, require_writable, write_whole, writing
 from align.growing import GrowingFiles, Marks
 from align.machine import hardware, versions
 from align.model_card import write_cards
@@ -112,7 +112,7 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             claim(self.folder)
         except OSError as error:
-            raise AlignError(f"output_dir: {self.folder}: {error.strerror}") from error
+            raise AlignError(f"output_dir: {self.folder}: {reason(error)}") from error
         require_writable(self.folder / "config.yaml", "output_dir:")
         if held and resume == "auto":
             self._previous = self._read_manifest()
@@ -194,12 +194,14 @@ class Run:
         """One line of metrics.jsonl, and the same to every live tracker; numbers only."""
         if not metrics:
             return
-        for tracker in self.trackers:
-            tracker(dict(metrics), step)
         if self.is_main:
             self.keep()
             line = {"step": step, "seconds": round(time.time() - self.started, 3), **metrics}
             self.append("metrics.jsonl", [line])
+        for tracker in self.trackers:
+            with writing(self.folder / "tracking", "trackers=[] needs no room there"):
+                tracker(dict(metrics), step)
+        if self.is_main:
             self._logged += 1
             if self._logged >= self._next_look:
                 self._next_look = self._logged + 1 + self._logged // 10

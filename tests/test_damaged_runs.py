@@ -130,6 +130,25 @@ def test_rows_behind_the_checkpoint_may_be_anything(
     assert_same_weights(run.parent / "whole", run / "model")
 
 
+def test_tensorboard_has_every_step_once(run: Path, resume: Align) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    shutil.rmtree(run / "checkpoints" / "step-4")
+    resume()
+    (folder,) = {path.parent for path in (run / "tracking" / "align-sft").glob("events*")}
+    found = EventAccumulator(str(folder))
+    found.Reload()
+    assert [event.step for event in found.Scalars("loss")] == [1, 2, 3, 4]
+    starts = [e.step for p in sorted(folder.glob("events*")) for e in first_events(p)]
+    assert starts == [0, 4], "each session says from which step on it replaces the one before"
+
+
+def first_events(path: Path) -> list[Any]:
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    return [e for e in EventFileLoader(str(path)).Load() if e.HasField("session_log")]
+
+
 def flipped_seed(path: Path) -> None:
     text = path.read_text()
     assert '"seed": 0' in text

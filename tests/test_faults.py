@@ -5,8 +5,10 @@ Bad input before a run is in test_bad_input.py, runs that are killed in stages/t
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import resource
 import shutil
 import signal
@@ -413,6 +415,23 @@ def test_no_room_for_metrics(align: Align, sft_recipe: str, tmp_path: Path, trus
         line = align("sft", sft_recipe)
     assert "metrics.jsonl: cannot be written: No space left on device" in line
     trust.row("faults", "no room for metrics", found="one line", wanted="one line")
+
+
+def test_no_room_for_a_tracker(align: Align, sft_recipe: str, tmp_path: Path) -> None:
+    original = Run.log
+
+    def log(run: Run, step: int, metrics: Any) -> None:
+        def full(*_: object) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        run.trackers[:] = [full]
+        original(run, step, metrics)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "log", log)
+        line = align("sft", sft_recipe)
+    assert f"{tmp_path / 'run' / 'tracking'}: cannot be written: No space left on device" in line
+    assert (tmp_path / "run" / "metrics.jsonl").read_text().count("\n") == 1
 
 
 def test_a_checkpoint_cut_short(

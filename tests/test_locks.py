@@ -77,7 +77,11 @@ def test_no_clock_and_no_number_is_compared(tmp_path: Path) -> None:
 
 
 def test_a_forked_child_does_not_hold_the_lock_of_a_parent_that_died(tmp_path: Path) -> None:
-    fork = "child = os.fork()\nif child == 0: time.sleep(60)\nprint('held', child)"
+    fork = (
+        "ends = os.pipe()\nchild = os.fork()\n"
+        "if child == 0: os.write(ends[1], b'.'); time.sleep(60)\n"
+        "os.read(ends[0], 1)\nprint('held', child)"
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD.format(more=fork), str(tmp_path)],
         stdout=subprocess.PIPE,

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     if stage not in RULES:
         raise AlignError(f"doctor: {folder} is a run of {stage}; it knows {', '.join(RULES)}")
     manifest["status"] = status_of(folder, manifest)
-    with reading(f"doctor: {folder}", "its files are not as a run writes them"):
+    with reading(f"doctor: {folder} (manifest.json)", "it is not as a run writes it"):
         findings = diagnose(stage, rows, manifest)
     for line in closing_lines(stage, rows, findings):
         say(line)

@@ -56,7 +56,8 @@ def _rendered(runs: Sequence[RunRecord]) -> str:
         return render(runs)
     except BROKEN:
         for run in runs:
-            with reading(run.folder, NOT_OURS):
+            files = "manifest.json, config.yaml, metrics.jsonl, eval.json or outputs"
+            with reading(f"{run.folder} ({files})", NOT_OURS):
                 render([run])
         raise
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -77,9 +78,16 @@ def open_session(recipe: CommonRecipe, stage: str) -> Session:
     return Session(accelerator, run, tokenizer)
 
 
+def _no_traceback_of_a_full_disk(failed: threading.ExceptHookArgs) -> None:
+    """TensorBoard's thread raises what the next log raises again, as one line with the folder."""
+    if not issubclass(failed.exc_type, OSError):
+        threading.__excepthook__(failed)
+
+
 def _tracker(accelerator: Accelerator, stage: str, recipe: str) -> Callable[..., None]:
     """Accelerate's trackers, opened with the first numbers: by then the run has begun."""
     opened: list[bool] = []
+    threading.excepthook = _no_traceback_of_a_full_disk
 
     def log(metrics: dict[str, float], step: int) -> None:
         if not opened:
