@@ -86,9 +86,23 @@ def _rewritten(
     if mark and words.startswith(mark):
         space = opened[len(opened.rstrip()) :]
         return prefix, words[len(mark) :].removeprefix(space) + tail
-    if whole.startswith(head) and holds(whole[len(head) :], content):
-        return (head if opened else prefix), whole[len(head) :]
-    return prefix, content + tail
+    if not (whole.startswith(head) and holds(whole[len(head) :], content)):
+        return prefix, content + tail
+    if opened:
+        return head, whole[len(head) :]
+    return prefix, _lead(prefix, head) + whole[len(head) :]
+
+
+def _lead(prefix: str, head: str) -> str:
+    """What the template writes between a prompt and the words, where ``head`` begins otherwise.
+
+    Both end in what the template writes after the last question: that is where they are aligned.
+    """
+    for length in range(min(len(prefix), 64), 3, -1):
+        at = head.rfind(prefix[-length:])
+        if at >= 0:
+            return head[at + length :]
+    return ""
 
 
 def _opening_of_first(tokenizer: Tokenizer, turn: Message, whole: str) -> str:

@@ -16,6 +16,7 @@ from align.data.template import (
     cut_at_end,
     encode_text,
     end_token_ids,
+    opening,
     special_tokens,
     structure_ids,
     times_in_dialogue,
@@ -71,6 +72,8 @@ def of_tokens(
         turns = turns_of(example)
         for name in _spelt_out(tokenizer, turns, ends):
             found[name].append(example.id)
+        if turns and not _opened(tokenizer, group):
+            found["unopened"].append(example.id)
         for answer in group.continuations:
             ids = np.concatenate([group.prefix_ids, answer.input_ids]).tolist()
             if not turns and bos not in (None, *ends) and ids.count(bos) > 1 and not bos_is_markup:
@@ -108,6 +111,20 @@ def _spelt_out(tokenizer: Tokenizer, turns: Sequence[Message], ends: set[int]) -
     return found
 
 
+def _opened(tokenizer: Tokenizer, group: TokenGroup) -> bool:
+    """Whether all that is trained follows what the generation prompt opens the turn with."""
+    try:
+        opened = opening(tokenizer, str(tokenizer.chat_template)).rstrip()
+    except AlignError:  # the template takes no single question
+        return True
+    for answer in group.continuations:
+        first = int(answer.loss_mask.argmax())
+        given = np.concatenate([group.prefix_ids, answer.input_ids[:first]])[-32:]
+        if not tokenizer.decode(given, skip_special_tokens=False).rstrip().endswith(opened):
+            return False
+    return True
+
+
 def _ends_itself(tokenizer: Tokenizer, said: str, ends: set[int]) -> bool:
     return said.rstrip().endswith(tuple(_texts(tokenizer, ends)))
 
@@ -135,6 +152,12 @@ _TOKEN_FINDINGS: tuple[tuple[str, Level, str, str], ...] = (
         "warning",
         "rows whose answers spell out the end token, which is written once",
         "take it out of the text; it is added",
+    ),
+    (
+        "unopened",
+        "note",
+        "rows with answers that lack the <think> which the generation prompt opens",
+        "they are trained on a prompt without it: give them thinking, or use another template",
     ),
     ("unknown", "warning", "rows with tokens unknown to the tokenizer", "clean the text"),
     ("pad", "warning", "rows that spell out the pad token", "take it out of the text"),
