@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from math import sqrt
 from statistics import fmean, median
 from typing import Any
 
@@ -21,6 +23,7 @@ LIMITS: dict[str, float] = {
     "eos_falling": 0.15,  # fall of the share of responses that end
     "clip_fraction": 0.3,  # share of tokens
     "approx_kl": 0.05,  # nats per token and update
+    "sampled_otherwise": 0.5,  # distance of the first minibatch's probability ratios from 1
     "critic_useless": 0.0,  # explained variance
     "reward_model_weak": 0.5,  # accuracy; that of "longer wins" where it is more
     "chosen_falling": -10.0,  # log-ratio of chosen, nats per response
@@ -41,6 +44,9 @@ FEWEST = 8
 """Rows before a trend is spoken of."""
 LAST = 3
 """Rows at the end, at least, whose mean is called the end."""
+NOISE = 5.0
+"""Standard errors by which start and end must differ, or it is no trend. A run is looked at some
+twenty times, and its rows are not independent."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,22 @@ class Rows:
         fifth = max(LAST, len(values) // 5)
         return mean(values[:fifth]), mean(values[-fifth:])
 
+    def trend(
+        self, name: str, mean: Callable[[Sequence[float]], float] = fmean
+    ) -> tuple[float, float] | None:
+        """As `ends`; None where they differ by no more than rows differ from their neighbours.
+
+        The scatter of a row is taken from the median step between neighbours (0.954 standard
+        deviations where rows are normal), which neither a trend nor a few wild rows change much.
+        """
+        values, ends = self(name), self.ends(name, mean)
+        if ends is None:
+            return None
+        steps = [abs(after - before) for before, after in pairwise(values)]
+        window = max(LAST, len(values) // 5)
+        error = median(steps) / 0.954 * sqrt(2 / window)
+        return ends if abs(ends[1] - ends[0]) > NOISE * error else None
+
     def end(self, name: str) -> float | None:
         """Mean over the last fifth, which says how it is now; None while there are too few rows."""
         values = self(name)
@@ -101,7 +123,7 @@ def _score_rises(rows: Rows) -> bool:
 
 
 def _length_hacking(rows: Rows, manifest: Row) -> Finding | None:
-    ends, limit = rows.ends("length_mean"), LIMITS["length_hacking"]
+    ends, limit = rows.trend("length_mean"), LIMITS["length_hacking"]
     if ends is None or ends[1] <= limit * ends[0] or not _score_rises(rows):
         return None
     says = (
@@ -113,7 +135,7 @@ def _length_hacking(rows: Rows, manifest: Row) -> Finding | None:
 
 
 def _repetition_hacking(rows: Rows, manifest: Row) -> Finding | None:
-    ends, limit = rows.ends("repetition"), LIMITS["repetition_hacking"]
+    ends, limit = rows.trend("repetition"), LIMITS["repetition_hacking"]
     if ends is None or ends[1] - ends[0] <= limit or not _score_rises(rows):
         return None
     says = (
@@ -125,7 +147,7 @@ def _repetition_hacking(rows: Rows, manifest: Row) -> Finding | None:
 
 
 def _entropy_collapse(rows: Rows, manifest: Row) -> Finding | None:
-    ends, limit = rows.ends("entropy"), LIMITS["entropy_collapse"]
+    ends, limit = rows.trend("entropy"), LIMITS["entropy_collapse"]
     if ends is None or ends[1] >= limit * ends[0]:
         return None
     says = (
@@ -137,7 +159,7 @@ def _entropy_collapse(rows: Rows, manifest: Row) -> Finding | None:
 
 
 def _eos_falling(rows: Rows, manifest: Row) -> Finding | None:
-    ends, limit = rows.ends("eos_rate"), LIMITS["eos_falling"]
+    ends, limit = rows.trend("eos_rate"), LIMITS["eos_falling"]
     if ends is None or ends[0] - ends[1] <= limit:
         return None
     says = (
@@ -162,6 +184,18 @@ def _approx_kl(rows: Rows, manifest: Row) -> Finding | None:
         return None
     says = f"an update moves the policy by {end:.3g} nats per token, more than {limit:g}"
     return Finding("approx_kl", end, limit, says, "lower optim.lr, ppo.epochs or ppo.clip_range")
+
+
+def _sampled_otherwise(rows: Rows, manifest: Row) -> Finding | None:
+    end, limit = rows.end("first_ratio_error"), LIMITS["sampled_otherwise"]
+    if end is None or end <= limit:
+        return None
+    says = (
+        "sampling and training disagree on log-probabilities: with the same weights their ratio is "
+        f"off from 1 by up to {end:.2g}, more than {limit:g}, which rounding to bf16 does not do"
+    )
+    cure = "set precision=fp32 and see whether the run stops, and report it with the model's name"
+    return Finding("sampled_otherwise", end, limit, says, cure)
 
 
 def _critic_useless(rows: Rows, manifest: Row) -> Finding | None:
@@ -253,11 +287,11 @@ def _chosen_falling(rows: Rows, manifest: Row) -> Finding | None:
 
 def _lr_too_high(rows: Rows, manifest: Row) -> Finding | None:
     cure = "lower optim.lr (try a third), or raise optim.warmup_fraction"
-    ends, limit = rows.ends("grad_norm", median), LIMITS["lr_too_high"]
+    ends, limit = rows.trend("grad_norm", median), LIMITS["lr_too_high"]
     if ends is not None and ends[1] > limit * ends[0] > 0:
         says = f"the gradient grew from {ends[0]:.3g} to {ends[1]:.3g}, over {limit:g} times"
         return Finding("lr_too_high", ends[1] / ends[0], limit, says, cure)
-    ends = rows.ends("loss")
+    ends = rows.trend("loss")
     if ends is not None and ends[1] > LOSS_RISE * ends[0] > 0:
         says = f"the training loss rose from {ends[0]:.3g} to {ends[1]:.3g}, over {LOSS_RISE} times"
         return Finding("lr_too_high", ends[1] / ends[0], LOSS_RISE, says, cure)
@@ -302,6 +336,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
         _scores_equal,
         _clip_fraction,
         _approx_kl,
+        _sampled_otherwise,
         _critic_useless,
         _lr_too_high,
     ),

@@ -142,11 +142,18 @@ def _made_by_a_run(path: Path) -> bool:
 def count_parameters(
     role: str, config: Any, *, lora: LoraOptions | None = None, trained: bool = True
 ) -> Size:
-    """Build the model on the meta device, adapters included, and count."""
+    """Build the model on the meta device, adapters included, and count.
+
+    Raises:
+        AlignError: Its architecture is one that the run would refuse.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    from align.models.attention import BACKENDS
+    from align.models.load import _guarded
     from align.models.lora import add_lora
+    from align.models.probes import check_architecture
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
     scalar = role in ("critic", "reward", "reward model")
@@ -155,8 +162,13 @@ def count_parameters(
     auto = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft's, about transformers 6
-        model = auto.from_config(config)
+        name = config.name_or_path or role
+        made = _guarded(name, auto.from_config, config, attn_implementation=BACKENDS["segments"])
+        model: Any = made
         total = sum(p.numel() for p in model.parameters())
+    check_architecture(name, made)
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
         if lora is not None and trained:
             task: Literal["causal_lm", "classifier"] = "classifier" if scalar else "causal_lm"
             adapted = add_lora(model, task=task, options=lora)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from align.cli import main
@@ -44,6 +45,7 @@ GOOD: dict[str, dict[str, Callable[[float], float]]] = {
         "eos_rate": line(0.97, 0.99),
         "clip_fraction": line(0.05, 0.1),
         "approx_kl": line(0.01, 0.005),
+        "first_ratio_error": line(0.12, 0.15),
         "explained_variance": line(-0.5, 0.6),
         "grad_norm": line(0.5, 1),
         "optimality_gap": line(0.8, 0.3),
@@ -77,6 +79,7 @@ BAD: dict[str, tuple[str, dict[str, Callable[[float], float]]]] = {
     "scores_equal": ("ppo", {"score_std": line(0, 0), "score_mean": line(0, 0)}),
     "clip_fraction": ("ppo", {"clip_fraction": line(0.1, 0.6)}),
     "approx_kl": ("ppo", {"approx_kl": line(0.02, 0.3)}),
+    "sampled_otherwise": ("ppo", {"first_ratio_error": line(0.9, 0.9)}),
     "critic_useless": ("ppo", {"explained_variance": line(0, -1)}),
     "chosen_falling": ("dpo", {"rewards_chosen": line(0, -4), "rewards_rejected": line(0, -6)}),
     "lr_too_high": ("sft", {"loss": line(3, 6)}),
@@ -149,6 +152,35 @@ def test_a_trend_needs_some_rows_and_the_run_says_so() -> None:
     assert said == ["doctor: nothing found that 7 logged steps can show; a trend takes 8"]
     assert diagnose("ppo", bad[:FEWEST], MANIFEST) != []
     assert closing_lines("ppo", bad[:FEWEST], [])[-1] == "doctor: nothing found"
+
+
+WAVE = (1.04, 0.98, 1.26, 1.1, 1.54, 1.16, 1.35, 1.49, 1.46, 1.52, 1.59, 1.47, 0.89, 1.45, 1.28)
+"""Training loss of `tiny/sft`, rows of five steps: held-out loss falls by a third meanwhile."""
+
+
+def test_a_trend_is_more_than_noise() -> None:
+    for count in range(FEWEST, len(WAVE) + 1):
+        logged = [{"step": i, "loss": loss} for i, loss in enumerate(WAVE[:count])]
+        assert diagnose("sft", logged, MANIFEST) == [], count
+    # the same noise on a loss that doubles
+    risen = [{"step": i, "loss": loss + max(0, i - 5) / 5} for i, loss in enumerate(WAVE)]
+    (found,) = diagnose("sft", risen, MANIFEST)
+    assert found.kind == "lr_too_high"
+    # and one that is thrown to other values at every step
+    thrown = [{"step": i, "loss": WAVE[i] if i < 9 else 20.0 + 7 * (i % 3)} for i in range(15)]
+    (found,) = diagnose("sft", thrown, MANIFEST)
+    assert found.kind == "lr_too_high"
+
+
+def test_noise_alone_is_seldom_a_trend(trust: Trust) -> None:
+    """200 runs of 38 rows whose loss scatters by a quarter, each looked at 15 times."""
+    rng = np.random.default_rng(0)
+    alarms = 0
+    for losses in 1 + 0.25 * rng.standard_normal((200, 38)):
+        logged = [{"loss": float(loss)} for loss in losses]
+        looks = (8, 9, 10, 12, 14, 16, 18, 20, 23, 26, 29, 32, 36, 38)
+        alarms += any(diagnose("sft", logged[:count], MANIFEST) for count in looks)
+    trust.at_most("doctor", "runs of noise in which a trend was seen, of 200", alarms, 4)
 
 
 def test_a_level_needs_three_rows() -> None:

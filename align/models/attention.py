@@ -21,7 +21,7 @@ across neighbours or padding without a word.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
@@ -52,6 +52,10 @@ UNSUPPORTED = {
 """What a model may hand to its attention function that changes the result and is not done here."""
 
 
+class UnpackableError(NotImplementedError):
+    """What an architecture does that attention over packed rows does not."""
+
+
 @dataclass(frozen=True)
 class DecodeState:
     """One query per row; row r may look at cache columns ``starts[r]`` onwards.
@@ -61,6 +65,13 @@ class DecodeState:
     """
 
     mask: Tensor
+
+
+def require_supported(options: Mapping[str, Any]) -> None:
+    """Refuse what changes the result of an attention function and is not done here."""
+    for name, what in UNSUPPORTED.items():
+        if options.get(name) is not None:
+            raise UnpackableError(f"it has {what} (`{name}`), which align does not compute")
 
 
 def segment_attention(
@@ -79,9 +90,7 @@ def segment_attention(
     **more: Any,
 ) -> tuple[Tensor, None]:
     """``[B,heads,T,D]`` queries and ``[B,kv_heads,S,D]`` keys -> ``[B,T,heads,D]``."""
-    for name, what in UNSUPPORTED.items():
-        if more.get(name) is not None:
-            raise NotImplementedError(f"it has {what} (`{name}`), which align does not compute")
+    require_supported(more)
     if torch.is_autocast_enabled(query.device.type):  # rotary embeddings are float32 there
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)

@@ -263,6 +263,14 @@ def _guarded(model: str, load: Any, *args: Any, **options: Any) -> Any:
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         if str(error) == repr(BACKENDS["segments"]):  # a table of attention classes without it
             raise AlignError(f"model: {model}: {not_on_the_interface(_kind(error))}") from error
+        if str(error).startswith("Unrecognized configuration class"):
+            scalar = load.__self__ is AutoModelForSequenceClassification
+            kind = "one-label model (for a reward or a critic)" if scalar else "language model"
+            made_by = str(error).split("'")[1].rpartition(".")[2]
+            raise AlignError(
+                f"model: {model}: transformers has no {kind} of this architecture ({made_by}); "
+                "take another model"
+            ) from error
         reason = str(error).strip().split("\n")[0]
         raise AlignError(
             f"model: {model}: cannot be loaded: {reason} "

@@ -15,7 +15,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from align.models.attention import WINDOW, segment_attention
+from align.models.attention import (
+    WINDOW,
+    UnpackableError,
+    require_supported,
+    segment_attention,
+)
 
 RECORDED = "align_recorded"
 """As ``segments``, and notes what each layer is given."""
@@ -38,7 +43,7 @@ class Record:
     def note(self, module: nn.Module, window: int | None) -> None:
         self.calls += 1
         if self.windows.setdefault(module, window) != window:
-            raise NotImplementedError("one attention layer has two sliding windows")
+            raise UnpackableError("one attention layer has two sliding windows")
 
     def apply(self) -> None:
         """Every layer keeps its window, which counts before what it hands over."""
@@ -54,7 +59,7 @@ def window_of(allowed: Callable[..., Tensor], size: int | None) -> int | None:
         size: What transformers says it is, of a window or a chunk.
 
     Raises:
-        NotImplementedError: It is neither causal nor a sliding window.
+        UnpackableError: It is neither causal nor a sliding window.
     """
     zero = torch.zeros((), dtype=torch.int64)
     steps = sorted({0, 1, 2, 3, *(2**i for i in range(2, 20)), *near(size or 1), *near(FAR)})
@@ -64,7 +69,7 @@ def window_of(allowed: Callable[..., Tensor], size: int | None) -> int | None:
         query = torch.tensor(4 * FAR + first * ((size or 2) // 2))
         key = query - distance
         if not torch.equal(allowed(zero, zero, query, key).expand_as(want), want):
-            raise NotImplementedError(
+            raise UnpackableError(
                 "its attention mask is neither causal nor a sliding window"
                 + (f", but has chunks or blocks of {size}" if size is not None else "")
             )
@@ -96,16 +101,19 @@ def _attention(
     **more: Any,
 ) -> tuple[Tensor, None]:
     if record is None:
-        raise NotImplementedError(
+        raise UnpackableError(
             "it hands no further arguments to its attention layers, which have to know where a "
             "sequence of a packed row begins"
         )
     window = more.pop("sliding_window", None) or None
     if attention_mask is not None:
         if not hasattr(attention_mask, "function"):
-            raise NotImplementedError("its attention layers make masks or biases of their own")
+            raise UnpackableError("its attention layers make masks or biases of their own")
         window = window_of(*attention_mask.function)
     record.note(module, window)
+    if query.device.type == "meta":
+        require_supported(more)
+        return query.new_empty(*query.shape[:3], value.shape[-1]).transpose(1, 2), None
     more["sliding_window"] = window
     return segment_attention(module, query, key, value, None, *args, **more)
 

@@ -15,13 +15,24 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from align.models.attention import INSTEAD, not_on_the_interface, own_attention
+from align.models.attention import (
+    INSTEAD,
+    UnpackableError,
+    not_on_the_interface,
+    own_attention,
+)
 from align.models.dropout import require_same_in_training
 from align.models.masks import RECORDED, Record
 from align.models.policy import Packed, Policy
 from align.models.precision import autocast
 from align.types import AlignError, Segment, TokenBatch
+
+STATE = (
+    "carry a state from token to token, which would run from one sequence of a packed row into the "
+    "next"
+)
 
 
 def check_packable(model: Packed) -> None:
@@ -58,6 +69,32 @@ def check_packable(model: Packed) -> None:
         model.precision = precision
 
 
+def check_architecture(name: str, inner: PreTrainedModel) -> None:
+    """Refuse what a model on the meta device, without weights, shows to be no use.
+
+    Where values decide on the way, as in a mixture of experts, nothing is said.
+    """
+    model, kind = Packed(inner, precision="fp32", name=name), type(inner).__name__
+    if own_attention(type(inner)):
+        raise AlignError(f"{name}: {not_on_the_interface(kind)}")
+    if getattr(inner, "_is_stateful", False) and any(
+        isinstance(module, torch.nn.Conv1d) for module in inner.modules()
+    ):
+        raise AlignError(f"{name}: {kind} has layers that {STATE}; {INSTEAD}")
+    if "chunked_attention" in (getattr(inner.config.get_text_config(), "layer_types", None) or ()):
+        raise AlignError(f"{name}: {kind} cannot be packed: its attention is in chunks; {INSTEAD}")
+    model.eval()  # layerdrop would leave layers out
+    try:
+        with torch.no_grad():
+            _recorded(model, _rows(model)[1])
+    except UnpackableError as error:
+        raise AlignError(f"{name}: {kind} cannot be packed: {error}; {INSTEAD}") from error
+    except AlignError:
+        raise
+    except Exception:  # it looks at values, and there are none
+        return
+
+
 @contextmanager
 def _one_line(model: Packed) -> Iterator[None]:
     try:
@@ -68,6 +105,7 @@ def _one_line(model: Packed) -> Iterator[None]:
         reason = str(error).strip().split("\n")[0]
         raise AlignError(
             f"{model.name}: {type(model.inner).__name__} cannot be packed: {reason}"
+            + (f"; {INSTEAD}" if isinstance(error, UnpackableError) else "")
         ) from error
 
 
@@ -97,14 +135,15 @@ def _recorded(model: Packed, batch: TokenBatch) -> Tensor:
         AlignError: A layer has no attention, or one that is not on the interface.
     """
     record = Record()
+    row: dict[str, Any] = {
+        "input_ids": batch.input_ids,
+        "position_ids": batch.position_ids,
+        "use_cache": False,
+    }
+    if model.device.type == "meta":  # else transformers looks at positions, whether they are packed
+        row["attention_mask"] = torch.ones_like(batch.input_ids)
     with _attention(model, RECORDED), autocast(model.precision, model.device):
-        out = model.trunk(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            use_cache=False,
-            segments=batch.segments,
-            record=record,
-        )
+        out = model.trunk(**row, segments=batch.segments, record=record)
     config = model.inner.config.get_text_config()
     layers = getattr(config, "decoder_layers", None) or config.num_hidden_layers
     stateful = getattr(model.inner, "_is_stateful", False)
@@ -112,8 +151,7 @@ def _recorded(model: Packed, batch: TokenBatch) -> Tensor:
         few = f"{record.calls} attention layers" if record.calls else "no attention layer"
         raise AlignError(
             f"{model.name}: {type(model.inner).__name__} has {few} among its {layers}; the others "
-            "carry a state from token to token, which would run from one sequence of a packed row "
-            f"into the next; {INSTEAD}"
+            f"{STATE}; {INSTEAD}"
         )
     record.apply()
     return out.last_hidden_state

@@ -16,6 +16,7 @@ from align.config import PPORecipe
 from align.data.packing import counted_coordinates
 from align.losses import approx_kl, clip_fraction, kl_estimate, masked_mean, ppo_policy_loss
 from align.losses import value_loss as clipped_value_loss
+from align.models import Policy
 from align.rollout.experience import rollout_groups
 from align.stages.common import Session
 from align.stages.ppo_hand import Hand
@@ -96,6 +97,7 @@ class Update:
             if hand.minibatches == 0 and found:
                 # of the same weights still: sampling and training agree on the log-probs
                 sums["first_ratio_error"] = found["ratio_error"]
+                require_first_ratio(self.roles.actor, found["ratio_error"])
             found.pop("ratio_error", None)
             for name, value in (found | {"taken": 1.0} if found else {}).items():
                 sums[name] = sums.get(name, 0.0) + value
@@ -204,6 +206,33 @@ class Update:
             clip_range=self.recipe.ppo.value_clip_range or None,
             denominator=denominator,
         )
+
+
+LARGEST_RATIO_ERROR = 1e-4
+"""In float32; what is measured is below 1e-5."""
+
+
+def require_first_ratio(actor: Policy, error: float) -> None:
+    """Stop where the policy that is trained is not the one that was sampled from.
+
+    A mixture of experts may take another expert in a tie; bf16 rounds: both are left to the doctor.
+
+    Raises:
+        AlignError: In float32 a probability ratio of the first minibatch is not 1.
+    """
+    config = actor.inner.config.get_text_config()
+    experts = any(getattr(config, n, None) for n in EXPERTS)
+    if actor.precision == "fp32" and not experts and not error <= LARGEST_RATIO_ERROR:
+        raise AlignError(
+            f"ppo: {actor.name} gives tokens other probabilities in training than when it sampled "
+            f"them, with the same weights: their ratio is off from 1 by {error:.2g} "
+            f"(first_ratio_error; in fp32 at most {LARGEST_RATIO_ERROR:g}), so that clipping would "
+            "be wrong from the first step on; try generation.engine=align and attention=segments, "
+            "and report it with the model's name"
+        )
+
+
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 class _Taken:

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from align.data.packing import collate
+from align.model_sizes import count_parameters
 from align.models import Policy, load_policy, load_scalar_model, scalar_model_on
 from align.models.attention import WINDOW
 from align.models.dropout import PINNED
@@ -21,6 +23,7 @@ from align.models.masks import window_of
 from align.models.policy import check_length
 from align.options import LoraOptions
 from align.types import AlignError, TokenGroup, TokenSequence
+from tests.conftest import ARCHITECTURES
 
 CPU = torch.device("cpu")
 Make = Callable[[str], Path]
@@ -61,7 +64,27 @@ def test_what_cannot_be_packed_is_refused_with_its_reason(name: str, architectur
         policy_of(architecture(name))
     assert "\n" not in str(caught.value)
     assert "align_" not in str(caught.value)
-    assert "ecoder such as Llama" in str(caught.value) or "cannot be packed" in str(caught.value)
+    assert "ecoder such as Llama" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+def test_align_check_refuses_what_the_run_would(name: str, architecture: Make) -> None:
+    """Without weights; but for what values decide."""
+    config = AutoConfig.from_pretrained(architecture(name))
+    if name in REFUSED and name != "bart":
+        with pytest.raises(AlignError, match=r"decoder such as Llama") as caught:
+            count_parameters("model", config)
+        assert "\n" not in str(caught.value)
+    else:
+        assert count_parameters("model", config).total > 0
+
+
+def test_no_one_label_model_is_one_line(architecture: Make) -> None:
+    line = r"transformers has no one-label model \(for a reward or a critic\).*\(CohereConfig\)"
+    with pytest.raises(AlignError, match=line):
+        count_parameters("reward", AutoConfig.from_pretrained(architecture("cohere")))
+    with pytest.raises(AlignError, match=line):
+        load_scalar_model(str(architecture("cohere")), device=CPU, precision="fp32")
 
 
 def test_from_scratch_is_refused_alike(architecture: Make) -> None:

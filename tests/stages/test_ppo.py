@@ -18,7 +18,7 @@ from transformers import (
 
 from align.config import EvalRecipe, RewardRecipe
 from align.evaluation import harness
-from align.models import load_scalar_model, load_tokenizer
+from align.models import Policy, load_policy, load_scalar_model, load_tokenizer
 from align.models.policy import ScalarModel
 from align.stages import ppo_phases, ppo_update, reward_model
 from align.types import AlignError, Experience, TokenGroup
@@ -97,6 +97,31 @@ def test_first_ratio_is_1_and_first_kl_is_0(
     assert abs(found[0]["kl"]) < 1e-5
     assert abs(found[-1]["kl"]) > 1e-4
     assert found[0]["approx_kl"] >= 0
+
+
+def test_a_policy_that_trains_otherwise_than_it_samples_stops_the_run(
+    run_ppo: RunPPO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = Policy.forward
+
+    def otherwise(self: Policy, batch: Any, *, temperature: float = 1.0, **more: Any) -> Any:
+        return plain(self, batch, temperature=temperature * (1 + 1e-3 * self.training), **more)
+
+    monkeypatch.setattr(Policy, "forward", otherwise)
+    with pytest.raises(AlignError, match=r"off from 1 by 0\.0\d+ \(first_ratio_error; in fp32 at"):
+        run_ppo("run")
+
+
+def test_a_tie_between_experts_and_bf16_do_not_stop_it(tiny: Path) -> None:
+    actor = load_policy(str(tiny), device=CPU, precision="fp32")
+    ppo_update.require_first_ratio(actor, 9e-5)
+    for error in (1.1e-4, float("nan")):
+        with pytest.raises(AlignError, match="first_ratio_error"):
+            ppo_update.require_first_ratio(actor, error)
+    actor.inner.config.num_experts = 4
+    ppo_update.require_first_ratio(actor, 1e-2)
+    actor.inner.config.num_experts, actor.precision = None, "bf16"
+    ppo_update.require_first_ratio(actor, 0.2)
 
 
 def test_numbers_are_those_of_the_samples(run_ppo: RunPPO, read_jsonl: ReadJsonl) -> None:
