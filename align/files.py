@@ -224,12 +224,19 @@ def _room(path: Path, error: Exception, needs: int) -> str:
     full = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
     if getattr(error, "errno", None) not in full and "No space left" not in str(error):
         return ""
-    folder = next((p for p in Path(os.path.abspath(path)).parents if p.is_dir()), Path("/"))
+    found = free_in(Path(os.path.abspath(path)).parent)
+    if found is None:
+        return ""
+    need = f"about {in_words(needs)} needed, " if needs else ""
+    return f" ({need}{in_words(found[0])} free in {found[1]})"
+
+
+def free_in(path: Path) -> tuple[int, Path] | None:
+    """Bytes that are free where ``path`` is or would be, and in which folder."""
+    folder = next((p for p in (path, *path.parents) if p.is_dir()), None)
     with suppress(OSError):
-        free = in_words(shutil.disk_usage(folder).free)
-        need = f"about {in_words(needs)} needed, " if needs else ""
-        return f" ({need}{free} free in {folder})"
-    return ""
+        return (shutil.disk_usage(folder).free, folder) if folder else None
+    return None
 
 
 def in_words(size: float) -> str:

@@ -151,8 +151,10 @@ def waiting_for(folder: Path) -> Iterator[None]:
 
 
 def refusal(folder: Path, holder: Holder) -> str:
-    gone = "" if holder.locked else f", or remove {folder / NAME} if it no longer is"
-    return f"{holder} is running in it; wait for it, name another output_dir{gone}"
+    others = "wait for it, or name another output_dir"
+    if not holder.locked:
+        others = f"wait for it, name another output_dir, or remove {folder / NAME} if it has ended"
+    return f"{holder} is running in it; {others}"
 
 
 def _lock(handle: int, *, exclusive: bool) -> bool | None:

@@ -417,6 +417,18 @@ def test_no_room_for_metrics(align: Align, sft_recipe: str, tmp_path: Path, trus
     trust.row("faults", "no room for metrics", found="one line", wanted="one line")
 
 
+def test_too_little_room_for_a_checkpoint_is_told_at_the_start(
+    align: Align, sft_recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert align("sft", sft_recipe, "train.max_steps=1", code=0) == ""
+    total, used, _ = shutil.disk_usage(tmp_path)
+    found = type(shutil.disk_usage(tmp_path))(total, used, 1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: found)
+    line = align("sft", sft_recipe, "train.max_steps=1", "overwrite=true", code=0)
+    assert "a checkpoint needs about " in line
+    assert "1 kB are free in " in line
+
+
 def test_no_room_for_a_tracker(align: Align, sft_recipe: str, tmp_path: Path) -> None:
     original = Run.log
 

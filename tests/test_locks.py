@@ -139,7 +139,7 @@ def test_a_file_system_without_locks_goes_by_the_record(
     assert found is not None
     line = locks.refusal(tmp_path, found)
     assert "process 1 on elsewhere is running in it" in line
-    assert f"or remove {tmp_path / '.running'} if it no longer is" in line
+    assert f"or remove {tmp_path / '.running'} if it has ended" in line
     assert locks.holder_of(tmp_path) == found
     dead = {"host": platform.node(), "process": 2**22 + 1, "locked": False}
     (tmp_path / ".running").write_text(json.dumps(dead))

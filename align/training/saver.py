@@ -18,6 +18,7 @@ from typing import Any, cast
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
+from align.files import free_in, in_words
 from align.progress import say, warn
 from align.run_folder import Run
 from align.training.checkpoint import (
@@ -31,6 +32,7 @@ from align.training.checkpoint import (
     read_state,
     save_checkpoint,
     set_aside,
+    size_of,
 )
 from align.training.distributed import sum_over_processes
 from align.types import AlignError, Interrupted
@@ -110,6 +112,8 @@ class Saver:
         Raises:
             AlignError: There are checkpoints, and none is whole.
         """
+        if self.run.is_main:
+            self._tell_of_little_room()
         place, damaged = self._newest_whole() if wanted else (None, {})
         self.run.require_unfinished()
         if place is None:
@@ -131,6 +135,15 @@ class Saver:
         if self.run.is_main:
             say(f"{self.run.stage}: resumed from {place} ({state['step']} steps done)")
         return {**state, "place": place}
+
+    def _tell_of_little_room(self) -> None:
+        """Say before hours of work that a checkpoint, which a stop asks for too, has no room."""
+        needs, found = size_of(self.trained), free_in(self.folder)
+        if found is not None and found[0] < needs:
+            warn(
+                f"{self.folder}: a checkpoint needs about {in_words(needs)}, and "
+                f"{in_words(found[0])} are free in {found[1]}; make room"
+            )
 
     def _newest_whole(self) -> tuple[Path | None, dict[Path, str]]:
         """The newest checkpoint that every process can read, and what is wrong with newer ones."""
