@@ -311,8 +311,9 @@ def require_writable(path: Path, what: str = "", *, new: bool = False) -> None:
             wrong = "is a file" if parent.exists() else "does not exist; make it first"
             raise AlignError(f"{named}: the folder {parent} {wrong}")
         place = Path(os.path.realpath(path))
-        with tempfile.TemporaryFile(dir=place.parent):
-            pass
+        handle, probe = tempfile.mkstemp(prefix=".align-", dir=place.parent)
+        os.close(handle)
+        os.unlink(probe)
     except OSError as error:
         raise AlignError(f"{named}: cannot be written: {reason_on_disk(error)}") from error
 

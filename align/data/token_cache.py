@@ -98,10 +98,6 @@ class Damaged(AlignError):
     """A cache entry that cannot be read."""
 
 
-FACTS = ("reports", "rows", "tokens", "dropped", "groups")
-"""What an entry says of itself."""
-
-
 def open_entry(folder: Path, sides: Iterable[str]) -> tuple[dict[str, Any], dict[str, GroupFile]]:
     """(facts, groups by side) of an entry.
 
@@ -114,19 +110,16 @@ def open_entry(folder: Path, sides: Iterable[str]) -> tuple[dict[str, Any], dict
         counts = {side: len(groups) for side, groups in files.items()}
         if counts != facts["groups"]:
             raise Damaged(f"{counts} groups, not {facts['groups']}")
-        lacking = [name for name in FACTS if name not in facts]
-        if lacking:
-            raise Damaged(f"facts.json: has no {lacking[0]}")
     except (*BROKEN, pa.ArrowException) as error:
         raise Damaged(reason(error)) from error
     return facts, files
 
 
-def remove_damaged(folder: Path, sides: Iterable[str]) -> None:
+def remove_damaged(folder: Path, open_whole: Callable[[], object]) -> None:
     """Make room for a new entry, unless another run has put a whole one in its place meanwhile."""
     with waiting_for(folder.parent):
         try:
-            open_entry(folder, sides)
+            open_whole()
         except Damaged:
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -9,6 +9,8 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -139,10 +141,10 @@ def _tokenised(
     folder = cache_folder() / _key(session, data, kind, seed)
     if folder.exists():
         try:
-            return open_entry(folder, SIDES)
+            return _open_whole(folder)
         except Damaged as error:
             say(f"  token cache {folder}: damaged ({error}), so it is made again")
-            remove_damaged(folder, SIDES)
+            remove_damaged(folder, partial(_open_whole, folder))
 
     def make(write: Any) -> dict[str, Any]:
         with Spool(folder.parent) as spool:
@@ -154,7 +156,7 @@ def _tokenised(
 
     write_entry(folder, make)
     try:
-        return open_entry(folder, SIDES)
+        return _open_whole(folder)
     except Damaged as error:
         raise AlignError(
             f"token cache {folder}: {error}; it cannot be replaced: remove it, or set ALIGN_CACHE "
@@ -171,6 +173,15 @@ def _shared(test: Sequence[DataSource], read: dict[str, Sequence[Example]]) -> i
             f"data.test: {paths}: all {shared} rows are training data too, word for word: {ADVICE}"
         )
     return shared
+
+
+def _open_whole(folder: Path) -> tuple[dict[str, Any], dict[str, GroupFile]]:
+    """The cache's entry, which has to say of itself what a run is told."""
+    facts, groups = open_entry(folder, SIDES)
+    lacking = [name for name in ("reports", "rows", "tokens", "dropped") if name not in facts]
+    if lacking:
+        raise Damaged(f"facts.json: has no {lacking[0]}")
+    return facts, groups
 
 
 def _tokenise(
