@@ -161,6 +161,22 @@ def test_a_damaged_entry_is_made_again_and_said(
     assert len(reads) == 2
 
 
+@pytest.mark.parametrize("text", ["[]", "{}", "null", "", "[" * 100_000, '{"groups": {}}'])
+def test_an_entry_whose_facts_are_damaged_is_made_again(
+    load: Callable[..., Any], pairs: Path, cache: Path, capsys: Any, text: str
+) -> None:
+    want = [g.id for g in load("preference", pairs, SKIP)[0].groups]
+    (entry,) = cache.iterdir()
+    facts = json.loads((entry / "facts.json").read_text())
+    if "groups" in text:  # as an entry that says nothing of what was read
+        text = json.dumps({"groups": facts["groups"]})
+    (entry / "facts.json").write_text(text)
+    capsys.readouterr()
+    assert [g.id for g in load("preference", pairs, SKIP)[0].groups] == want
+    assert "so it is made again" in capsys.readouterr().out
+    assert json.loads((entry / "facts.json").read_text()) == facts
+
+
 def test_prompts_bring_their_references(
     load: Callable[..., Any], write_rows: Callable[..., Path], demonstrations: list[Row]
 ) -> None:
