@@ -49,6 +49,8 @@ class Fields:
     null: frozenset[str] = frozenset()
     # ours -> the file's column, where `columns` says so; of a path its first part
     renamed: Mapping[str, str] = field(default_factory=dict)
+    # the file's columns of these names, in whose place `columns` puts others
+    hidden: tuple[str, ...] = ()
     # names that were read, and keys of turns that were left out: `unread.py` looks at the others
     used: set[str] = field(default_factory=set)
     left_out: set[str] = field(default_factory=set)
@@ -164,7 +166,9 @@ def fields_of(row: Row, columns: Mapping[str, str], kind: Kind) -> Fields:
             values.pop(theirs)  # the prompt is moved: which name it has decides how it is read
     given = {name: value for name, value in values.items() if value is not None}
     null = frozenset(values.keys() - given.keys())
-    return Fields(given, row.where, kind, null, renamed)
+    read = set(renamed.values())
+    hidden = tuple(n for n in renamed if row.values.get(n) is not None and n not in read)
+    return Fields(given, row.where, kind, null, renamed, hidden)
 
 
 def _dig(values: Any, path: str) -> tuple[bool, Any]:

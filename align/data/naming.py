@@ -22,12 +22,16 @@ _USUAL = {
     "rejected": ("bad", "worse", "dispreferred", "loser", "lose", "negative", "worst"),
     "completion": ("response", "answer", "output", "target", "reply", "reference", "summary"),
 }
+_DIALOGUES = ("conversation", "dialogue", "dialog", "chat", "turns")
 
 
 def mapping(kind: Kind, columns: Iterable[str]) -> dict[str, str]:
     """Our name -> the column that looks like it, for every name that the columns lack."""
     exact = list(columns)
     there = {column.strip().lower(): column for column in exact}
+    dialogue = next((there[name] for name in _DIALOGUES if name in there), None)
+    if dialogue and kind == "sft" and "messages" not in exact:
+        return {"messages": dialogue}
     return {
         ours: next((there[name] for name in (ours, *_USUAL[ours]) if name in there), UNKNOWN)
         for ours in ASKED[kind]

@@ -8,6 +8,7 @@ key ``train``. Notes about a turn (ids, times, scores) are left out, and reporte
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
@@ -47,7 +48,7 @@ def is_list(value: Any) -> TypeGuard[Sequence[Any]]:
 
 def has_content(value: Any) -> bool:
     """Whether a value says anything; Parquet and CSV fill what a row lacks with empty ones."""
-    if value is None:
+    if value is None or (isinstance(value, float) and math.isnan(value)):  # pandas fills with it
         return False
     if isinstance(value, str):
         return value.strip() not in ("", "[]", "{}", "null")

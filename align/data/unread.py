@@ -81,7 +81,8 @@ def unread_columns(fields: Fields) -> list[str]:
             fields.bad(name, "named in data.columns, but this format does not read it", advice)
         if has_content(value):
             extra.append(name)
-    return [*extra, *(f"turns[].{key}" for key in sorted(fields.left_out))]
+    hidden = (f"{name} (data.columns names another)" for name in fields.hidden)
+    return [*extra, *hidden, *(f"turns[].{key}" for key in sorted(fields.left_out))]
 
 
 def not_read(unread: Iterable[str]) -> str:
@@ -94,7 +95,7 @@ def not_read(unread: Iterable[str]) -> str:
 
 def _problem(fields: Fields, name: str, value: Any) -> tuple[str, str] | None:
     """Why a row with this column cannot be used, and what to do; None for an extra column."""
-    if name in ("weight", "sample_weight"):
+    if name in ("weight", "sample_weight") and has_content(value):
         try:
             return None if float(value) == 1 else ("of a row is not supported", _WEIGHT)
         except (TypeError, ValueError):

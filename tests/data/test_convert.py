@@ -62,6 +62,28 @@ def test_a_conversation_is_no_single_string(pair: PreferencePair) -> None:
     assert (row["prompt"], row["chosen"]) == (pair.prompt[0]["content"], pair.chosen[0]["content"])
 
 
+def test_what_turns_have_besides_words_is_kept_or_refused() -> None:
+    thought = {**turn("assistant", "a"), "reasoning_content": "Hm.", "train": False}
+    sft = SFTExample(id="f:1", messages=(turn("user", "q"), thought, turn("user", "r"), thought))
+    kept = back(
+        convert(replace(sft, messages=(*sft.messages, turn("assistant", "b"))), "sharegpt"), "sft"
+    )
+    assert kept.messages[1] == thought
+    pair = PreferencePair(
+        id="f:1", prompt=(turn("user", "q"),), chosen=(thought,), rejected=(turn("assistant", "b"),)
+    )
+    for target in ("strings", "hh", "alpaca"):
+        with pytest.raises(AlignError, match="no place for reasoning_content, train of a turn"):
+            convert(pair, target)
+    assert convert(pair, "messages")["chosen"] == [thought]
+
+
+def test_the_part_of_the_data_that_a_pair_is_of_is_written() -> None:
+    pair = PreferencePair(id="d.jsonl:1", prompt="q", chosen="a", rejected="b", source="facts")
+    assert convert(pair, "messages")["subset"] == "facts"
+    assert "subset" not in convert(replace(pair, source="d.jsonl"), "messages")
+
+
 def test_strings_and_rankings_come_back() -> None:
     pair = PreferencePair(id="f:1", prompt="q", chosen="a", rejected="b", margin=2.0, source="f")
     assert back(convert(pair, "strings"), "preference") == pair

@@ -60,7 +60,7 @@ def test_marks_of_other_turns_say_nothing_new() -> None:
     assert bad({**USER, "train": True}, ASSISTANT).startswith("train: true in a turn of user; only")
 
 
-@pytest.mark.parametrize("weight", [0.5, 2, -1, "0", "no", [1], float("nan")])
+@pytest.mark.parametrize("weight", [0.5, 2, -1, "0", "no", [1], float("inf")])
 def test_other_weights_are_refused(weight) -> None:
     assert f"weight {weight!r} of a turn; 1 or true: " in bad(USER, {**ASSISTANT, "weight": weight})
 
@@ -121,9 +121,12 @@ def test_half_a_surrogate_in_choices_and_parts_of_the_data() -> None:
 def test_turns_that_differ_in_a_call_are_not_shared() -> None:
     first = {"role": "assistant", "content": "", "tool_calls": [CALL]}
     second = {**first, "tool_calls": [{**CALL, "function": {"name": "g", "arguments": {}}}]}
-    row = {"chosen": [USER, first], "rejected": [USER, second]}
+    row = {"chosen": [USER, first, ASSISTANT], "rejected": [USER, second, ASSISTANT]}
     pair = read("preference", row)
-    assert (pair.chosen, pair.rejected) == ((first,), (second,))
+    assert pair.prompt == (USER,)
+    assert (pair.chosen, pair.rejected) == ((first, ASSISTANT), (second, ASSISTANT))
+    asked = {"prompt": [USER, first, USER], "chosen": [USER, second, USER, ASSISTANT]}
+    assert "chosen: not an answer" in refusal("preference", {**asked, "rejected": "b"})
 
 
 def test_both_spellings_in_one_turn_have_to_agree() -> None:

@@ -150,8 +150,17 @@ def test_columns_with_a_meaning_are_refused_in_every_format(kind, row, name, val
 def test_the_same_columns_with_nothing_in_them_are_no_trouble(kind, row) -> None:
     """Parquet and CSV give every row every column."""
     unread: dict[str, None] = {}
-    nothing = {"images": [], "videos": [None], "audios": None, "tools": "[]", "functions": ""}
-    more = {"weight": 1.0, "thinking": "", "weights": [], "system": "", "function_call": {}}
+    nothing = {"images": [], "videos": [None], "audios": None, "tool_calls": "[]", "functions": {}}
+    nan = float("nan")  # as pandas fills an empty place
+    more = {
+        "weight": nan,
+        "tools": nan,
+        "image": nan,
+        "thinking": "",
+        "weights": [],
+        "system": "",
+        "function_call": {},
+    }
     assert read(kind, {**row, **nothing, **more}, unread) is not None
     assert not unread.keys() & {"images", "videos", "tools", "thinking", "weights", "system"}
 
@@ -228,6 +237,15 @@ def test_a_renamed_column_counts_as_read() -> None:
     unread: dict[str, None] = {}
     row = {"q": {"text": "why?"}, "good": "a", "bad": "b", "chosen": "old"}
     read("preference", row, unread, prompt="q.text", chosen="good", rejected="bad")
+    assert list(unread) == ["chosen (data.columns names another)"]
+    read(
+        "preference",
+        {**row, "chosen": None},
+        unread := {},
+        prompt="q.text",
+        chosen="good",
+        rejected="bad",
+    )
     assert list(unread) == []
 
 

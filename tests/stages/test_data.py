@@ -79,6 +79,17 @@ def pairs(write_rows: Callable[..., Path], preferences: list[Row]) -> Path:
 SKIP = "data.on_bad_row=skip"
 
 
+def test_the_line_about_the_data_names_columns_that_are_not_read(
+    load: Callable[..., Any], write_rows: Callable[..., Path], preferences: list[Row], capsys: Any
+) -> None:
+    rows = write_rows("p.jsonl", [{**row, "topic": "ice", "id": 3} for row in preferences])
+    for _ in range(2):  # the second time from the cache
+        _, _, manifest = load("preference", rows)
+        line = next(t for t in capsys.readouterr().out.splitlines() if t.startswith("  data: "))
+        assert line.endswith(" more held out; columns not read: topic, id")
+        assert manifest["data"]["train"][0]["unread"] == ["topic", "id"]
+
+
 def test_a_second_run_reads_nothing_and_is_the_same(
     load: Callable[..., Any], pairs: Path, reads: list[str], cache: Path
 ) -> None:
