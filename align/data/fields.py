@@ -29,9 +29,9 @@ NAMES = (
     "prompt", "completion", "messages", "conversations", "text", "chosen", "rejected", "margin",
     "references", "reference", "responses", "response", "score", "rating", "label", "source",
     "source_text", "subset", "instruction", "input", "context", "output", "history", "system",
-    "system_prompt", "labels", "human_ref_A", "human_ref_B", "summaries", "choice", "info",
-    "question", "answer_0", "answer_1", "score_0", "score_1", "targets", "target_scores",
-    "tools", "images", "videos", "audios",
+    "system_prompt", "system_message", "labels", "human_ref_A", "human_ref_B", "summaries",
+    "choice", "info", "question", "answer_0", "answer_1", "score_0", "score_1", "targets",
+    "target_scores", "tools", "images", "videos", "audios",
 )  # fmt: skip
 """All names that a format has: what ``columns`` may say."""
 _PROMPTS = ("prompt", "instruction")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from align.data.columns import Example
 from align.types import PreferencePair, SFTExample, Text
@@ -47,22 +47,22 @@ def plain(text: Text) -> str:
     return "\n".join(words for words in said if isinstance(words, str))
 
 
+def parts_of(example: Example) -> list[Text]:
+    """What an example consists of, the prompt first: strings and conversations."""
+    if isinstance(example, SFTExample):
+        given = [example.prompt, example.completion, example.text, example.messages]
+        return [part for part in given if part is not None]
+    if isinstance(example, PreferencePair):
+        return [example.prompt, example.chosen, example.rejected]
+    return [example.prompt, *example.references]
+
+
 def texts_of(example: Example) -> list[str]:
     """Every text of an example, the prompt first."""
-    if isinstance(example, SFTExample):
-        given: list[Any] = [example.prompt, example.completion, example.text, example.messages]
-        return [plain(text) for text in given if text is not None]
-    if isinstance(example, PreferencePair):
-        return [plain(example.prompt), plain(example.chosen), plain(example.rejected)]
-    return [plain(example.prompt), *example.references]
+    return [plain(part) for part in parts_of(example)]
 
 
 def roles_of(example: Example) -> set[str]:
     """Who speaks in an example's turns; nobody in strings."""
-    if isinstance(example, SFTExample):
-        given: list[Any] = [example.prompt, example.completion, example.messages]
-    elif isinstance(example, PreferencePair):
-        given = [example.prompt, example.chosen, example.rejected]
-    else:
-        given = [example.prompt]
-    return {turn["role"] for text in given if text and not isinstance(text, str) for turn in text}
+    turns = (part for part in parts_of(example) if not isinstance(part, str))
+    return {turn["role"] for part in turns for turn in part}

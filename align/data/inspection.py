@@ -15,7 +15,7 @@ from typing import Literal
 
 from align.data.columns import Example, format_name, kind_of
 from align.data.fields import Kind
-from align.data.findings import Finding, Level, findings_of, plain, roles_of, texts_of
+from align.data.findings import Finding, Level, findings_of, parts_of, plain, roles_of, texts_of
 from align.data.formats import BadRow, Row, read_source
 from align.data.held_out import notes_of
 from align.data.lengths import longer_wins
@@ -217,7 +217,7 @@ def _of_duplicates(examples: Sequence[Example]) -> Iterator[Finding]:
     seen: dict[tuple[str, ...], str] = {}
     again = []
     for example in examples:
-        key = (prompt_key(example), *texts_of(example))
+        key = (prompt_key(example), *map(str, parts_of(example)))
         if key in seen:
             again.append(f"{example.id} repeats {seen[key]}")
         seen.setdefault(key, example.id)

@@ -44,6 +44,9 @@ def read_turns(value: Any, left_out: set[str] | None = None) -> tuple[Message, .
         left_out: Takes the names of the turns' keys that are not kept.
     """
     turns = [value] if isinstance(value, Mapping) else value
+    if isinstance(value, Mapping) and is_list(_either(value, "role", "from")):
+        advice = "write a list of turns, one object each"  # as `datasets` gives a Sequence of dicts
+        raise NotTurns("turns column by column: a list of roles, a list of contents", advice)
     if not is_list(turns):
         is_json = isinstance(turns, str) and turns.lstrip().startswith(("[", "{"))
         if is_json or is_written_turns(turns):
@@ -56,6 +59,8 @@ def read_turns(value: Any, left_out: set[str] | None = None) -> tuple[Message, .
 
 
 def _read_turn(turn: Any, left_out: set[str]) -> Message:
+    if is_written_turns(turn):
+        raise NotTurns("a turn written as text", _EXAMPLE)
     if isinstance(turn, str):
         raise NotTurns("a list of texts, which does not say who speaks", f"one text, or {_EXAMPLE}")
     if not isinstance(turn, Mapping):

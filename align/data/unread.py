@@ -20,7 +20,7 @@ from align.types import Message, PreferencePair, PromptExample, SFTExample, Text
 
 Read = TypeVar("Read", bound=SFTExample | PreferencePair | PromptExample | Rated)
 
-SYSTEM = ("system", "system_prompt")
+SYSTEM = ("system", "system_prompt", "system_message")
 _MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 _TOOLS = ("tools", "functions", "function_call", "tool_calls")
 _THOUGHTS = ("thinking", "thinking_content", "reasoning", "reasoning_content")
@@ -95,7 +95,7 @@ def not_read(unread: Iterable[str]) -> str:
 
 def _problem(fields: Fields, name: str, value: Any) -> tuple[str, str] | None:
     """Why a row with this column cannot be used, and what to do; None for an extra column."""
-    if name in ("weight", "sample_weight") and has_content(value):
+    if name in ("weight", "sample_weight", "loss_weight") and has_content(value):
         try:
             return None if float(value) == 1 else ("of a row is not supported", _WEIGHT)
         except (TypeError, ValueError):

@@ -94,7 +94,8 @@ def load_data(
     session.run.describe(**manifest)
     _require_for_each_process(session, groups["train"], groups["test"])
     if session.run.is_main:
-        _tell(reports["train"], facts["dropped"]["train"], manifest)
+        unread = [name for side in SIDES for report in reports[side] for name in report.unread]
+        _tell(reports["train"], facts["dropped"]["train"], manifest, unread)
     session.run.trace_rows(groups["train"].rows)
     train_rows, test_rows = (
         Split(
@@ -255,11 +256,16 @@ def _shown(batches: Iterator[pa.RecordBatch], rows: int, shown: bool) -> Iterato
             bar.advance(steps=batch.num_rows)
 
 
-def _tell(reports: Sequence[SourceReport], dropped: dict[str, int], facts: dict[str, Any]) -> None:
+def _tell(
+    reports: Sequence[SourceReport],
+    dropped: dict[str, int],
+    facts: dict[str, Any],
+    unread: Sequence[str],
+) -> None:
     say(
         f"  data: {facts['train_rows']} rows ({facts['train_tokens']} tokens), "
         f"{facts['test_rows']} more held out"
-        f"{not_read(name for report in reports for name in report.unread)}"
+        f"{not_read(unread)}"
     )
     if facts["test_rows_trained_on"]:
         say(

@@ -63,6 +63,17 @@ def test_contradictions_duplicates_and_bad_rows(tmp_path) -> None:
     assert duplicate.places == (f"{source.path}:10 repeats {source.path}:2",)
 
 
+def test_rows_that_differ_in_their_calls_are_no_duplicates(tmp_path) -> None:
+    def row(city: str) -> dict:
+        call = {"type": "function", "function": {"name": "weather", "arguments": {"city": city}}}
+        asked = {"role": "user", "content": "Weather?"}
+        return {"messages": [asked, {"role": "assistant", "content": None, "tool_calls": [call]}]}
+
+    rows = [row("Rome"), row("Oslo"), row("Rome")]
+    (found,) = inspect([write(tmp_path / "d.jsonl", rows)]).findings
+    assert (found.what, found.count) == ("duplicated rows", 1)
+
+
 def test_every_reason_of_bad_rows_has_a_place(tmp_path) -> None:
     same = {"prompt": "q", "chosen": "same", "rejected": "same"}
     odd = [{"prompt": 5, "chosen": "a", "rejected": "b"}, {"prompt": "q", "chosen": "a"}]

@@ -279,6 +279,16 @@ def test_texts_that_say_not_who_speaks() -> None:
     assert said.startswith("f:7: conversations: a list of texts, which does not say who speaks; ")
 
 
+def test_turns_in_other_wrappings_are_named() -> None:
+    """`datasets` gives a Sequence of dicts column by column; some write each turn as JSON."""
+    columns = {"role": ["user", "assistant"], "content": ["q", "a"]}
+    said = "f:7: messages: turns column by column: a list of roles, a list of contents; write a"
+    assert refusal("sft", {"messages": columns}).startswith(said)
+    texts = [json.dumps(USER), json.dumps(ASSISTANT)]
+    said = "f:7: messages: a turn written as text; write {"
+    assert refusal("sft", {"messages": texts}).startswith(said)
+
+
 def test_a_prompt_that_is_a_list_written_as_text() -> None:
     said = refusal("prompt", {"prompt": '["q1", "q2"]'})
     assert said.startswith("f:7: prompt: a list written as text; give one text, or turns: ")

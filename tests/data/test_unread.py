@@ -92,7 +92,7 @@ def opening(example: Any) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("name", TURNS)
-@pytest.mark.parametrize("column", ["system", "system_prompt"])
+@pytest.mark.parametrize("column", ["system", "system_prompt", "system_message"])
 def test_a_system_text_opens_every_conversation(name, column) -> None:
     kind, row = TURNS[name]
     bare = read(kind, row)
