@@ -78,10 +78,11 @@ def chosen_rejected(fields: Fields) -> Sides:
 
 def _are_whole(fields: Fields) -> bool:
     """Whether both sides are conversations that begin before their answer."""
-    sides = [fields.get(name) for name in ("chosen", "rejected")]
-    return all(is_list(s) and s and isinstance(s[0], Mapping) for s in sides) and all(
-        fields.turns(name)[0]["role"] != "assistant" for name in ("chosen", "rejected")
-    )
+    for name in ("chosen", "rejected"):
+        side = fields.get(name)
+        if not is_list(side) or not side or fields.turns(name, side[0])[0]["role"] == "assistant":
+            return False
+    return True
 
 
 def _whole(fields: Fields, prompt: str) -> Sides:

@@ -158,5 +158,7 @@ def with_extras(example: Read, fields: Fields, names: Collection[str]) -> Read:
     if not isinstance(example, PromptExample):
         return example
     given = {name: fields.values[name] for name in names if name in fields.values}
-    changed: dict[str, Any] = {"extra": json.loads(json.dumps(given, default=str))}
+    # dates and decimals as text; bytes say nothing to a reward
+    kept = {name: value for name, value in given.items() if not isinstance(value, bytes)}
+    changed: dict[str, Any] = {"extra": json.loads(json.dumps(kept, default=str))}
     return replace(example, **changed)
