@@ -69,6 +69,13 @@ def test_a_bomb_that_waits_for_a_row_is_refused_at_that_row(chatml, then: str) -
     assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
 
 
+def test_a_row_of_which_far_more_is_written_is_refused(chatml) -> None:
+    bomb = "{% if 'wept' in messages[0].content %}{{ messages[0].content * 99999 }}{% endif %}"
+    chatml.chat_template = bomb + chatml.chat_template
+    with pytest.raises(AlignError, match=LENGTH):
+        encode_prompt(chatml, QUESTION)
+
+
 def test_a_template_is_tried_once(chatml, monkeypatch: pytest.MonkeyPatch) -> None:
     tried = []
     monkeypatch.setattr(sandbox, "_tried", lambda render: tried.append(render) or "")

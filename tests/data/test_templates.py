@@ -307,6 +307,13 @@ def test_words_that_are_added_but_not_special_end_nothing(make_tokenizer) -> Non
     assert said(tokenizer, encode_sft(tokenizer, dialogue(U1, A1))) == ["Jesus.\n\n<|im_end|>"]
 
 
+def test_what_the_template_writes_behind_the_end_is_not_said(make_tokenizer) -> None:
+    template = CHATML.replace("<|im_end|>\n", "<|im_end|>\n(next turn)\n")
+    tokenizer = make_tokenizer(template=template)
+    group = encode_sft(tokenizer, dialogue(*DIALOGUE))
+    assert said(tokenizer, group) == ["Jesus.<|im_end|>Lazarus.<|im_end|>"]
+
+
 def test_a_turn_of_another_kind_may_end_in_a_token_of_its_own(make_tokenizer) -> None:
     """As Llama 3.1's tool calls end in <|eom_id|>; EOS is not put behind it."""
     template = CHATML.replace("<|im_end|>\n", "{{ '<s>' if m.call else '<|im_end|>\n' }}")
