@@ -109,10 +109,13 @@ def _only_elsewhere(recipe: Any) -> Iterator[str]:
 def _check_kinds(command: str, recipe: Any) -> None:
     """A reward model where a language model belongs, and the other way round."""
     from align.models.load import refuse_other_kind
+    from align.models.lora import require_rank
 
     keys = {"reward": "reward.model", "model": "model", "actor": "model"}
     for role in roles(command, recipe):
         config, _ = find_config(role.model, trust_remote_code=recipe.trust_remote_code)
+        if config is not None and getattr(recipe, "lora", None) and role.model == recipe.model:
+            require_rank(recipe.lora, config)
         if config is not None and role.name not in ("critic", "reward model"):
             key = keys.get(role.name, role.name)
             refuse_other_kind(key, role.model, config, head=role.name == "reward")

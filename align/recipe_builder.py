@@ -192,6 +192,10 @@ def _check_reward_term(term: RewardTerm, key: str) -> None:
     if len(given) != 1:
         got = " and ".join(given) or "none of them"
         raise KeyProblem(key, f"has {got}; a reward sets exactly one of {', '.join(kinds)}")
+    if term.weight == 0:
+        raise KeyProblem(f"{key}.weight", "is 0, which leaves the reward out; remove the reward")
+    if term.function is None and term.timeout != RewardTerm().timeout:
+        raise KeyProblem(f"{key}.timeout", f"has no effect on a {given[0]}; it is for a function")
 
 
 def _unknown(key: str, root: type) -> str:

@@ -1,25 +1,24 @@
-"""What one key of a recipe cannot show: keys that contradict each other, or that change nothing.
+"""What one key of a recipe cannot show: keys that contradict each other.
 
-A key that is accepted and does nothing is a run that is not what its recipe says, so it is refused
-unless it holds its default.
+Keys that change nothing beside others are ``recipe_effects.py``'s.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from align.config import (
     CommonRecipe,
-    DataConfig,
     EvalRecipe,
     GenerateRecipe,
     IterateRecipe,
-    KLConfig,
     PPORecipe,
     SFTRecipe,
 )
 from align.options import GenerationOptions, VLLMOptions
 from align.recipe_builder import KeyProblem
+from align.recipe_effects import check_effects
 
 # the keys of align.evaluation.bleu.CORPUS_METRICS, without importing sacrebleu
 METRIC_NAMES = (
@@ -32,8 +31,8 @@ VLLM_LEAST_TEMPERATURE = 0.01
 """vLLM takes a smaller temperature for this one."""
 
 
-def check_whole(recipe: Any) -> None:
-    """Raise a ``KeyProblem`` about the first thing that is wrong."""
+def check_whole(recipe: Any, *, but: Collection[str] = ()) -> None:
+    """Raise a ``KeyProblem`` about the first thing that is wrong; ``but``: see `check_effects`."""
     for key in ("generation", "sampling"):
         if getattr(recipe, key, None) is not None:
             _check_generation(key, getattr(recipe, key))
@@ -47,28 +46,20 @@ def check_whole(recipe: Any) -> None:
         _check_ppo(recipe)
     if isinstance(recipe, IterateRecipe):
         _check_iterate(recipe)
+    check_effects(recipe, but=but)
 
 
 def _check_common(recipe: CommonRecipe) -> None:
     if recipe.resume == "auto" and recipe.overwrite:
         raise KeyProblem("resume", "is auto, but overwrite=true starts anew; say one of them")
     _check_streaming(recipe)
-    if recipe.data.loss_on != "auto" and not isinstance(recipe, SFTRecipe):
-        raise KeyProblem("data.loss_on", "is for sft only: here every response token counts")
-    saving = recipe if isinstance(recipe, PPORecipe) else getattr(recipe, "train", None)
-    if saving is not None and saving.keep_best and not saving.save_every:
-        key = "keep_best" if saving is recipe else "train.keep_best"
-        raise KeyProblem(key, "has nothing to choose from; set save_every above 0 beside it")
-    optim = getattr(recipe, "optim", None)
-    if optim is not None and optim.schedule == "constant" and optim.final_lr_fraction:
-        raise KeyProblem("optim.final_lr_fraction", "has no effect with schedule=constant")
+    if isinstance(recipe, SFTRecipe) and recipe.train.keep_best == "accuracy":
+        raise KeyProblem("train.keep_best", "is accuracy, which sft does not measure; use loss")
 
 
 def _check_streaming(recipe: CommonRecipe) -> None:
     data, train = recipe.data, getattr(recipe, "train", None)
     if not data.streaming:
-        if "streaming_window" in _changed(data):
-            raise KeyProblem("data.streaming_window", "has an effect with data.streaming=true only")
         return
     if train is None:
         raise KeyProblem("data.streaming", "is for sft, rm and dpo; here all rows are read first")
@@ -114,17 +105,6 @@ def _check_eval(recipe: EvalRecipe) -> None:
             raise KeyProblem("metrics", f"has {name!r}; allowed: {allowed}, or module:name")
     if recipe.data.train and recipe.data.test:
         raise KeyProblem("data.train", "would not be read beside data.test; remove one of them")
-    streaming = ("streaming", "streaming_window")
-    for key in ("max_tokens", "test_fraction", "max_train_rows", "loss_on", "order", *streaming):
-        if key in _changed(recipe.data):
-            raise KeyProblem(
-                f"data.{key}",
-                "has no effect in eval, which takes every prompt whole; remove it "
-                "(data.max_test_rows takes a part of the prompts)",
-            )
-    for key in ("max_tokens", "max_train_rows", "loss_on", "order", *streaming):
-        if key in _changed(recipe.preferences):
-            raise KeyProblem(f"preferences.{key}", "has no effect in eval; remove it")
     engines = {
         (s.slots, s.vllm) for s in (recipe.generation, recipe.sampling) if s and s.engine == "vllm"
     }
@@ -142,23 +122,10 @@ def _check_eval(recipe: EvalRecipe) -> None:
 def _check_generate(recipe: GenerateRecipe) -> None:
     if recipe.resume == "auto":
         raise KeyProblem("resume", "is auto, but generate has no checkpoints; use overwrite=true")
-    if recipe.gradient_checkpointing:
-        raise KeyProblem("gradient_checkpointing", "has no effect without training; remove it")
-    if recipe.activation_offload:
-        raise KeyProblem("activation_offload", "has no effect without training; remove it")
-    if recipe.trackers:
-        raise KeyProblem("trackers", "has no effect in generate, which has no steps; remove it")
-    for key in ("test_fraction", "max_test_rows"):
-        if key in _changed(recipe.data):
-            raise KeyProblem(f"data.{key}", "has no effect in generate, which holds out nothing")
-    if "order" in _changed(recipe.data):
-        raise KeyProblem("data.order", "has no effect in generate, which goes through all prompts")
     if recipe.pairs and not recipe.reward:
         raise KeyProblem("reward", "is empty; pairs are made by a reward, such as a metric")
     if recipe.best_of_n and not recipe.reward:
         raise KeyProblem("reward", "is empty; the best of n is chosen by a reward")
-    if recipe.pairs and recipe.pairs.choose != "threshold" and recipe.pairs.threshold:
-        raise KeyProblem("pairs.threshold", "has an effect with pairs.choose=threshold only")
     if recipe.pairs and recipe.generation.samples_per_prompt < 2 and not recipe.also:
         raise KeyProblem("generation.samples_per_prompt", "is 1; pairs need at least 2")
 
@@ -170,6 +137,12 @@ def _check_ppo(recipe: PPORecipe) -> None:
         raise KeyProblem("generation.top_p", "must be 1 for PPO: the ratio needs all tokens")
     if recipe.generation.temperature == 0:
         raise KeyProblem("generation.temperature", "is 0; PPO has to sample, such as at 0.7")
+    if recipe.ppo.critic_warmup >= recipe.ppo.iterations:
+        raise KeyProblem(
+            "ppo.critic_warmup",
+            f"is {recipe.ppo.critic_warmup}, as long as the run (ppo.iterations="
+            f"{recipe.ppo.iterations}): the actor would learn nothing",
+        )
     _check_ppo_batches(recipe)
     _check_kl(recipe)
 
@@ -179,16 +152,8 @@ def _check_iterate(recipe: IterateRecipe) -> None:
         raise KeyProblem("ppo", "set `ppo` or `dpo`, not both or none")
     if recipe.ppo and recipe.rm is None:
         raise KeyProblem("rm", "is missing; ppo needs the reward model of each round")
-    if recipe.reference != "average" and recipe.reference_decay != 0.5:
-        raise KeyProblem("reference_decay", "has an effect with reference=average only")
     if recipe.resume == "auto" and recipe.overwrite:
         raise KeyProblem("resume", "is auto, but overwrite=true starts anew; say one of them")
-
-
-def _changed(data: DataConfig) -> set[str]:
-    """Keys that do not hold their default."""
-    plain = DataConfig()
-    return {key for key in vars(data) if getattr(data, key) != getattr(plain, key)}
 
 
 def _check_ppo_batches(recipe: PPORecipe) -> None:
@@ -215,9 +180,6 @@ def _check_kl(recipe: PPORecipe) -> None:
             "is k1, whose expected gradient as a loss is 0, so that it would charge nothing; "
             "use k2 or k3, or kl.charge=reward",
         )
-    for key in () if kl.adaptive else ("target", "horizon"):
-        if getattr(kl, key) != getattr(KLConfig(), key):
-            raise KeyProblem(f"kl.{key}", "has an effect with kl.adaptive=true only")
     if kl.adaptive and kl.coef == 0:
         raise KeyProblem("kl.coef", "is 0 and would stay 0 with kl.adaptive; start above 0")
     if kl.adaptive and recipe.ppo.rollout_batch >= 5 * kl.horizon:

@@ -7,7 +7,7 @@ relative to the folder that the command runs in. OmegaConf parses; ``recipe_buil
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from align.nearest import nearest
 from align.recipe_builder import KeyProblem, build
 from align.recipe_checks import check_whole
+from align.recipe_text import odd_number, refuse_functions
 from align.types import AlignError
 
 R = TypeVar("R")
@@ -27,6 +28,8 @@ DATA = (".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".gz")
 """Endings that no recipe has."""
 
 COMMAND_LINE = "command line"
+REPLACES = {"data.test": "data.test_fraction", "train.max_steps": "train.epochs"}
+"""Override -> the recipe's key that it stands in for: beside it that would have no effect."""
 
 # a date that is none, a number of thousands of digits and deep nesting raise Python's own
 UNREADABLE = (
@@ -40,13 +43,15 @@ def load_recipe(
     overrides: Sequence[str] = (),
     *,
     others: Mapping[str, type] | None = None,
+    but: Collection[str] = (),
 ) -> R:
     """Read a recipe and its overrides into ``cls``; later overrides win.
 
     An override replaces what the key held. ``data=FILE`` replaces the training data and drops the
     recipe's own test data, so that ``data.test_fraction`` of FILE is held out instead;
-    ``data.train=FILE`` replaces the training data alone. ``others``, command -> recipe class, is
-    for the hint when the recipe is for another command.
+    ``data.train=FILE`` replaces the training data alone. `REPLACES` says what else is dropped.
+    ``others``, command -> recipe class, is for the hint when the recipe is for another command.
+    ``but`` are keys that the caller sets, so that they may be without effect in the recipe.
 
     Raises:
         AlignError: One line with the file, the key, what it got and what is allowed.
@@ -61,7 +66,7 @@ def load_recipe(
         from_command_line.append(_apply(tree, override))
     try:
         built = build(cls, _resolved(tree, path))
-        check_whole(built)
+        check_whole(built, but=but)
     except KeyProblem as problem:
         overridden = any(_covers(key, problem.key) for key in from_command_line)
         where = COMMAND_LINE if overridden else path
@@ -153,6 +158,7 @@ def stage_of(recipe: str, commands: Sequence[str]) -> str:
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         loaded = OmegaConf.load(path)
+        odd = odd_number(path.read_text(encoding="utf-8"))
         tree = OmegaConf.to_container(loaded, resolve=False)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
@@ -161,6 +167,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise AlignError(f"{path}: not UTF-8 text; save it as UTF-8") from error
     except UNREADABLE as error:
         raise AlignError(f"{path}: not a recipe: {_first_line(error)}") from error
+    if odd:
+        raise AlignError(f"{path}:{odd[0]}: {odd[1]}")
     if not isinstance(tree, dict):
         raise AlignError(f"{path}: holds a list; wanted a mapping such as `model: FOLDER`")
     return tree  # type: ignore[return-value]
@@ -174,12 +182,18 @@ def _apply(tree: dict[str, Any], override: str) -> str:
     try:
         parsed: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
         value = parsed["value"]
+        odd = odd_number(text)
     except UNREADABLE as error:
         raise AlignError(f"{COMMAND_LINE}: {key}: {_first_line(error)}; quote it") from error
+    if odd:
+        raise AlignError(f"{COMMAND_LINE}: {key}: {odd[1]}")
     if key == "data" and not isinstance(value, dict):
         key = "data.train"
         if isinstance(tree.get("data"), dict):
             tree["data"].pop("test", None)
+    section, _, leaf = REPLACES.get(key, "").partition(".")
+    if leaf and value not in (None, []) and isinstance(tree.get(section), dict):
+        tree[section].pop(leaf, None)
     *sections, leaf = key.split(".")
     place = tree
     for section in sections:
@@ -205,6 +219,7 @@ def _normalised(tree: dict[str, Any]) -> dict[str, Any]:
 
 def _resolved(tree: dict[str, Any], path: Path) -> Any:
     """Fill in ``${other.key}``."""
+    refuse_functions(tree)
     try:
         return OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
     except UNREADABLE as error:

@@ -289,3 +289,87 @@ def test_every_number_of_every_recipe_has_a_range() -> None:
                 wanted.add(f"{cls.__name__}.{f.name}")
                 assert names & RANGES.keys(), f"{cls.__name__}.{f.name} has no range"
     assert RANGES.keys() <= known, "a range for a key that does not exist"
+
+
+# ---------------------------------------------------------------- what nobody means
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ("1:30", "read in sixties, as 90"),
+        ("-1:30", "read in sixties, as -90"),
+        ("12:30:45", "read in sixties, as 45045"),
+        ("1:30.5", "read in sixties, as 90.5"),
+        ("010", "read as an octal number, as 8"),
+    ],
+)
+def test_numbers_of_yaml_1_1_are_refused(write, text: str, read: str) -> None:
+    with pytest.raises(AlignError, match=rf"my.yaml:4: {text} would be {read}; write the number"):
+        load_recipe(SFTRecipe, write(BASE + f"train:\n  minibatch: {text}\n"), [])
+    with pytest.raises(AlignError, match=rf"command line: seed: {text} would be {read};"):
+        load_recipe(SFTRecipe, write(BASE), [f"seed={text}"])
+    with pytest.raises(AlignError, match=rf"my.yaml:3: {text} would be {read};"):
+        load_recipe(SFTRecipe, write(BASE + f"data: [{{path: a, weight: {text}}}]\n"), [])
+
+
+def test_numbers_that_are_meant_and_quoted_text_are_read(write) -> None:
+    text = BASE.replace("model: m", "model: '1:30'") + "seed: 0\ntrain: {minibatch: 1_000}\n"
+    recipe = load_recipe(SFTRecipe, write(text), ["optim.lr=0.001", "data='010'"])
+    assert (recipe.model, recipe.seed, recipe.train.minibatch) == ("1:30", 0, 1000)
+    assert recipe.data.train == (DataSource(path="010"),)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("data", "[{path: a, weight: 1e12}]"),
+        ("lora.r", "100000000"),
+        ("lora.alpha", "1e12"),
+        ("optim.warmup_fraction", "1.5"),
+        ("optim.weight_decay", "1e12"),
+        ("train.epochs", "1e12"),
+        ("train.minibatch", "16.0"),
+        ("train.max_steps", "1e3"),
+        ("seed", "1.0"),
+    ],
+)
+def test_numbers_that_nobody_means_are_refused(write, key: str, value: str) -> None:
+    with pytest.raises(AlignError, match=r"allowed: .* at most|wanted a whole number"):
+        load_recipe(SFTRecipe, write(BASE), [f"{key}={value}"])
+
+
+@pytest.mark.parametrize("value", ["0", "1e12", "-1e12"])
+def test_a_reward_of_no_weight_or_too_much_is_refused(write, value: str) -> None:
+    with pytest.raises(AlignError, match=r"reward\[0\].weight: is "):
+        load_recipe(PPORecipe, write(PPO), [f"reward=[{{metric: chrf, weight: {value}}}]"])
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["${oc.env:SECRET}", "a/${oc.env:SECRET}/b", "${oc.${x}:SECRET}", "${oc.env:${x}, default}",
+     "${oc.decode:'${oc.env:SECRET}'}", "\\\\${oc.env:SECRET}"],
+)  # fmt: skip
+def test_a_recipe_reads_no_environment_variable(write, monkeypatch, text: str) -> None:
+    monkeypatch.setenv("SECRET", "hidden")
+    for override in ([], [f"output_dir={text}"]):
+        recipe = write(BASE if override else f"output_dir: o\nmodel: {text}\n")
+        with pytest.raises(AlignError, match=r"calls a function of OmegaConf, .*off by") as caught:
+            load_recipe(SFTRecipe, recipe, override)
+        line = str(caught.value)
+        assert line.startswith("command line: output_dir: " if override else "my.yaml: model: ")
+        assert "hidden" not in line
+        assert "\n" not in line
+
+
+def test_a_trusted_recipe_may_read_environment_variables(write, monkeypatch) -> None:
+    monkeypatch.setenv("SECRET", "hidden")
+    monkeypatch.setenv("ALIGN_ALLOW_RESOLVERS", "1")
+    assert load_recipe(SFTRecipe, write("output_dir: o\nmodel: ${oc.env:SECRET}")).model == "hidden"
+
+
+def test_other_keys_and_colons_are_no_functions(write) -> None:
+    text = "output_dir: runs/${model}:v1\nmodel: m\ndata: ${output_dir}/x:y.jsonl\n"
+    recipe = load_recipe(SFTRecipe, write(text), ["data.test=a\\${b:c}"])
+    assert recipe.output_dir == "runs/m:v1"
+    assert recipe.data.test == (DataSource(path="a${b:c}"),)

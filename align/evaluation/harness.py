@@ -284,6 +284,8 @@ def _data(
     if needs_prompts and not sources:
         raise AlignError("data: no prompts given; name a file, a folder or a hub data set")
     options: dict[str, Any] = {"on_bad_row": data.on_bad_row, "seed": recipe.seed}
+    if sources and not needs_prompts:
+        say("  data: left out; there is no model to answer its prompts")
     prompts: list[PromptExample] = []
     pairs: list[PreferencePair] = []
     reports: dict[str, Any] = {}

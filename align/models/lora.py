@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from align.files import whole_folder
@@ -40,6 +40,7 @@ def add_lora(
     Source: Hu et al. 2021 (arXiv:2106.09685). A reward head that is not in ``modules_to_save``
     stays at its random initialisation and is lost on saving, which is a known mistake.
     """
+    require_rank(options, model.config)
     layers = None
     if options.top_layers is not None:
         count = model.config.get_text_config().num_hidden_layers
@@ -77,6 +78,16 @@ def add_lora(
             "one adapter cannot serve; leave them out"
         )
     return adapted
+
+
+def require_rank(options: LoraOptions, config: PretrainedConfig) -> None:
+    """Refuse a rank above the model's width: such an adapter is larger than what it adapts."""
+    width = getattr(config.get_text_config(), "hidden_size", None)
+    if width is not None and options.r > width:
+        raise AlignError(
+            f"lora.r: got {options.r}, above the model's width of {width}; use {width} at most, "
+            "such as 16"
+        )
 
 
 def _check_names(model: PreTrainedModel, names: Sequence[str], *, but: Sequence[str]) -> None:

@@ -37,6 +37,15 @@ from align.stages import dpo, generate, ppo, reward_model
 from align.stages.dpo_options import check_options
 from align.types import AlignError, DataSource, RewardTerm
 
+SET_HERE = ("model", "output_dir", "seed", "resume", "overwrite")
+"""Keys of a stage that each round sets itself, as are those below of single stages."""
+SET_IN: dict[str, tuple[str, ...]] = {
+    "rm": ("data.train", "data.test", "data"),
+    "ppo": ("reference_model",),
+    "dpo": ("data.train", "data.test", "data", "dpo.reference_model"),
+    "eval": ("models", "reference_model", "reward", "preferences", "best_of_n"),
+}
+
 KINDS: dict[str, type] = {
     "generate": GenerateRecipe,
     "rm": RewardRecipe,
@@ -71,10 +80,13 @@ def stage_recipes(recipe: IterateRecipe) -> dict[str, Any]:
     for override in recipe.set:
         if override.partition(".")[0] not in given:
             raise AlignError(f"set: {override}: begins with none of {', '.join(given)}")
+        name, _, key = override.partition("=")[0].partition(".")
+        if any(key == k or (key.startswith(f"{k}.") and k != "data") for k in _set_here(name)):
+            raise AlignError(f"set: {override}: has no effect, each round sets {key}; remove it")
     loaded: dict[str, Any] = {}
     for name, path in given.items():
         overrides = [o.partition(".")[2] for o in recipe.set if o.startswith(f"{name}.")]
-        loaded[name] = load_recipe(KINDS[name], path, overrides)
+        loaded[name] = load_recipe(KINDS[name], path, overrides, but=_set_here(name))
     if loaded["generate"].pairs is None:
         raise AlignError(f"generate: {recipe.generate} makes no pairs; set generate.pairs.choose")
     if "ppo" in loaded and not any(term.model for term in loaded["ppo"].reward):
@@ -91,6 +103,10 @@ def stage_recipes(recipe: IterateRecipe) -> dict[str, Any]:
             "or leave max_kl out"
         )
     return loaded
+
+
+def _set_here(name: str) -> tuple[str, ...]:
+    return (*SET_HERE, *SET_IN.get(name, ()))
 
 
 def run(recipe: IterateRecipe) -> None:

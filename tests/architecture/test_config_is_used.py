@@ -17,6 +17,7 @@ NOT_USES = {
     "config.py",
     "types.py",
     "recipe_builder.py",
+    "recipe_effects.py",
     "recipes_io.py",
     "checking.py",
     "memory.py",

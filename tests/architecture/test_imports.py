@@ -31,7 +31,10 @@ LEAVES = {
     "made_by",
     "hub",
 }
-CONFIG = {"config", "recipe_ranges", "recipe_builder", "recipe_checks", "recipes_io"}
+CONFIG = {
+    "config", "recipe_ranges", "recipe_builder", "recipe_effects", "recipe_checks", "recipe_text",
+    "recipes_io",
+}  # fmt: skip
 # room -> the rooms of this package that it may import, besides itself and types
 ALLOWED: dict[str, set[str]] = {
     "types": set(),
@@ -65,8 +68,10 @@ ALLOWED: dict[str, set[str]] = {
     "config": set(),
     "recipe_ranges": set(),
     "recipe_builder": {"config", "recipe_ranges"},
-    "recipe_checks": {"config", "recipe_builder"},
-    "recipes_io": {"config", "recipe_builder", "recipe_checks"},
+    "recipe_effects": {"config", "recipe_builder"},
+    "recipe_checks": {"config", "recipe_builder", "recipe_effects"},
+    "recipe_text": {"recipe_builder"},
+    "recipes_io": {"config", "recipe_builder", "recipe_checks", "recipe_text"},
     "model_sizes": {"models"} | CONFIG,
     "memory": {"models", "losses", "model_sizes"} | CONFIG,
     "checking": {"data", "models", "memory", "model_sizes", "rewards", "rollout", "training"}
