@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from align.files import Unreadable, fsync, load_text, move_into_place
+from align.files import Unreadable, fsync, load_text, move_into_place, parse_object
 
 SUMS = "SHA256SUMS"
 CHUNK = 1 << 20
@@ -85,11 +85,14 @@ def save_tensors(
 ) -> None:
     """Write tensors and JSON values whole, with their sum; raises OSError or SafetensorError."""
     held = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    text = json.dumps(state or {})
+    values = dict(state or {})
+    # one key: of several the file's header has them in no fixed order, and equal content is to be
+    # equal bytes
+    text = json.dumps({**values, "sha256": _sum(held, json.dumps(values))})
     # a name of its own: two machines may write the same entry, and have equal process numbers
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
-        save_file(held, partial, {"state": text, "sha256": _sum(held, text)})
+        save_file(held, partial, {"state": text})
         fsync(partial)
         move_into_place(partial, path)
     finally:
@@ -105,10 +108,11 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     with safe_open(path, framework="pt") as file:
         held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         metadata = file.metadata() or {}
-    text = metadata.get("state", "{}")
-    if "sha256" in metadata and metadata["sha256"] != _sum(held, text):
+    state = parse_object(metadata.get("state", "{}"))
+    expected = state.pop("sha256", None)
+    if expected not in (None, _sum(held, json.dumps(state))):
         raise Unreadable("its content has changed since it was saved (sha256)")
-    return held, json.loads(text)
+    return held, state
 
 
 def _sum(tensors: Mapping[str, torch.Tensor], text: str) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from align.checksums import load_tensors, save_tensors
 from align.training import checkpoint as module
 from align.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from align.types import AlignError
@@ -258,6 +259,20 @@ def test_a_flipped_bit_of_an_unfinished_step_is_found(
     path.write_bytes(whole)
     assert module.load_in_hand(other) is None
     assert "its content has changed since it was saved" in capsys.readouterr().err
+
+
+def test_equal_content_is_equal_bytes(tmp_path: Path) -> None:
+    tensors, state = (
+        {"x": torch.arange(3), "y": torch.zeros(2)},
+        {"a": 0.1, "b": [1, None], "c": ""},
+    )
+    found = set()
+    for number in range(20):
+        path = tmp_path / str(number)
+        save_tensors(tensors, path, state)
+        found.add(path.read_bytes())
+        assert load_tensors(path)[1] == state
+    assert len(found) == 1
 
 
 def test_an_unfinished_step_of_another_run_is_not_taken(
