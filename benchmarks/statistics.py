@@ -2,13 +2,13 @@
 
     python -m benchmarks.statistics                 # about four minutes of one core
     python -m benchmarks.statistics --trials 200    # quicker, rougher
-    python -m benchmarks.statistics --only wins     # one part: tests, means, wins, corpus, seeds
+    python -m benchmarks.statistics --only wins     # or tests, means, corpus, agreement, seeds
 
 Draws data whose truth is known, 3 to 400 prompts at a time, with ties, at shares near 0 and 1, and
 counts. A test at p < .05 may find a difference in at most 5% of trials without one; an interval of
 95% should hold the truth in 95%, or more where the data are discrete. Prints Markdown for
 docs/evaluation.md. The standard error of .05 or .95 over 1,000 trials is .007; BLEU has a
-fifth of the trials, wins at equal length a twentieth.
+fifth of the trials, wins at equal length a quarter.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from __future__ import annotations
 import argparse
 import functools
 from collections.abc import Callable, Sequence
+from itertools import combinations
 
 import numpy as np
 
+from align.evaluation.agreement import calibration_error_by_chance, expected_calibration_error
+from align.evaluation.bleu import corpus_ci95, corpus_scorer
 from align.evaluation.compare import Comparison, compare_statistics, compare_values
 from align.evaluation.intervals import (
     Interval,
-    corpus_ci95,
-    corpus_scorer,
     mean_ci95,
     share_ci95,
 )
@@ -31,6 +32,8 @@ from align.evaluation.wins import (
     length_controlled_difference,
     length_controlled_win_rate,
 )
+from align.feedback.agreement import alpha_ci95, cohen_kappa, kappa_ci95, krippendorff_alpha
+from align.feedback.ranking import NoMaximum, bradley_terry
 
 SIZES = (3, 5, 8, 20, 100, 400)
 RESAMPLES = 500
@@ -228,7 +231,7 @@ def wins(trials: int) -> list[tuple[str, list[float | None]]]:
         found = length_controlled_difference(scores, np.zeros(n), lengths, np.zeros(n))
         return None if found is None else covers(found.ci95, 0.3)
 
-    few = max(trials // 20, 20)
+    few = max(trials // 4, 20)
     rows = [
         (f"share {share} (Wilson)", over_sizes(of_wins(share, 1 - share), trials))
         for share in (0.5, 0.8, 0.95, 0.99)
@@ -304,7 +307,71 @@ def seeds(trials: int) -> list[tuple[str, list[float | None]]]:
     ]
 
 
-PARTS = {"tests": tests, "means": means, "wins": wins, "corpus": corpus, "seeds": seeds}
+def agreement(trials: int) -> list[tuple[str, list[float | None]]]:
+    """Coverage of kappa, alpha and strengths, and of the error of a calibrated reward."""
+
+    def labels(
+        rng: np.random.Generator, n: int, right: float, share: float, annotators: int
+    ) -> list[tuple[bool, ...]]:
+        truth = rng.random(n) < share
+        said = [np.where(rng.random(n) < right, truth, ~truth) for _ in range(annotators)]
+        return list(zip(*(x.tolist() for x in said), strict=True))
+
+    def of_kappa(right: float, share: float) -> Measure:
+        many = labels(np.random.default_rng(0), 200_000, right, share, 2)
+        truth = cohen_kappa(*zip(*many, strict=True))
+
+        def measure(rng: np.random.Generator, n: int) -> bool | None:
+            return covers(kappa_ci95(*zip(*labels(rng, n, right, share, 2), strict=True)), truth)
+
+        return measure
+
+    def of_alpha(right: float, share: float) -> Measure:
+        truth = krippendorff_alpha(labels(np.random.default_rng(0), 50_000, right, share, 3))
+        return lambda rng, n: covers(alpha_ci95(labels(rng, n, right, share, 3)), truth)
+
+    def of_strengths(truth: tuple[float, ...]) -> Measure:
+        centred = np.array(truth) - np.mean(truth)
+
+        def measure(rng: np.random.Generator, n: int) -> bool | None:
+            comparisons = []
+            for i, j in combinations(range(len(truth)), 2):
+                p = 1 / (1 + np.exp(truth[j] - truth[i]))
+                comparisons += [(i, j, float(won)) for won in rng.random(n) < p]
+            try:
+                low, high = bradley_terry(comparisons, len(truth)).interval()
+            except NoMaximum:
+                return None
+            return bool(low[0] <= centred[0] <= high[0])
+
+        return measure
+
+    def calibrated(rng: np.random.Generator, n: int) -> bool:
+        logits = 1.5 * rng.normal(size=n)
+        gaps = np.where(rng.random(n) < 1 / (1 + np.exp(-logits)), logits, -logits)
+        return expected_calibration_error(gaps) <= calibration_error_by_chance(gaps)
+
+    few = max(trials // 2, 20)
+    return [
+        ("kappa, each right on .9", over_sizes(of_kappa(0.9, 0.5), few)),
+        ("kappa, .9, one label for .9", over_sizes(of_kappa(0.9, 0.9), few)),
+        ("kappa, each right on .99", over_sizes(of_kappa(0.99, 0.5), few)),
+        ("alpha of three, .9", over_sizes(of_alpha(0.9, 0.5), few)),
+        ("strengths of three alike, n of each two", over_sizes(of_strengths((0, 0, 0)), few)),
+        ("strengths 0, 1, 2", over_sizes(of_strengths((0, 1, 2)), few)),
+        ("strengths 0, 0, 4", over_sizes(of_strengths((0, 0, 4)), few)),
+        ("`ece` below `ece_by_chance`, calibrated", over_sizes(calibrated, few)),
+    ]
+
+
+PARTS = {
+    "tests": tests,
+    "means": means,
+    "wins": wins,
+    "corpus": corpus,
+    "agreement": agreement,
+    "seeds": seeds,
+}
 
 
 def _arguments() -> argparse.Namespace:

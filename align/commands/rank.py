@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,17 +71,22 @@ def print_tables(found: dict[str, Any]) -> None:
                     f"{r['strength_low']:.2f} to {r['strength_high']:.2f}",
                     f"{r['scaled']:.0f}",
                     f"{r['elo']:.0f}",
-                    f"{r['elo_low']:.0f} to {r['elo_high']:.0f}",
+                    _range((r["elo_low"], r["elo_high"]), ".0f"),
                     *(str(r[word]) for word in ("wins", "losses", "ties")),
                 ]
             )
         say(table(rows, title="leaderboard (strength: nats by maximum likelihood)"))
     a = found["agreement"]
     say(f"{a['judgements']} judgements of {a['annotators']} annotators")
-    say(f"  Krippendorff's alpha {_number(a['krippendorff_alpha'])} (1 = all agree, 0 = chance)")
+    alpha, ends = a["krippendorff_alpha"], _range(a["krippendorff_alpha_ci95"], ".2f")
+    say(f"  Krippendorff's alpha {_number(alpha)} (1 = all agree, 0 = chance), 95% interval {ends}")
     for k in a["cohen_kappa"]:
         names = f"{k['a']} and {k['b']}"
-        say(f"  Cohen's kappa {_number(k['kappa'])}: {names}, {k['common']} in common")
+        ends = _range(k["ci95"], ".2f")
+        say(
+            f"  Cohen's kappa {_number(k['kappa'])}: {names}, {k['common']} in common, "
+            f"95% interval {ends}"
+        )
     for name, r in a["reliability"].items():
         error = "" if r["slope"] is None else f" +- {_number(r['error'])}"
         say(f"  reliability {_number(r['slope'])}{error}: {name}")
@@ -88,6 +94,11 @@ def print_tables(found: dict[str, Any]) -> None:
         say(f"{found['pairs']['file']}: {found['pairs']['rows']} pairs")
         for reason, count in found["pairs"]["left_out"].items():
             say(f"  left out {count}: {reason}")
+
+
+def _range(ends: Sequence[float | None] | None, form: str) -> str:
+    known = [end for end in ends or () if end is not None]
+    return f"{known[0]:{form}} to {known[1]:{form}}" if len(known) == 2 else "unknown"
 
 
 def _number(value: float | None) -> str:

@@ -13,19 +13,33 @@ from typing import Any
 import numpy as np
 
 from align.data.lengths import longer_wins
-from align.evaluation.intervals import proportion_ci95
+from align.evaluation.compare import compare_values
+from align.evaluation.intervals import share_ci95
 
 NUM_BINS = 10
 
 
 def accuracy(gaps: np.ndarray) -> dict[str, Any]:
     """``pairs``, ``accuracy`` (share of gaps above 0, a tie counts half) and its interval."""
-    right = float(np.mean((gaps > 0) + 0.5 * (gaps == 0)))
+    right = wins_of(gaps)
     return {
         "pairs": len(gaps),
-        "accuracy": right,
-        "accuracy_ci95": proportion_ci95(right, len(gaps)),
+        "accuracy": float(right.mean()),
+        "accuracy_ci95": share_ci95(right),
     }
+
+
+def wins_of(gaps: np.ndarray) -> np.ndarray:
+    """1 where the first of a pair is ahead, 0 where the second is, 1/2 for a tie."""
+    return (gaps > 0) + 0.5 * (gaps == 0)
+
+
+def above_longer(gaps: np.ndarray, length_gaps: np.ndarray) -> dict[str, Any]:
+    """Paired test of the reward's accuracy against preferring the longer answer, on these pairs."""
+    found = compare_values(
+        ("reward", wins_of(gaps)), ("longer", wins_of(length_gaps)), metric="accuracy"
+    )
+    return {"difference": found.difference, "p": found.p, "ci95": found.ci95}
 
 
 def accuracy_by_margin(gaps: np.ndarray, margins: np.ndarray, parts: int = 4) -> list[dict]:
@@ -44,7 +58,8 @@ def calibration(gaps: np.ndarray) -> dict[str, Any]:
     ``confidence`` is sigmoid(|gap|): how sure the model is of the answer that it prefers. ``ece``
     is the mean over pairs of |share right - mean confidence| of the pair's bin, ten bins of equal
     width over [.5, 1]. ``temperature`` minimises the negative log-likelihood of sigmoid(gap / T):
-    above 1 the model is too sure of itself.
+    above 1 the model is too sure of itself. ``ece_by_chance`` is what a calibrated model shows on
+    as many pairs, in 95 of 100 cases at most: with few pairs ``ece`` is never near 0.
 
     Source: Guo et al. 2017 (arXiv:1706.04599), sections 2 and 4.2. Differs: the temperature is
         fitted on the same pairs, one number on all of them.
@@ -52,6 +67,7 @@ def calibration(gaps: np.ndarray) -> dict[str, Any]:
     temperature = best_temperature(gaps)
     return {
         "ece": expected_calibration_error(gaps),
+        "ece_by_chance": calibration_error_by_chance(gaps),
         "temperature": temperature,
         "ece_at_temperature": expected_calibration_error(gaps / temperature),
         "reliability": reliability(gaps),
@@ -60,8 +76,7 @@ def calibration(gaps: np.ndarray) -> dict[str, Any]:
 
 def reliability(gaps: np.ndarray) -> list[dict[str, float]]:
     """Per bin of confidence that holds a pair: its mean confidence, share right, and pairs."""
-    confidence, right = _confidence(gaps), (gaps > 0) + 0.5 * (gaps == 0)
-    bins = np.minimum(((confidence - 0.5) * 2 * NUM_BINS).astype(int), NUM_BINS - 1)
+    confidence, right, bins = _confidence(gaps), wins_of(gaps), _bins(gaps)
     return [
         {
             "confidence": float(confidence[bins == b].mean()),
@@ -78,21 +93,31 @@ def expected_calibration_error(gaps: np.ndarray) -> float:
     return sum(b["pairs"] * abs(b["right"] - b["confidence"]) for b in bins) / len(gaps)
 
 
+def calibration_error_by_chance(gaps: np.ndarray, *, num_draws: int = 200, seed: int = 0) -> float:
+    """95th percentile of the error if each pair is right with just the probability claimed."""
+    confidence = _confidence(gaps)
+    in_bin = np.eye(NUM_BINS)[_bins(gaps)]
+    right = np.random.default_rng(seed).random((num_draws, len(gaps))) < confidence
+    errors = np.abs((right - confidence) @ in_bin).sum(1) / len(gaps)
+    return float(np.percentile(errors, 95))
+
+
 def best_temperature(gaps: np.ndarray) -> float:
-    """argmin over T in [1/100, 100] of mean -log sigmoid(gap / T), by golden section on log T.
+    """argmin over T in [1/100, 100] of mean -log sigmoid(gap / T), by search on log T.
 
     The mean is convex in 1 / T, so it has one valley. Where every pair is right (or wrong) there is
     none, and the end of the range comes back.
     """
 
+    from scipy.optimize import minimize_scalar
+
     def loss(log_t: float) -> float:
         return float(np.logaddexp(0, -gaps / math.exp(log_t)).mean())
 
-    low, high, golden = math.log(1e-2), math.log(1e2), (math.sqrt(5) - 1) / 2
-    while high - low > 1e-6:
-        left, right = high - golden * (high - low), low + golden * (high - low)
-        low, high = (low, right) if loss(left) < loss(right) else (left, high)
-    return math.exp((low + high) / 2)
+    ends = (math.log(1e-2), math.log(1e2))
+    found = minimize_scalar(loss, bounds=ends, method="bounded")
+    # the search never tries an end itself
+    return math.exp(min((float(found.x), *ends), key=loss))
 
 
 def length_bias(gaps: np.ndarray, length_gaps: np.ndarray) -> dict[str, float | None]:
@@ -121,22 +146,19 @@ def pearson(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray) ->
 
 def spearman(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray) -> float | None:
     """Pearson's correlation of the ranks, ties sharing their mean rank."""
-    return pearson(_ranks(np.asarray(x)), _ranks(np.asarray(y)))
+    from scipy.stats import rankdata
+
+    return pearson(rankdata(x), rankdata(y))
 
 
 def kendall(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray) -> float | None:
-    """Kendall's tau-b: (concordant - discordant) / sqrt(pairs untied in x * pairs untied in y).
+    """Kendall's tau-b: (concordant - discordant) / sqrt(pairs untied in x * pairs untied in y)."""
+    from scipy.stats import kendalltau
 
-    Source: Knight 1966: sorted by x, then y, the discordant pairs are the inversions of y.
-    """
-    a, b = np.unique(x, return_inverse=True)[1], np.unique(y, return_inverse=True)[1]
-    pairs = math.comb(len(a), 2)
-    tied_a, tied_b = _tied_pairs(a), _tied_pairs(b)
-    tied_both = _tied_pairs(a * len(b) + b)
-    discordant = _inversions(b[np.lexsort((b, a))])
-    untied = (pairs - tied_a) * (pairs - tied_b)
-    difference = pairs - tied_a - tied_b + tied_both - 2 * discordant
-    return difference / math.sqrt(untied) if untied else None
+    a, b = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+    if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
+        return None
+    return float(kendalltau(a, b).statistic)
 
 
 def best_of_n(proxy: np.ndarray, gold: np.ndarray) -> list[float]:
@@ -150,11 +172,19 @@ def best_of_n(proxy: np.ndarray, gold: np.ndarray) -> list[float]:
     """
     k = proxy.shape[1]
     order = np.argsort(proxy, axis=1, kind="stable")
-    ranked = np.take_along_axis(gold, order, axis=1).mean(axis=0)
+    # samples that the proxy cannot tell apart are equally likely to be picked
+    shared = np.array([_mean_of_equal(p, g) for p, g in zip(proxy, gold, strict=True)])
+    ranked = np.take_along_axis(shared, order, axis=1).mean(axis=0)
     return [
         float(sum(math.comb(i, n - 1) / math.comb(k, n) * ranked[i] for i in range(n - 1, k)))
         for n in range(1, k + 1)
     ]
+
+
+def _mean_of_equal(proxy: np.ndarray, gold: np.ndarray) -> np.ndarray:
+    """Each gold score averaged over the samples with the same proxy score."""
+    _, group, counts = np.unique(proxy, return_inverse=True, return_counts=True)
+    return (np.bincount(group, gold) / counts)[group]
 
 
 def best_of_n_kl(n: int) -> float:
@@ -162,33 +192,9 @@ def best_of_n_kl(n: int) -> float:
     return math.log(n) - (n - 1) / n
 
 
+def _bins(gaps: np.ndarray) -> np.ndarray:
+    return np.minimum(((_confidence(gaps) - 0.5) * 2 * NUM_BINS).astype(int), NUM_BINS - 1)
+
+
 def _confidence(gaps: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-np.abs(gaps)))
-
-
-def _tied_pairs(values: np.ndarray) -> int:
-    counts = np.unique(values, return_counts=True)[1]
-    return int((counts * (counts - 1) // 2).sum())
-
-
-def _inversions(ranks: np.ndarray) -> int:
-    """Pairs in which the larger comes first, counted while runs of 1, 2, 4, ... are merged."""
-    found, width, span = 0, 1, len(ranks) + 1
-    places = np.arange(len(ranks))
-    while width < len(ranks):
-        run, right = places // (2 * width), places // width % 2 == 1
-        # each run's values are sorted, and runs lie apart by ``span``: one search serves all
-        keys = ranks + run * span
-        left_keys = keys[~right]
-        up_to = np.searchsorted(left_keys, keys[right], side="right")
-        # every left half before this run is full; of its own so many are not larger
-        found += int(((run[right] + 1) * width - up_to).sum())
-        ranks = np.sort(keys) - run * span
-        width *= 2
-    return found
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return (last - (counts - 1) / 2)[inverse]

@@ -13,6 +13,7 @@ import numpy as np
 from sacrebleu.metrics import BLEU, CHRF, TER
 from sacrebleu.metrics.base import Metric
 
+from align.evaluation.intervals import DEFAULT_SEED, Interval, bootstrap_rows, percentiles
 from align.types import AlignError
 
 
@@ -94,6 +95,21 @@ def corpus_statistics(
     """
     streams = reference_streams(hypotheses, references)
     return np.array(scorer._extract_corpus_statistics(hypotheses, streams))
+
+
+def corpus_scorer(metric: str) -> Callable[[np.ndarray], float]:
+    """Summed statistics ``[n]`` -> the score."""
+    scorer: Any = CORPUS_METRICS[metric]()
+    return lambda sums: float(scorer._compute_score_from_stats(sums).score)
+
+
+def corpus_ci95(
+    statistics: np.ndarray, metric: str, *, num_resamples: int = 1000, seed: int = DEFAULT_SEED
+) -> Interval | None:
+    """Bootstrap interval of a corpus score over resamples of its ``[rows, n]``."""
+    score = corpus_scorer(metric)
+    rows = bootstrap_rows(len(statistics), num_resamples, seed)
+    return percentiles(np.array([score(statistics[r].sum(0)) for r in rows]), len(statistics))
 
 
 def reference_streams(

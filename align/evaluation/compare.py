@@ -25,12 +25,12 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
-from align.evaluation.bleu import CORPUS_METRICS, corpus_statistics
+from align.evaluation.bleu import CORPUS_METRICS, corpus_scorer, corpus_statistics
 from align.evaluation.intervals import (
     DEFAULT_SEED,
     Interval,
+    are_shares,
     bootstrap_rows,
-    corpus_scorer,
     finite_values,
     percentiles,
     share_ci95,
@@ -182,7 +182,7 @@ def compare_values(
     differences = seeds_a.mean(0) - seeds_b.mean(0)
     rounding = ROUNDING * float(np.abs(differences).mean())
     swaps = _swaps(np.abs(differences) > rounding, num_resamples, seed)
-    are_shares = all(np.isin(x, (0.0, 1.0)).all() for x in (seeds_a, seeds_b))
+    shares = are_shares(metric, seeds_a, seeds_b)
     return _comparison(
         a[0],
         b[0],
@@ -192,7 +192,7 @@ def compare_values(
             rounding=rounding,
             swapped=np.where(swaps.rows, -differences, differences).mean(axis=1),
             swaps=swaps,
-            interval=_share_difference(differences) if are_shares else student_ci95(differences),
+            interval=_share_difference(differences) if shares else student_ci95(differences),
             paired_std=float(differences.std(ddof=1)) if len(differences) > 1 else math.nan,
         ),
         num_seeds=num_seeds or (len(seeds_a), len(seeds_b)),

@@ -9,13 +9,11 @@ All of it is fixed by a seed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Sequence
+from typing import TypeAlias
 
 import numpy as np
 from scipy import optimize, special
-
-from align.evaluation.bleu import CORPUS_METRICS
 
 Interval: TypeAlias = tuple[float, float]
 
@@ -28,19 +26,28 @@ MIN_BOOTSTRAP_ROWS = 8
 Z95 = float(special.ndtri(0.975))
 
 
-def mean_ci95(values: Sequence[float]) -> tuple[float, Interval | None]:
+# tokens and nats: no shares, even where every one of them is 0 or 1
+NO_SHARES = {"length", "kl"}
+
+
+def mean_ci95(values: Sequence[float], metric: str = "") -> tuple[float, Interval | None]:
     """Mean and its 95% interval by Student's t.
 
-    Values that are all 0 or 1 are shares, and get the interval of ``share_ci95``. There is none for
-    a single value, nor for equal ones: 3 rewards of 10 do not say that the mean is exactly 10.
+    Values that are all 0 or 1 are shares, unless ``metric`` counts something, and get the interval
+    of ``share_ci95``. There is none for a single value, nor for equal ones: 3 rewards of 10 do not
+    say that the mean is exactly 10.
     """
     numbers = finite_values(values, "values")
     mean = float(numbers.mean())
     if len(numbers) == 1:
         return mean, None
-    if np.isin(numbers, (0.0, 1.0)).all():
+    if are_shares(metric, numbers):
         return mean, share_ci95(numbers)
     return mean, student_ci95(numbers)
+
+
+def are_shares(metric: str, *values: np.ndarray) -> bool:
+    return metric not in NO_SHARES and all(np.isin(x, (0.0, 1.0)).all() for x in values)
 
 
 def student_ci95(numbers: np.ndarray) -> Interval | None:
@@ -116,15 +123,6 @@ def proportion_ci95(share: float, count: int) -> Interval:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def corpus_ci95(
-    statistics: np.ndarray, metric: str, *, num_resamples: int = 1000, seed: int = DEFAULT_SEED
-) -> Interval | None:
-    """Bootstrap interval of a corpus score over resamples of its ``[rows, n]``."""
-    score = corpus_scorer(metric)
-    rows = bootstrap_rows(len(statistics), num_resamples, seed)
-    return percentiles(np.array([score(statistics[r].sum(0)) for r in rows]), len(statistics))
-
-
 def percentiles(resampled: np.ndarray, num_rows: int) -> Interval | None:
     """Percentile interval, as much wider than [2.5%, 97.5%] as Student's t is than the normal.
 
@@ -153,12 +151,6 @@ def student_t_p(t: float, df: float) -> float:
 
 def student_t_quantile(share: float, df: float) -> float:
     return float(special.stdtrit(df, share))
-
-
-def corpus_scorer(metric: str) -> Callable[[np.ndarray], float]:
-    """Summed statistics ``[n]`` -> the score."""
-    scorer: Any = CORPUS_METRICS[metric]()
-    return lambda sums: float(scorer._compute_score_from_stats(sums).score)
 
 
 def bootstrap_rows(num_rows: int, num_resamples: int, seed: int) -> np.ndarray:

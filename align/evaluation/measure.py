@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -11,9 +12,8 @@ import evaluate
 import numpy as np
 
 from align.config import EvalRecipe
-from align.evaluation.bleu import CORPUS_METRICS, corpus_score, corpus_statistics
+from align.evaluation.bleu import CORPUS_METRICS, corpus_ci95, corpus_score, corpus_statistics
 from align.evaluation.intervals import (
-    corpus_ci95,
     mean_ci95,
     percentiles,
     proportion_ci95,
@@ -138,6 +138,11 @@ class Measurer:
             taken = found.keys() & system.row.keys()
             if taken:
                 raise AlignError(f"metrics: {metric}: {min(taken)} is a name of ours; rename it")
+            # NumPy's numbers and arrays as JSON's
+            found = {k: v.tolist() if hasattr(v, "tolist") else v for k, v in found.items()}
+            for key, value in found.items():
+                if isinstance(value, float) and not math.isfinite(value):
+                    raise AlignError(f"metrics: {metric}: {key} is {value}, which JSON cannot hold")
             system.row |= found
         else:
             name = metric.partition(":")[2]
@@ -166,7 +171,7 @@ class Measurer:
         if drawn.kl is not None and drawn.lengths is not None:
             per_prompt = _per_prompt(drawn.kl, len(self.examples))
             # against itself a model has a KL of 0, whatever it samples
-            row["kl_ci95"] = mean_ci95(per_prompt)[1] if any(per_prompt) else (0.0, 0.0)
+            row["kl_ci95"] = mean_ci95(per_prompt, "kl")[1] if any(per_prompt) else (0.0, 0.0)
             row["kl_per_token"] = sum(drawn.kl) / sum(drawn.lengths)
 
     def _samples(self, system: System, samples: Outputs, k: int) -> None:
@@ -182,7 +187,7 @@ class Measurer:
 
     def _values(self, system: System, metric: str, values: Sequence[float], key: str) -> None:
         system.values[metric] = list(values)
-        system.row[key], system.row[f"{metric}_ci95"] = mean_ci95(values)
+        system.row[key], system.row[f"{metric}_ci95"] = mean_ci95(values, metric)
 
 
 OwnMetric = Callable[[Sequence[Any], Sequence[str], Sequence[Sequence[str]]], Any]

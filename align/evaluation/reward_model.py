@@ -45,6 +45,7 @@ def evaluate_reward(
         "by_source": _by_source(gaps, pairs),
         "by_margin": _by_margin(gaps, pairs),
         **agreement.length_bias(gaps, length_gaps),
+        "above_longer": agreement.above_longer(gaps, length_gaps),
         **agreement.calibration(gaps),
         "broken": _on_broken_text(source, prompts, chosen, scores[:, 0], seed),
         "gaps": np.round(gaps, 6).tolist(),

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from align.evaluation.compare import Comparison, compare_statistics, compare_values
-from align.evaluation.intervals import mean_ci95
+from align.evaluation.intervals import student_ci95
 from align.evaluation.measure import System
 from align.evaluation.wins import length_controlled_difference, shares_won, win_rate
 from align.rewards.function import FunctionReward, checked_scores
@@ -31,7 +31,7 @@ def pooled(systems: Sequence[System]) -> list[dict[str, Any]]:
     """Of each model with several seeds the mean of every per-prompt number, and its spread.
 
     ``std`` is over seeds: how much a rerun may move the figure. ``ci95`` is of the mean over seeds,
-    Student's t over seeds: wide with few of them, as it has to be.
+    Student's t over seeds: wide with few of them, as it has to be; None where they do not vary.
     """
     found = []
     for name, seeds in by_name(systems).items():
@@ -41,9 +41,12 @@ def pooled(systems: Sequence[System]) -> list[dict[str, Any]]:
         for key in seeds[0].row:
             values = [seed.row.get(key) for seed in seeds]
             if all(isinstance(v, int | float) for v in values):
-                average, interval = mean_ci95([float(v) for v in values])  # type: ignore[arg-type]
-                spread = float(np.std(values, ddof=1))  # type: ignore[arg-type]
-                figures[key] = {"mean": average, "std": spread, "ci95": interval}
+                numbers = np.array(values, dtype=float)
+                figures[key] = {
+                    "mean": float(numbers.mean()),
+                    "std": float(numbers.std(ddof=1)),
+                    "ci95": student_ci95(numbers),
+                }
         found.append({"name": name, "seeds": len(seeds), "figures": figures})
     return found
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from align.evaluation.columns import columns
-from align.evaluation.verdict import ALPHA
+from align.evaluation.verdict import ALPHA, p_in_words
 from align.progress import table
 
 
@@ -62,9 +62,12 @@ def reward_table(found: dict[str, Any]) -> str:
     low, high = found["accuracy_ci95"]
     rows = [["the reward", f"on {found['pairs']} pairs"]]
     rows.append(["accuracy", f"{found['accuracy']:.3f} ({low:.3f} .. {high:.3f})"])
-    rows.append(["accuracy of longer wins", f"{found['longer_wins']:.3f}"])
+    rival = found["above_longer"]
+    by = f"reward {rival['difference']:+.3f}, {p_in_words(rival['p'])}"
+    rows.append(["accuracy of longer wins", f"{found['longer_wins']:.3f} ({by})"])
     rows.append(["correlation with length", _cell(found["length_correlation"])])
-    rows.append(["calibration error", f"{found['ece']:.3f}"])
+    by = f"by chance up to {found['ece_by_chance']:.3f}"
+    rows.append(["calibration error", f"{found['ece']:.3f} ({by})"])
     rows.append(["temperature that mends it", f"{found['temperature']:.2f}"])
     for way, change in found["broken"].items():
         rows.append([f"{way} answers preferred", f"{change['preferred']:.0%}"])

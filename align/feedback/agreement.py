@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 
+from align.evaluation.intervals import Interval, share_ci95
 from align.feedback.ranking import Comparison, bradley_terry
 
 PRIOR = 0.1
@@ -29,6 +31,43 @@ def cohen_kappa(a: Sequence[Hashable], b: Sequence[Hashable]) -> float:
     first, second = Counter(a), Counter(b)
     chance = sum(first[label] * second[label] for label in first) / n**2
     return (observed - chance) / (1 - chance) if chance < 1 else float("nan")
+
+
+def kappa_ci95(a: Sequence[Hashable], b: Sequence[Hashable]) -> Interval | None:
+    """95% interval of Cohen's kappa: Wilson's of the share agreed on, agreement by chance as found.
+
+    None where kappa is undefined. docs/evaluation.md has its coverage.
+    """
+    kappa = cohen_kappa(a, b)
+    agreed = [float(x == y) for x, y in zip(a, b, strict=True)]
+    if math.isnan(kappa):
+        return None
+    first, second = Counter(a), Counter(b)
+    chance = sum(first[label] * second[label] for label in first) / len(a) ** 2
+    low, high = share_ci95(agreed)
+    return (low - chance) / (1 - chance), (high - chance) / (1 - chance)
+
+
+def alpha_ci95(units: Sequence[Sequence[Hashable]]) -> Interval | None:
+    """95% interval of Krippendorff's alpha, as ``kappa_ci95``: of the agreement within units.
+
+    A unit's agreement is the share of its pairs of labels that are equal; units weigh as much as
+    they have labels.
+    """
+    pairable = [unit for unit in units if len(unit) > 1]
+    totals = Counter(label for unit in pairable for label in unit)
+    n = sum(totals.values())
+    expected = n * n - sum(c * c for c in totals.values())
+    if not expected:
+        return None
+    agreed = [
+        sum(c * (c - 1) for c in Counter(unit).values()) / (len(unit) * (len(unit) - 1))
+        for unit in pairable
+    ]
+    # alpha = 1 - (1 - agreement) / by_chance, both as shares of pairs of labels
+    by_chance = expected / (n * (n - 1))
+    low, high = share_ci95(agreed, [float(len(unit)) for unit in pairable])
+    return 1 - (1 - low) / by_chance, 1 - (1 - high) / by_chance
 
 
 def krippendorff_alpha(units: Sequence[Sequence[Hashable]]) -> float:

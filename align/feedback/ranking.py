@@ -19,6 +19,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from align.evaluation.intervals import percentiles
+
 Floats = npt.NDArray[np.float64]
 Comparison = tuple[int, int, float]
 """Items i and j, and what i got: 1 it won, 0 it lost, 0.5 a tie."""
@@ -171,7 +173,11 @@ def elo_intervals(
     seed: int = 0,
     k_factor: float = 16.0,
 ) -> tuple[Floats, Floats, Floats]:
-    """``(mean, low, high)`` of Elo over bootstrap resamples in random order, 95% percentiles."""
+    """``(mean, low, high)`` of Elo over bootstrap resamples in random order, 95% percentiles.
+
+    The ends are NaN below ``MIN_BOOTSTRAP_ROWS`` comparisons, and for an item whose rating is the
+    same in every resample: few comparisons have few resamples, which would look like certainty.
+    """
     rng = np.random.default_rng(seed)
     found = np.array(
         [
@@ -179,7 +185,8 @@ def elo_intervals(
             for picked in rng.integers(len(comparisons), size=(num_resamples, len(comparisons)))
         ]
     )
-    low, high = np.percentile(found, [2.5, 97.5], axis=0)
+    ends = [percentiles(column, len(comparisons)) or (np.nan, np.nan) for column in found.T]
+    low, high = np.array(ends).T
     return found.mean(axis=0), low, high
 
 

@@ -8,7 +8,13 @@ from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
 
-from align.feedback.agreement import cohen_kappa, krippendorff_alpha, reliability
+from align.feedback.agreement import (
+    alpha_ci95,
+    cohen_kappa,
+    kappa_ci95,
+    krippendorff_alpha,
+    reliability,
+)
 from align.feedback.outcomes import Field, Judgement, field_of, labels
 from align.feedback.pairs import Choose, choose_pairs
 from align.feedback.ranking import (
@@ -46,8 +52,8 @@ def leaderboard(
             "strength_high": float(high[i]),
             "scaled": 1000 + ELO_PER_NAT * float(strengths.values[i]),
             "elo": float(rating[i]),
-            "elo_low": float(rating_low[i]),
-            "elo_high": float(rating_high[i]),
+            "elo_low": _finite(float(rating_low[i])),
+            "elo_high": _finite(float(rating_high[i])),
             **results[i],
         }
         for i, name in enumerate(field.names)
@@ -91,7 +97,10 @@ def agreement(judgements: Sequence[Judgement]) -> dict[str, Any]:
         common = [(u[a], u[b]) for u in units.values() if a in u and b in u]
         if common:
             kappa = cohen_kappa([x for x, _ in common], [y for _, y in common])
-            kappas.append({"a": a, "b": b, "common": len(common), "kappa": _finite(kappa)})
+            ends = kappa_ci95([x for x, _ in common], [y for _, y in common])
+            kappas.append(
+                {"a": a, "b": b, "common": len(common), "kappa": _finite(kappa), "ci95": ends}
+            )
     # one field for all prompts: an item is a text under its prompt
     field = field_of((j, [f"{j.prompt}\x00{item}" for item in j.items]) for j in judgements)
     slopes = reliability(field.comparisons, len(field.names)) if len(annotators) > 1 else {}
@@ -101,6 +110,7 @@ def agreement(judgements: Sequence[Judgement]) -> dict[str, Any]:
         "krippendorff_alpha": _finite(
             krippendorff_alpha([list(u.values()) for u in units.values()])
         ),
+        "krippendorff_alpha_ci95": alpha_ci95([list(u.values()) for u in units.values()]),
         "cohen_kappa": kappas,
         "reliability": {
             name: {"slope": _finite(slope), "error": _finite(error)}

@@ -208,17 +208,25 @@ def _cost(model: dict[str, Any], baseline: dict[str, Any]) -> list[str]:
 
 def _of_reward(found: dict[str, Any]) -> Verdict:
     low, high = found["accuracy_ci95"]
+    by_chance = ""
+    if "ece_by_chance" in found:
+        by_chance = f" (a calibrated reward: up to {found['ece_by_chance']:.3f} by chance)"
     told = Verdict(
         f"The reward {found['reward']}",
         sentences=[
             f"Right on {found['accuracy']:.0%} of {found['pairs']} held-out pairs "
             f"({low:.0%} to {high:.0%}); preferring the longer answer would be right on "
             f"{found['longer_wins']:.0%}.",
-            f"Calibration error {found['ece']:.3f}; dividing its scores by "
+            f"Calibration error {found['ece']:.3f}{by_chance}; dividing its scores by "
             f"{found['temperature']:.2f} would make it {found['ece_at_temperature']:.3f}.",
         ],
     )
-    if low <= max(0.5, found["longer_wins"]):
+    rival = found.get("above_longer")  # files of earlier versions have no test of it
+    if rival is None:
+        above = low > found["longer_wins"]
+    else:
+        above = rival["difference"] > 0 and rival["p"] < ALPHA
+    if low <= 0.5 or not above:
         told.warnings.append("It is not shown to be better than chance and than length.")
     for way, change in found["broken"].items():
         if change["preferred"] >= 0.5:

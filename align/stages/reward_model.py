@@ -114,7 +114,8 @@ def _measure(
         count, gap = float(len(pairs)), chosen - rejected
         sums = {
             "loss": (losses.sum().item(), count),
-            "accuracy": ((gap > 0).sum().item(), count),
+            # a tie as half, as in `align eval`: equal scores are a coin, not a mistake
+            "accuracy": (((gap > 0).sum() + 0.5 * (gap == 0).sum()).item(), count),
             "margin": (gap.sum().item(), count),
             "score_mean": ((chosen + rejected).sum().item(), 2 * count),
         }
@@ -168,6 +169,11 @@ def _finish(
     if test_data.groups:
         held_out = scores_of(scalar, test_data.groups, budget)
         gaps = held_out[0::2] - held_out[1::2]
+        from align.evaluation.agreement import accuracy  # brings sacrebleu and scipy along
+
+        stats["held_out_accuracy_ci95"] = accuracy(gaps)["accuracy_ci95"]
+        low, high = stats["held_out_accuracy_ci95"]
+        say(f"  held-out accuracy: 95% interval {low:.3f} to {high:.3f}, {len(gaps)} pairs")
         counts, edges = np.histogram(gaps, bins=20)
         stats["held_out_margins"] = {"counts": counts.tolist(), "edges": edges.tolist()}
         _plot_margins(gaps, session)

@@ -77,7 +77,7 @@ ALLOWED: dict[str, set[str]] = {
     "checking": {"data", "models", "memory", "model_sizes", "rewards", "rollout", "training"}
     | {"stages", "evaluation"}
     | CONFIG,
-    "feedback": {"data"},
+    "feedback": {"data", "evaluation"},
     "commands": {"data", "models", "feedback"},
     "report": {"evaluation"},
     "sweep": {"stages", "training", "evaluation", "report"} | CONFIG,

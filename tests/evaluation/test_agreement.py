@@ -131,3 +131,41 @@ def test_kendall_by_merging_is_kendall_by_counting(size: int, num_values: int) -
 def test_kendall_of_many_takes_no_square_of_memory() -> None:
     x = np.arange(200_000.0)
     assert agreement.kendall(x, -x) == pytest.approx(-1)
+
+
+def test_best_of_n_by_a_constant_reward_is_any_of_them() -> None:
+    gold = np.array([[1.0, 2.0, 6.0], [0.0, 3.0, 3.0]])
+    assert agreement.best_of_n(np.zeros((2, 3)), gold) == pytest.approx([2.5, 2.5, 2.5])
+    # two tied on top: the best of three is either, (2 + 6) / 2 = 4
+    assert agreement.best_of_n(np.array([[0.0, 1.0, 1.0]]), gold[:1])[2] == pytest.approx(4)
+
+
+def test_chance_alone_makes_a_calibration_error() -> None:
+    rng = np.random.default_rng(3)
+    logits = 1.5 * rng.normal(size=40)
+    gaps = np.where(rng.random(40) < 1 / (1 + np.exp(-logits)), logits, -logits)
+    found = agreement.calibration(gaps)
+    assert 0.05 < found["ece"] < found["ece_by_chance"] < 0.3
+    many = np.tile(np.abs(logits), 500)
+    assert agreement.calibration_error_by_chance(many) < 0.02
+    assert agreement.calibration(3 * many)["ece"] > agreement.calibration_error_by_chance(3 * many)
+
+
+def test_better_than_length_is_a_paired_test() -> None:
+    lengths = np.array([5.0, -3.0, 8.0, -1.0] * 10)
+    # right wherever length is, and on half of the rest: 10 of 40 pairs differ, all one way
+    gaps = np.where((lengths > 0) | (lengths == -3.0), 1.0, -1.0)
+    found = agreement.above_longer(gaps, lengths)
+    assert found["difference"] == pytest.approx(0.25)
+    assert found["p"] < 0.01
+    ruler = agreement.above_longer(lengths, lengths)
+    assert (ruler["difference"], ruler["p"]) == (0, 1)
+    few = agreement.above_longer(gaps[:4], lengths[:4])
+    assert few["p"] == 1.0  # one pair differs
+
+
+def test_accuracy_of_a_constant_reward_is_a_coin() -> None:
+    found = agreement.accuracy(np.zeros(30))
+    assert found["accuracy"] == 0.5
+    low, high = found["accuracy_ci95"]
+    assert 0.4 < low < 0.5 < high < 0.6

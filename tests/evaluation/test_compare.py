@@ -289,3 +289,19 @@ def test_interval_of_one_value_is_unknown() -> None:
 def test_values_must_be_finite_numbers(values: list[float]) -> None:
     with pytest.raises(ValueError, match="finite numbers"):
         mean_ci95(values)
+
+
+def test_few_prompts_cost_as_much_as_few_seeds() -> None:
+    # ten seeds each that agree on three prompts: the prompts' three differences are the sample
+    differences = np.array([1.0, 2.0, 3.0])
+    a, b = np.tile(differences, (10, 1)), np.zeros((10, 3))
+    a += 1e-6 * np.arange(10)[:, None]
+    found = compare_values(("a", a), ("b", b), metric="reward")
+    assert found.test == "seeds"
+    # t = 2 / (1 / sqrt 3) of 2 degrees of freedom, not of 18 (p = .003)
+    assert found.p == pytest.approx(student_t_p(2 * 3**0.5, 2), rel=1e-3)
+
+
+def test_lengths_of_one_are_no_shares() -> None:
+    assert mean_ci95([1.0, 1.0, 1.0], "length") == (1.0, None)
+    assert compare_values(("a", [1.0] * 3), ("b", [1.0] * 3), metric="length").ci95 is None

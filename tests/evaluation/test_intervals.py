@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from align.evaluation.bleu import corpus_ci95
 from align.evaluation.intervals import (
-    corpus_ci95,
     mean_ci95,
     percentiles,
     proportion_ci95,

@@ -7,8 +7,14 @@ import math
 import numpy as np
 import pytest
 
-from align.feedback.agreement import cohen_kappa, krippendorff_alpha, reliability
-from align.feedback.ranking import Comparison
+from align.feedback.agreement import (
+    alpha_ci95,
+    cohen_kappa,
+    kappa_ci95,
+    krippendorff_alpha,
+    reliability,
+)
+from align.feedback.ranking import Comparison, elo_intervals
 
 
 def test_cohens_kappa_of_a_two_by_two_table() -> None:
@@ -69,3 +75,28 @@ def test_reliability_without_others_or_without_decisions_is_unknown() -> None:
     assert math.isnan(found["ties"][0])
     apart = reliability({"a": [(0, 1, 1.0)] * 3, "b": [(2, 3, 1.0)] * 3}, 4)  # no item in common
     assert all(math.isnan(slope) for slope, _ in apart.values())
+
+
+def test_two_that_always_agree_are_not_certain_to() -> None:
+    # chance .5, Wilson's lower end of 4 of 4 is 4 / 7.8415
+    assert kappa_ci95("abab", "abab") == pytest.approx((2 * 4 / 7.841459 - 1, 1), abs=1e-6)
+    assert kappa_ci95("aa", "aa") is None
+    units = [("a", "a"), ("b", "b"), ("a", "a"), ("b", "b")]
+    low, high = alpha_ci95(units) or (0, 0)
+    # expected disagreement of 4 a and 4 b: 32 of 56 ordered pairs
+    assert (low, high) == pytest.approx((1 - (1 - 4 / 7.841459) * 56 / 32, 1), abs=1e-6)
+    assert alpha_ci95([("a", "a"), ("a", "a")]) is None
+    assert alpha_ci95([("a",), ("b",)]) is None
+
+
+def test_alpha_lies_in_its_interval_whatever_the_units_sizes() -> None:
+    units = [("a", "a", "b"), ("b", "b"), ("a", "c", "a", "a"), ("c", "c"), ("b",), ("a", "b")]
+    low, high = alpha_ci95(units) or (0, 0)
+    assert low < krippendorff_alpha(units) < high
+
+
+def test_one_comparison_has_no_elo_interval() -> None:
+    mean, low, high = elo_intervals([(0, 1, 1.0)], 2)
+    assert mean[0] > mean[1]
+    assert math.isnan(low[0])
+    assert math.isnan(high[1])

@@ -74,7 +74,10 @@ def test_agreement_counts_the_same_question_whichever_side_it_was_shown_on(tmp_p
     found = agreement(read_judgements([write(tmp_path / "j.jsonl", rows)]))
     (kappa,) = found["cohen_kappa"]
     # sorted, x is "low": ann low, low, tie; bob low, high, tie: p_o 2/3, p_e (2*1 + 1*1) / 9 = 1/3
-    assert kappa == {"a": "ann", "b": "bob", "common": 3, "kappa": pytest.approx(0.5)}
+    # Wilson's .2077 .. .9385 of two agreed in three, from p_e = 1/3 on
+    ends = pytest.approx([-0.1885, 0.9078], abs=1e-4)
+    half = pytest.approx(0.5)
+    assert kappa == {"a": "ann", "b": "bob", "common": 3, "kappa": half, "ci95": ends}
 
 
 def test_pairs_have_margins_that_grow_with_agreement(tmp_path) -> None:

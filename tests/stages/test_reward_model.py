@@ -201,6 +201,22 @@ def test_first_loss_is_bradley_terrys(
     assert first["score_mean"] == pytest.approx((np.mean(chosen) + np.mean(rejected)) / 2, abs=1e-5)
 
 
+def test_equal_scores_are_half_right_and_accuracy_has_an_interval(
+    tiny: Path, run_rm: RunRM, tmp_path: Path, read_jsonl: ReadJsonl
+) -> None:
+    """A head of zeros scores everything alike: a coin, not wrong each time."""
+    start = AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=1)
+    torch.nn.init.zeros_(start.score.weight)
+    start.save_pretrained(tmp_path / "start")
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path / "start")
+    folder = run_rm("run", f"model={tmp_path / 'start'}")
+    before, *_, after = (r for r in read_jsonl(folder / "metrics.jsonl") if "eval_accuracy" in r)
+    assert before["eval_accuracy"] == 0.5
+    low, high = read_stats(folder)["held_out_accuracy_ci95"]
+    assert 0 <= low <= after["eval_accuracy"] <= high <= 1
+    assert high - low > 0.1
+
+
 def test_longer_answers_are_the_baseline(
     tiny: Path, run_rm: RunRM, write_rows: Callable[..., Path]
 ) -> None:
@@ -219,7 +235,7 @@ def test_longer_answers_are_the_baseline(
     held_out = json.loads((folder / "manifest.json").read_text())["held_out"]
     assert held_out["accuracy_of_longer"] == (1 + 0 + 0.5 + 1) / 4
     pairs = load_examples([DataSource(path=str(held_out_rows))], kind="preference").examples
-    judged = evaluate_reward(FunctionReward("zero", lambda p, r, _: [0.0] * len(r)), pairs)
+    judged = evaluate_reward(FunctionReward("zero", lambda responses: [0.0] * len(responses)), pairs)
     assert judged["longer_wins"] == held_out["accuracy_of_longer"]
 
 
