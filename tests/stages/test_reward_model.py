@@ -235,7 +235,8 @@ def test_longer_answers_are_the_baseline(
     held_out = json.loads((folder / "manifest.json").read_text())["held_out"]
     assert held_out["accuracy_of_longer"] == (1 + 0 + 0.5 + 1) / 4
     pairs = load_examples([DataSource(path=str(held_out_rows))], kind="preference").examples
-    judged = evaluate_reward(FunctionReward("zero", lambda responses: [0.0] * len(responses)), pairs)
+    zero = FunctionReward("zero", lambda responses: [0.0] * len(responses))
+    judged = evaluate_reward(zero, pairs)
     assert judged["longer_wins"] == held_out["accuracy_of_longer"]
 
 
