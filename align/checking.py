@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 from align.config import DataConfig, DPORecipe, EvalRecipe, GenerateRecipe, IterateRecipe, PPORecipe
 from align.memory import microbatch_tokens, models_and_memory
-from align.model_sizes import find_config, roles
+from align.model_checks import check_models, check_tokenizers
+from align.model_sizes import find_config
 from align.nearest import did_you_mean
 from align.training.distributed import check_trackers
 from align.types import AlignError, DataSource, PromptExample
@@ -58,7 +59,8 @@ def check(command: str, recipe: Any) -> Iterator[str]:
         from align.evaluation.harness import check_plugins
 
         check_plugins(recipe)
-    _check_kinds(command, recipe)
+    check_models(command, recipe)
+    check_tokenizers(command, recipe)
     yield from _notes(recipe)
     rows = 0
     sample: list[Any] = []
@@ -104,21 +106,6 @@ def _only_elsewhere(recipe: Any) -> Iterator[str]:
         except AlignError as error:
             found[str(error)] = None
     yield from found
-
-
-def _check_kinds(command: str, recipe: Any) -> None:
-    """A reward model where a language model belongs, and the other way round."""
-    from align.models.load import refuse_other_kind
-    from align.models.lora import require_rank
-
-    keys = {"reward": "reward.model", "model": "model", "actor": "model"}
-    for role in roles(command, recipe):
-        config, _ = find_config(role.model, trust_remote_code=recipe.trust_remote_code)
-        if config is not None and getattr(recipe, "lora", None) and role.model == recipe.model:
-            require_rank(recipe.lora, config)
-        if config is not None and role.name not in ("critic", "reward model"):
-            key = keys.get(role.name, role.name)
-            refuse_other_kind(key, role.model, config, head=role.name == "reward")
 
 
 def _check_references(recipe: Any, examples: Sequence[Any]) -> None:
@@ -226,13 +213,10 @@ def _tokenised(recipe: Any, sample: Sequence[Any]) -> tuple[float | None, list[s
     from align.models.load import load_tokenizer
 
     model = getattr(recipe, "model", None)
-    trust = recipe.trust_remote_code
-    if not sample or not model or find_config(model, trust_remote_code=trust)[0] is None:
+    options = {"trust_remote_code": recipe.trust_remote_code, "base_model": recipe.base_model}
+    if not sample or not model or find_config(model, **options)[0] is None:
         return None, []
-    try:
-        tokenizer = load_tokenizer(model, trust_remote_code=trust)
-    except AlignError:
-        return None, []  # a config without a tokenizer: the run will say so
+    tokenizer = load_tokenizer(model, **options)
     found = encode_some(
         tokenizer,
         sample,

@@ -68,6 +68,9 @@ class CommonRecipe:
     # beside gradient_checkpointing it moves what that keeps
     activation_offload: bool = False
     trust_remote_code: bool = False
+    # base of the adapters that the recipe names as models, instead of the one that their
+    # adapter_config.json names; null = as they say
+    base_model: str | None = None
     # never refuses a folder that holds a run; auto goes on from its newest whole checkpoint
     resume: Literal["never", "auto"] = "never"
     overwrite: bool = False
@@ -281,6 +284,9 @@ class EvalRecipe:
     attention: Attention = "auto"
     tokens_per_microbatch: int = 4096
     trust_remote_code: bool = False
+    # base of the adapters that the recipe names as models, instead of the one that their
+    # adapter_config.json names; null = as they say
+    base_model: str | None = None
     overwrite: bool = False
 
 
@@ -304,6 +310,8 @@ class IterateRecipe:
     model: str
     # `rounds/1`, `rounds/2`, ... lie in it, a folder for each stage in them
     output_dir: str
+    # base of an adapter that `model` names, instead of the one that it names itself
+    base_model: str | None = None
     # rounds at most; `stop` may end earlier
     rounds: int = 3
     # recipes (files or shipped names) of a round's stages; what labels the pairs is `generate`'s

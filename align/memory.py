@@ -33,7 +33,9 @@ def models_and_memory(command: str, recipe: Any, tokens_per_row: float | None) -
     sizes: list[Size] = []
     config, missing = None, False
     for role in roles(command, recipe):
-        found, reason = find_config(role.model, trust_remote_code=recipe.trust_remote_code)
+        found, reason = find_config(
+            role.model, trust_remote_code=recipe.trust_remote_code, base_model=recipe.base_model
+        )
         if found is None:
             missing = True
             yield f"{role.name:<11} {reason}; sizes not estimated"

@@ -15,7 +15,6 @@ from typing import Any, Literal
 from align.config import DPORecipe, EvalRecipe, PPORecipe
 from align.nearest import did_you_mean
 from align.options import LoraOptions
-from align.types import AlignError
 
 TRAINED_BYTES = 16
 """For each trained parameter: float32 weight, gradient and two Adam moments."""
@@ -93,43 +92,44 @@ def _adapter_of(model: str, base: str) -> bool:
         return False
 
 
-def find_config(model: str, *, trust_remote_code: bool = False) -> tuple[Any, str]:
+def find_config(
+    model: str, *, trust_remote_code: bool = False, base_model: str | None = None
+) -> tuple[Any, str]:
     """The model's transformers config if it is on this machine, else None and why not.
+
+    An adapter's is that of its base, with the vocabulary that the adapter makes it.
 
     Raises:
         AlignError: There is no such folder, no run will make it, and the hub has no such name.
     """
-    from transformers import AutoConfig
-
+    from align.models.adapters import find_adapter
+    from align.models.configs import read_config
     from align.models.locate import (
-        adapter_base,
         in_the_cache,
+        locate,
         looks_like_hub_id,
-        no_model_in,
         no_such_model,
     )
 
-    model = adapter_base(model) or model
+    adapter = find_adapter(model, base_model=base_model)
+    if adapter is not None:
+        config, reason = find_config(adapter.base, trust_remote_code=trust_remote_code)
+        return config, f"{model}: its base {reason}" if reason else ""
     path = Path(model)
     if path.is_file():
         return None, f"{model} is a file, read when the run starts"
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise AlignError(no_model_in(path))
-    elif not looks_like_hub_id(model):
-        if not _made_by_a_run(path):
-            raise no_such_model(model)
-        return None, f"{model} is not there yet: a run makes it{did_you_mean(path)}"
-    elif not in_the_cache(model):
-        return None, f"{model} is no folder here, nor in the hub's cache: the run will ask the hub"
-    try:
-        config = AutoConfig.from_pretrained(
-            model, trust_remote_code=trust_remote_code, local_files_only=True
-        )
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise AlignError(f"model: {model}: its config cannot be read: {reason}") from error
-    return config, ""
+    if not path.is_dir():
+        if not looks_like_hub_id(model):
+            if not _made_by_a_run(path):
+                raise no_such_model(model)
+            return None, f"{model} is not there yet: a run makes it{did_you_mean(path)}"
+        if not in_the_cache(model):
+            return (
+                None,
+                f"{model} is no folder here, nor in the hub's cache: the run will ask the hub",
+            )
+    where, _ = locate(model)
+    return read_config(where, {"local_files_only": True}, trust_remote_code=trust_remote_code), ""
 
 
 def _made_by_a_run(path: Path) -> bool:

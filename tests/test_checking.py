@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from align import checking, cli
 from align.checking import check
@@ -43,10 +45,17 @@ TRUNK = 256 * 64 + 3 * LAYER + 64
 
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A folder that holds a config and no weights: check must not need them."""
+    """A folder whose weights cannot be read: check must not need them."""
     monkeypatch.chdir(tmp_path)
-    LlamaConfig(**SHAPE).save_pretrained("models/small")
-    return "models/small"
+    return save_config("models/small")
+
+
+def save_config(folder: str, **options: Any) -> str:
+    LlamaConfig(**SHAPE, **options).save_pretrained(folder)
+    raw = Tokenizer(BPE({letter: i for i, letter in enumerate("abcp0123456789")}, []))
+    PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>").save_pretrained(folder)
+    Path(folder, "model.safetensors").write_bytes(b"")
+    return folder
 
 
 def data(rows: int) -> tuple[DataSource, ...]:
@@ -145,7 +154,7 @@ def test_a_small_minibatch_fills_no_microbatch() -> None:
 def test_roles_on_the_actors_weights_are_counted_once(model: str) -> None:
     adapter = Path("runs/rm/model_adapter")
     adapter.mkdir(parents=True)
-    LlamaConfig(**SHAPE).save_pretrained("runs/rm/model")
+    save_config("runs/rm/model")
     text = json.dumps({"base_model_name_or_path": model, "task_type": "SEQ_CLS"})
     (adapter / "adapter_config.json").write_text(text)
     lora = LoraOptions(r=4, target_modules=("q_proj",))
@@ -283,7 +292,7 @@ def test_what_the_run_would_refuse_is_refused(
     data = "pairs.jsonl" if recipe == "dpo" else "prompts.jsonl"
     reward = "" if recipe == "dpo" else "reward: math:gcd\n"
     for name, kind in (("judge", "SequenceClassification"), ("judged", "CausalLM")):
-        LlamaConfig(**SHAPE, architectures=[f"LlamaFor{kind}"]).save_pretrained(f"models/{name}")
+        save_config(f"models/{name}", architectures=[f"LlamaFor{kind}"])
     text = f"model: {model}\noutput_dir: o\ndata: {data}\n{reward}"
     Path(f"{recipe}.yaml").write_text(text)
     assert cli.main(["check", f"{recipe}.yaml"]) == 0

@@ -30,6 +30,7 @@ from align.evaluation.reward_model import agreement_with, evaluate_reward
 from align.evaluation.systems import Judge, comparisons, judge_of, pooled, win_rates
 from align.evaluation.table import closing_table, reward_table, significance
 from align.files import write_whole
+from align.model_checks import check_models
 from align.progress import Progress, say
 from align.recipes_io import to_yaml
 from align.rewards import (
@@ -58,6 +59,7 @@ def run(recipe: EvalRecipe) -> None:
         if options is not None:
             require_engine(options)
     check_plugins(recipe)
+    check_models("eval", recipe)
     state = PartialState()
     if state.num_processes > 1:
         raise AlignError("eval: runs in one process; start it without `accelerate launch`")
@@ -267,6 +269,7 @@ class _Evaluation:
                 precision=self.recipe.precision,
                 attention=self.recipe.attention,
                 trust_remote_code=self.recipe.trust_remote_code,
+                base_model=self.recipe.base_model,
                 tokens_per_microbatch=self.recipe.tokens_per_microbatch,
             ),
         )

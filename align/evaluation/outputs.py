@@ -68,7 +68,10 @@ class Answerer:
     def __init__(self, model: str, recipe: EvalRecipe, *, device: torch.device) -> None:
         checkpoint = training_checkpoint(model)
         name = checkpoint.model if checkpoint else model
-        self.tokenizer = load_tokenizer(name, trust_remote_code=recipe.trust_remote_code)
+        base = checkpoint.base_model if checkpoint else recipe.base_model
+        self.tokenizer = load_tokenizer(
+            name, trust_remote_code=recipe.trust_remote_code, base_model=base
+        )
         self.policy = load_policy(
             name,
             device=device,
@@ -76,6 +79,7 @@ class Answerer:
             attention=recipe.attention,
             lora=checkpoint.lora if checkpoint else None,
             trust_remote_code=recipe.trust_remote_code,
+            base_model=base,
             from_scratch=checkpoint.from_scratch if checkpoint else False,
             frozen=True,
         )
@@ -177,6 +181,7 @@ class TrainingCheckpoint:
     model: str
     lora: LoraOptions | None
     from_scratch: bool
+    base_model: str | None = None
 
     def load_into(self, policy: Policy) -> None:
         with reading(f"models: {self.weights}"):
@@ -210,7 +215,11 @@ def training_checkpoint(model: str) -> TrainingCheckpoint | None:
         if lora is not None:
             lora = LoraOptions(**lora | {"target_modules": tuple(lora["target_modules"])})
         return TrainingCheckpoint(
-            weights[0], str(recipe["model"]), lora, bool(recipe.get("from_scratch"))
+            weights[0],
+            str(recipe["model"]),
+            lora,
+            bool(recipe.get("from_scratch")),
+            recipe.get("base_model"),
         )
     except BROKEN as error:
         raise AlignError(

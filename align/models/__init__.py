@@ -6,7 +6,9 @@ from pathlib import Path
 
 import torch
 
+from align.models.adapters import find_adapter
 from align.models.backends import settle_backend
+from align.models.kinds import require_kind
 from align.models.load import classifier_on, load_causal_lm, load_classifier, load_tokenizer
 from align.models.lora import add_lora, load_adapter, on_same_weights
 from align.models.policy import Policy, ScalarModel
@@ -29,20 +31,23 @@ def load_policy(
     lora: LoraOptions | None = None,
     gradient_checkpointing: bool = False,
     trust_remote_code: bool = False,
+    base_model: str | None = None,
     from_scratch: bool = False,
     frozen: bool = False,
 ) -> Policy:
     """The language model at ``model``, on ``device``, checked to be packable.
 
-    ``frozen``: never trained, so that a GPU may hold it in bf16.
+    ``base_model``: replaces the base that an adapter names. ``frozen``: never trained, so that a
+    GPU may hold it in bf16.
     """
     precision = resolve_precision(precision, device)
-    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code, base_model=base_model)
     loaded = load_causal_lm(
         model,
         tokenizer,
         dtype=_dtype(precision, device, trained_whole=lora is None and not frozen),
         trust_remote_code=trust_remote_code,
+        base_model=base_model,
         from_scratch=from_scratch,
     )
     if lora is not None:
@@ -65,6 +70,7 @@ def load_scalar_model(
     lora: LoraOptions | None = None,
     gradient_checkpointing: bool = False,
     trust_remote_code: bool = False,
+    base_model: str | None = None,
     head_required: bool = False,
 ) -> ScalarModel:
     """The one-label model at ``model``; its head is new where the checkpoint has none.
@@ -74,12 +80,16 @@ def load_scalar_model(
             trained as a reward model, and its scores would be noise.
     """
     precision = resolve_precision(precision, device)
-    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    adapter = find_adapter(model, base_model=base_model, fetch=True)
+    if adapter is not None and head_required:
+        require_kind("reward model", model, None, "reward", adapter=adapter)
+    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code, base_model=base_model)
     loaded, fresh = load_classifier(
         model,
         tokenizer,
         dtype=_dtype(precision, device, trained_whole=lora is None and not head_required),
         trust_remote_code=trust_remote_code,
+        base_model=base_model,
     )
     if fresh and head_required:
         raise AlignError(f"reward model {model}: no `score` head; train one with `align rm`")

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
+from contextlib import nullcontext
 from pathlib import Path
-from traceback import walk_tb
 from typing import Any
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -23,26 +21,43 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from align.models.attention import BACKENDS, not_on_the_interface
+from align.models.adapters import Adapter, find_adapter, merge, of_adapter
+from align.models.attention import BACKENDS
+from align.models.configs import read_config
 from align.models.dropout import switch_off_dropout
-from align.models.locate import adapter_base, require_found
+from align.models.guard import loading
+from align.models.kinds import require_kind
+from align.models.locate import require_found, require_safe_on_hub
+from align.models.vocabulary import resize
 from align.types import AlignError
 
 
-def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a model, with a pad token that is not an end token.
+def load_tokenizer(
+    model: str, *, trust_remote_code: bool = False, base_model: str | None = None
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer beside a model, with a pad token that is not an end token.
 
-    Padding hardly occurs here, but ``pad_token_id`` is written into the saved config, and plain
-    transformers reads a classifier's score at the last token that is *not* padding: with pad = EOS
-    that would be the token before EOS.
+    An adapter without tokenizer files has its base's. Padding hardly occurs here, but
+    ``pad_token_id`` is written into the saved config, and plain transformers reads a classifier's
+    score at the last token that is *not* padding: with pad = EOS that would be the token before
+    EOS.
     """
-    base = adapter_base(model)
-    if base is not None and not (Path(model) / "tokenizer_config.json").is_file():
-        return load_tokenizer(base, trust_remote_code=trust_remote_code)
-    where, options = require_found(model)
-    tokenizer = _guarded(
-        model, AutoTokenizer.from_pretrained, where, trust_remote_code=trust_remote_code, **options
-    )
+    adapter = find_adapter(model, base_model=base_model, fetch=True)
+    if adapter is None:
+        where, options = require_found(model)
+    elif (adapter.folder / "tokenizer_config.json").is_file():
+        where, options = str(adapter.folder), {}
+    else:
+        with of_adapter(adapter):
+            where, options = _base_of(adapter)
+            if find_adapter(where) is not None:
+                return load_tokenizer(where, trust_remote_code=trust_remote_code)
+    options = {k: v for k, v in options.items() if k != "use_safetensors"}
+    within = nullcontext() if adapter is None else of_adapter(adapter)
+    with within, loading(where, file="tokenizer.json"):
+        tokenizer = AutoTokenizer.from_pretrained(
+            where, trust_remote_code=trust_remote_code, **options
+        )
     if tokenizer.eos_token_id is None:
         raise AlignError(f"{model}: the tokenizer has no EOS token; set eos_token in its config")
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
@@ -70,43 +85,37 @@ def load_causal_lm(
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
     from_scratch: bool = False,
+    base_model: str | None = None,
 ) -> PreTrainedModel:
-    """A decoder with its LM head; a LoRA adapter's folder is its base merged with it."""
-    base = adapter_base(model)
-    if base is not None:
-        from peft import PeftModel
-
-        whole = load_causal_lm(base, tokenizer, dtype=dtype, trust_remote_code=trust_remote_code)
-        # float32, as `merged` says
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # peft's, about transformers 6
-            adapted = _guarded(model, PeftModel.from_pretrained, whole.float(), model)
-        return adapted.merge_and_unload().to(dtype)
+    """Load a decoder with its LM head; a LoRA adapter's folder is its base merged with it."""
+    adapter = find_adapter(model, base_model=base_model, fetch=True)
+    if adapter is not None:
+        if from_scratch:
+            raise AlignError(f"from_scratch: {model} is an adapter; name its base model")
+        require_kind("model", model, None, "policy", adapter=adapter)
+        with of_adapter(adapter):
+            where, options = _base_of(adapter)
+            if find_adapter(where) is not None:
+                whole = load_causal_lm(where, tokenizer, trust_remote_code=trust_remote_code)
+            else:
+                config = read_config(where, options, trust_remote_code=trust_remote_code)
+                require_kind("model", model, config, "policy", adapter=adapter)
+                whole = _causal_lm(where, options, config, torch.float32, trust_remote_code)
+        merged = merge(whole.float(), adapter)  # float32, as `lora.merged` says
+        return _settle(merged, tokenizer).to(dtype)
     where, options = require_found(model)
+    config = read_config(where, options, trust_remote_code=trust_remote_code)
     if from_scratch:
-        config = _guarded(
-            model, AutoConfig.from_pretrained, where, trust_remote_code=trust_remote_code, **options
-        )
-        loaded = _guarded(
-            model,
-            AutoModelForCausalLM.from_config,
-            config,
-            attn_implementation=BACKENDS["segments"],
-            dtype=torch.float32,
-        )
+        with loading(model, folder=where, file="config.json"):
+            loaded = AutoModelForCausalLM.from_config(
+                config,
+                attn_implementation=BACKENDS["segments"],
+                dtype=torch.float32,
+                trust_remote_code=trust_remote_code,
+            )
     else:
-        loaded, info = _guarded(
-            model,
-            AutoModelForCausalLM.from_pretrained,
-            where,
-            attn_implementation=BACKENDS["segments"],
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            **options,
-        )
-        refuse_other_kind("model", model, loaded.config, head=False)
-        _complete(model, info)
+        require_kind("model", model, config, "policy")
+        loaded = _causal_lm(where, options, config, dtype, trust_remote_code)
     return _settle(loaded, tokenizer)
 
 
@@ -116,28 +125,109 @@ def load_classifier(
     *,
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
+    base_model: str | None = None,
 ) -> tuple[PreTrainedModel, bool]:
-    """A decoder with a one-label head, and whether that head is new (not in the checkpoint)."""
-    where, options = require_found(model)
-    loaded, info = _guarded(
-        model,
-        AutoModelForSequenceClassification.from_pretrained,
-        where,
-        num_labels=1,
-        attn_implementation=BACKENDS["segments"],
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-        output_loading_info=True,
-        **options,
-    )
-    if not hasattr(loaded, "score"):
-        raise AlignError(f"{model}: {type(loaded).__name__} has no `score` head; use a decoder")
-    fresh = any(key.startswith("score") for key in info["missing_keys"])
-    _complete(model, info, but="score")
-    if fresh:
-        _draw_head(loaded.score)
+    """Load a decoder with a one-label head, and whether that head is new (not in the checkpoint).
+
+    The adapter of a one-label model brings its head; that of a language model is merged and gets a
+    new one.
+    """
+    adapter = find_adapter(model, base_model=base_model, fetch=True)
+    options: dict[str, Any]
+    if adapter is None:
+        where, options = require_found(model)
+        config = read_config(where, options, trust_remote_code=trust_remote_code)
+        require_kind("model", model, config, "start")
+        loaded, fresh = _classifier(where, options, config, dtype, trust_remote_code)
+    elif adapter.task != "SEQ_CLS":
+        require_kind("model", model, None, "start", adapter=adapter)
+        causal = load_causal_lm(
+            model,
+            tokenizer,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            base_model=base_model,
+        )
+        found = classifier_on(causal)
+        if found is None:
+            raise AlignError(
+                f"model: {model}: transformers has no one-label model of {type(causal).__name__}"
+            )
+        return found, True
+    else:
+        require_kind("model", model, None, "start", adapter=adapter)
+        with of_adapter(adapter):
+            where, options = _base_of(adapter)
+            if find_adapter(where) is not None:
+                whole, _ = load_classifier(where, tokenizer, trust_remote_code=trust_remote_code)
+            else:
+                config = read_config(where, options, trust_remote_code=trust_remote_code)
+                whole, _ = _classifier(where, options, config, torch.float32, trust_remote_code)
+        loaded, fresh = merge(whole.float(), adapter).to(dtype), False
     loaded.score.float()  # scores are float32, whatever the trunk is held in
     return _settle(loaded, tokenizer), fresh
+
+
+def _base_of(adapter: Adapter) -> tuple[str, dict[str, Any]]:
+    """What ``from_pretrained`` takes for an adapter's base, or the base where it is an adapter."""
+    if find_adapter(adapter.base, fetch=True) is not None:
+        return adapter.base, {}
+    where, options = require_found(adapter.base)
+    if adapter.revision is not None and not Path(where).exists():
+        options = options | {"revision": adapter.revision}
+    return where, options
+
+
+def _causal_lm(
+    where: str,
+    options: dict[str, Any],
+    config: Any,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+) -> PreTrainedModel:
+    """Load a whole model's weights as a language model, complete."""
+    require_safe_on_hub(where, options)
+    with loading(where):
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            where,
+            config=config,
+            attn_implementation=BACKENDS["segments"],
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            **options,
+        )
+    _complete(where, info)
+    return loaded
+
+
+def _classifier(
+    where: str,
+    options: dict[str, Any],
+    config: Any,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+) -> tuple[PreTrainedModel, bool]:
+    """Load a whole model's weights as a one-label model, and whether its head is new."""
+    require_safe_on_hub(where, options)
+    config.num_labels = 1
+    with loading(where):
+        loaded, info = AutoModelForSequenceClassification.from_pretrained(
+            where,
+            config=config,
+            attn_implementation=BACKENDS["segments"],
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            **options,
+        )
+    if not hasattr(loaded, "score"):
+        raise AlignError(f"{where}: {type(loaded).__name__} has no `score` head; use a decoder")
+    fresh = any(key.startswith("score") for key in info["missing_keys"])
+    _complete(where, info, but="score")
+    if fresh:
+        _draw_head(loaded.score)
+    return loaded, fresh
 
 
 def classifier_on(model: PreTrainedModel) -> PreTrainedModel | None:
@@ -206,41 +296,8 @@ def _settle(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTr
         del model.config.quantization_config
         model.hf_quantizer = None  # else save_pretrained refuses
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        _grow(model, len(tokenizer))
+        resize(model, len(tokenizer))
     return model
-
-
-def _grow(model: PreTrainedModel, num_tokens: int) -> None:
-    """Give tokens that the checkpoint lacks the mean of its embeddings.
-
-    Random rows would differ between policy and reference, and take nearly all probability from a
-    model whose logits all lie far below 0, as GPT-2's do (Hewitt 2021).
-    """
-    old = model.get_input_embeddings().num_embeddings
-    model.resize_token_embeddings(num_tokens, mean_resizing=False)
-    with torch.no_grad():
-        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
-            for rows in layer.parameters() if layer is not None else ():
-                rows[old:] = rows[:old].mean(0)
-
-
-def refuse_other_kind(key: str, model: str, config: Any, *, head: bool) -> None:
-    """A reward model is no language model and a language model no reward model: their heads differ.
-
-    Args:
-        head: Whether a score head is wanted.
-    """
-    made = (getattr(config, "architectures", None) or [""])[0]
-    if head and made.endswith(("ForCausalLM", "LMHeadModel")):
-        raise AlignError(
-            f"{key}: {model} is a language model ({made}) without a trained score head; name a "
-            "reward model, such as `align rm` makes"
-        )
-    if not head and made.endswith("ForSequenceClassification"):
-        raise AlignError(
-            f"{key}: {model} is a reward model ({made}), which has no language-model head; name "
-            "the model that it was trained from"
-        )
 
 
 def _complete(model: str, info: dict[str, Any], *, but: str = "") -> None:
@@ -252,41 +309,3 @@ def _complete(model: str, info: dict[str, Any], *, but: str = "") -> None:
             f"model: {model}: its files lack {missing[0]}{more}, which would be random; "
             "fetch or save the model whole"
         )
-
-
-def _guarded(model: str, load: Any, *args: Any, **options: Any) -> Any:
-    """Whatever goes wrong inside ``from_pretrained`` becomes one line about this model."""
-    if load.__self__ is AutoTokenizer or load.__self__ is AutoConfig:
-        options.pop("use_safetensors", None)
-    try:
-        return load(*args, **options)
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        if str(error) == repr(BACKENDS["segments"]):  # a table of attention classes without it
-            raise AlignError(f"model: {model}: {not_on_the_interface(_kind(error))}") from error
-        if str(error).startswith("Unrecognized configuration class"):
-            scalar = load.__self__ is AutoModelForSequenceClassification
-            kind = "one-label model (for a reward or a critic)" if scalar else "language model"
-            made_by = str(error).split("'")[1].rpartition(".")[2]
-            raise AlignError(
-                f"model: {model}: transformers has no {kind} of this architecture ({made_by}); "
-                "take another model"
-            ) from error
-        reason = str(error).strip().split("\n")[0]
-        raise AlignError(
-            f"model: {model}: cannot be loaded: {reason} "
-            "(give a folder that exists, or a hub id `org/name` that this machine can reach)"
-        ) from error
-    except Exception as error:
-        if type(error).__name__ in ("SafetensorError", "HFValidationError", "GatedRepoError"):
-            raise AlignError(f"model: {model}: cannot be loaded: {error}".split("\n")[0]) from error
-        raise
-
-
-def _kind(error: BaseException) -> str:
-    """Class of the model that was being made when an error was raised."""
-    kinds = [
-        type(frame.f_locals["self"])
-        for frame, _ in walk_tb(error.__traceback__)
-        if isinstance(frame.f_locals.get("self"), PreTrainedModel)
-    ]
-    return kinds[0].__name__ if kinds else "its architecture"

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from align.hub import require_on_the_hub
 from align.made_by import made_by
+from align.models.adapters import CONFIG, find_adapter
+from align.models.guard import loading, read_object
 from align.nearest import did_you_mean
 from align.types import AlignError
+
+INDEX = "model.safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+"""Endings of files of weights that are pickles."""
 
 DATA_FILES = {".gguf", ".jsonl", ".json", ".csv", ".parquet", ".arrow", ".gz"}
 """Endings of files that a recipe may name: no hub id has one."""
@@ -32,15 +37,76 @@ def locate(model: str) -> tuple[str, dict[str, Any]]:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise AlignError(no_model_in(path))
-        if list(path.glob("pytorch_model*.bin")) and not list(path.glob("*.safetensors")):
-            raise AlignError(
-                f"model: {model}: only pickled weights (pytorch_model.bin), which are never "
-                "loaded; convert them to safetensors first"
-            )
+        require_safe_weights(model, path)
         return str(path), {"use_safetensors": True}
     if path.exists() or not looks_like_hub_id(model):
         raise no_such_model(model)
     return model, {"use_safetensors": True}
+
+
+def require_safe_weights(model: str, folder: Path) -> None:
+    """Refuse pickles, and an index that names one or a file outside its folder."""
+    if not list(folder.glob("*.safetensors")) and not (folder / INDEX).exists():
+        pickled = sorted(p.name for end in PICKLES for p in folder.glob(f"*{end}"))
+        pickled = [name for name in pickled if name != "training_args.bin"]
+        if pickled:
+            raise AlignError(
+                f"model: {model}: only pickled weights ({pickled[0]}), which are never "
+                "loaded; convert them to safetensors first"
+            )
+    if (folder / INDEX).exists():
+        check_index(model, folder / INDEX)
+
+
+def check_index(model: str, index: Path) -> None:
+    """Refuse an index of shards that is damaged, names a pickle, or leads out of its folder.
+
+    A file of the hub's cache is a link into the same repository's ``blobs``, which is inside.
+    """
+    shards = read_object(index).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(n, str) for n in shards.values()):
+        raise AlignError(f"model: {model}: {index}: weight_map is not {{tensor: file}}")
+    folder = index.parent.absolute()
+    homes = [folder.resolve()]
+    if folder.parent.name == "snapshots":
+        homes.append(folder.parent.parent.resolve() / "blobs")
+    for name in sorted(set(shards.values())):
+        if not name.endswith(".safetensors"):
+            raise AlignError(
+                f"model: {model}: {index} names {name[:100]!r}, which is no safetensors file: "
+                "pickled weights are never loaded; convert them to safetensors first"
+            )
+        there = (folder / name).resolve()
+        if not any(there.is_relative_to(home) for home in homes):
+            raise AlignError(
+                f"model: {model}: {index} names {name[:100]!r}, which is outside its folder; put "
+                "the file itself into the folder"
+            )
+
+
+def require_safe_on_hub(model: str, options: dict[str, Any]) -> None:
+    """Check the files of a hub id as `locate` does those of a folder, before weights are loaded."""
+    if Path(model).exists() or "gguf_file" in options:
+        return
+    from transformers.utils import cached_file, find_adapter_config_file
+
+    revision = options.get("revision")
+    with loading(model):
+        index = cached_file(
+            model,
+            INDEX,
+            revision=revision,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        embedded = find_adapter_config_file(model, revision=revision)
+    if index is not None:
+        check_index(model, Path(index))
+    if embedded is not None:  # transformers would put it on, from a pickle if need be
+        raise AlignError(
+            f"model: {model}: holds a whole model and an adapter, and which is meant is not known; "
+            "name a folder with one of them"
+        )
 
 
 def require_found(model: str) -> tuple[str, dict[str, Any]]:
@@ -51,12 +117,12 @@ def require_found(model: str) -> tuple[str, dict[str, Any]]:
     return where, options
 
 
-def in_the_cache(model: str) -> bool:
-    """Whether the hub's cache on this machine holds the config of a hub id."""
+def in_the_cache(model: str, file: str = "config.json") -> bool:
+    """Whether the hub's cache on this machine holds a file of a hub id, its config by default."""
     from huggingface_hub import try_to_load_from_cache
 
     try:
-        return isinstance(try_to_load_from_cache(model, "config.json"), str)
+        return isinstance(try_to_load_from_cache(model, file), str)
     except ValueError:
         return False  # a name that the hub forbids
 
@@ -93,25 +159,23 @@ def no_model_in(folder: Path) -> str:
     inside = [n for n in ("model", "critic") if (folder / n / "config.json").is_file()]
     if inside:
         return f"{line}; it is a run's folder: name {folder / inside[0]}"
-    below = sorted(str(p.parent) for n in (1, 2, 3) for p in folder.glob(f"{'*/' * n}config.json"))
+    below = sorted(
+        {
+            str(path.parent)
+            for depth in (1, 2, 3)
+            for file in ("config.json", CONFIG)
+            for path in folder.glob(f"{'*/' * depth}{file}")
+        }
+    )
     if below:
         more = ", ..." if len(below) > SHOWN else ""
         return f"{line}; there are {', '.join(below[:SHOWN])}{more}"
     return f"{line}; give {GIVEN}"
 
 
-def adapter_base(model: str) -> str | None:
-    """The base model of a folder that holds a LoRA adapter alone; None where it does not."""
-    config = Path(model) / "adapter_config.json"
-    if not config.is_file() or (Path(model) / "config.json").is_file():
-        return None
-    base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not base:
-        raise AlignError(f"model: {model}: the adapter does not name its base model; merge them")
-    return str(base)
-
-
-def is_on_the_hub(model: str) -> bool:
+def is_on_the_hub(model: str, *, base_model: str | None = None) -> bool:
     """Whether it would be asked of the hub, or its cache; a misspelt folder raises."""
-    model = adapter_base(model) or model
+    adapter = find_adapter(model, base_model=base_model)
+    if adapter is not None:
+        return is_on_the_hub(adapter.base)
     return locate(model)[0] == model and not Path(model).exists()

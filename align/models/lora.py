@@ -22,9 +22,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from align.files import whole_folder
+from align.models.adapters import WEIGHTS
+from align.models.guard import loading, reason_of
 from align.options import LoraOptions
 from align.types import AlignError
 
+LINEAR = (torch.nn.Linear, Conv1D)
 LM_HEADS = ("lm_head", "embed_out")
 """What the actor has and the critic, which is adapted by the same recipe, has not."""
 
@@ -50,8 +53,9 @@ def add_lora(
             )
         layers = list(range(count - options.top_layers, count))
     targets: str | list[str] = list(options.target_modules)
+    passed_over = LM_HEADS if task == "classifier" else ()
     if options.target_modules != ("all-linear",):
-        _check_names(model, options.target_modules, but=LM_HEADS if task == "classifier" else ())
+        _check_names(model, options.target_modules, but=passed_over)
     else:  # peft wants names where only some layers are adapted
         targets = "all-linear" if layers is None else _linear_names(model)
     config = LoraConfig(
@@ -67,8 +71,9 @@ def add_lora(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft's, about transformers 6
             adapted = get_peft_model(model, config)
-    except ValueError as error:
-        raise AlignError(f"lora.target_modules: {str(error).splitlines()[0]}") from error
+    except (ValueError, TypeError, AttributeError, KeyError) as error:  # of layers of other kinds
+        raise AlignError(f"lora.target_modules: {reason_of(error)}") from error
+    _check_adapted(adapted, options, but=passed_over)
     # merging would change the embeddings with the head, or the head with them
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     weights = [getattr(getattr(end, "base_layer", end), "weight", None) for end in ends]
@@ -90,23 +95,53 @@ def require_rank(options: LoraOptions, config: PretrainedConfig) -> None:
         )
 
 
+def _check_adapted(model: PeftModel, options: LoraOptions, *, but: Sequence[str]) -> None:
+    """Refuse a name that was passed over, and a rank above the width of every adapted layer, with
+    which the update would be a full one at a higher price."""
+    layers = {name: module for name, module in model.named_modules() if _is_adapted(module)}
+    for name in () if options.target_modules == ("all-linear",) else options.target_modules:
+        if name not in but and not any(layer.endswith(f".{name}") for layer in layers):
+            why = (
+                "it is in none of lora.top_layers" if options.top_layers else "it is trained whole"
+            )
+            raise AlignError(
+                f"lora.target_modules: {name!r} gets no adapter, for {why}; leave it out"
+            )
+    width = max((min(m.get_base_layer().weight.shape) for m in layers.values()), default=0)
+    if options.r > width:
+        raise AlignError(
+            f"lora.r: is {options.r}, but no adapted layer is wider than {width}; use at most "
+            f"{width}, or train the whole model (lora=null)"
+        )
+
+
 def _check_names(model: PreTrainedModel, names: Sequence[str], *, but: Sequence[str]) -> None:
     """Refuse a name that no module has: peft would adapt the others without a word."""
-    modules = [f".{name}" for name, _ in model.named_modules()]
+    there = ", ".join(_linear_names(model))
     for name in names:
-        if name not in but and not any(module.endswith(f".{name}") for module in modules):
-            there = ", ".join(_linear_names(model))
+        found = [m for n, m in model.named_modules() if f".{n}".endswith(f".{name}")]
+        if name not in but and not found:
             raise AlignError(
                 f"lora.target_modules: no module is called {name!r}; this model has {there}; "
                 "name some of them, or all-linear alone"
             )
+        wrong = [m for m in found if not isinstance(m, (*LINEAR, torch.nn.Embedding))]
+        if wrong:
+            raise AlignError(
+                f"lora.target_modules: {name!r} is a {type(wrong[0]).__name__}, which is neither a "
+                f"linear layer nor embeddings; this model has {there}"
+            )
+    if names and all(name in but for name in names):
+        raise AlignError(
+            f"lora.target_modules: {', '.join(names)} alone: a model of one score has no "
+            f"language-model head; name some of {there} too"
+        )
 
 
 def _linear_names(model: PreTrainedModel) -> list[str]:
     """What ``all-linear`` adapts."""
     trunk = getattr(model, model.base_model_prefix)
-    linear = (torch.nn.Linear, Conv1D)
-    return sorted({n.rpartition(".")[2] for n, m in trunk.named_modules() if isinstance(m, linear)})
+    return sorted({n.rpartition(".")[2] for n, m in trunk.named_modules() if isinstance(m, LINEAR)})
 
 
 def unwrapped(model: torch.nn.Module) -> PreTrainedModel:
@@ -123,7 +158,8 @@ def save_adapter(model: PeftModel, folder: Path, *, trunk_sha256: str) -> None:
     """The adapter (and head) alone, in peft's own format, and what it belongs on."""
     has_head = model.peft_config["default"].task_type == TaskType.SEQ_CLS
     text = json.dumps({"sha256": trunk_sha256, "head": has_head}) + "\n"
-    with whole_folder(folder) as partial:
+    with whole_folder(folder) as partial, warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # peft's: that adapted embeddings are saved
         model.save_pretrained(str(partial))
         (partial / RECORD).write_text(text, encoding="utf-8")
 
@@ -141,11 +177,10 @@ def adapter_beside(model: str) -> tuple[Path, str] | None:
 
 def load_adapter(model: PreTrainedModel, folder: Path, *, trained: bool) -> PeftModel:
     """Put a saved adapter, and the head saved with it, on the trunk that it was trained on."""
-    try:
+    if not (folder / WEIGHTS).is_file():  # peft would look for a pickle next
+        raise AlignError(f"adapter {folder}: has no {WEIGHTS}; remove the folder")
+    with loading(str(folder)):
         return PeftModel.from_pretrained(model, str(folder), is_trainable=trained)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise AlignError(f"adapter {folder}: cannot be loaded: {reason}; remove it") from error
 
 
 def on_same_weights(model: torch.nn.Module) -> PreTrainedModel:

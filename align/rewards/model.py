@@ -77,6 +77,7 @@ def reward_model_loader(
     precision: str,
     attention: str,
     trust_remote_code: bool,
+    base_model: str | None = None,
     tokens_per_microbatch: int,
 ) -> Callable[[str], ModelReward]:
     """``load(folder or hub id)``, frozen, for `build_reward`."""
@@ -88,10 +89,13 @@ def reward_model_loader(
             precision=precision,
             attention=attention,
             trust_remote_code=trust_remote_code,
+            base_model=base_model,
             head_required=True,
         )
         scalar.requires_grad_(False)
-        tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(
+            model, trust_remote_code=trust_remote_code, base_model=base_model
+        )
         return ModelReward(scalar.eval(), tokenizer, tokens_per_microbatch=tokens_per_microbatch)
 
     return load

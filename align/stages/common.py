@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from align.config import CommonRecipe
 from align.data.chat import end_token_ids
 from align.data.held_out import notes_of
+from align.model_checks import check_models, other_vocabulary
 from align.models import Policy, load_tokenizer
 from align.models.locate import is_on_the_hub
 from align.models.offload import require_gpu
@@ -55,9 +56,12 @@ def open_session(recipe: CommonRecipe, stage: str) -> Session:
     notes = notes_of((*recipe.data.train, *recipe.data.test))
     for note in notes if accelerator.is_main_process else ():
         say(f"{stage}: {note}")
-    if accelerator.is_main_process and is_on_the_hub(recipe.model):
+    check_models(stage, recipe)
+    if accelerator.is_main_process and is_on_the_hub(recipe.model, base_model=recipe.base_model):
         say(f"{stage}: {recipe.model}: no such folder here; asking the hub, or its cache")
-    tokenizer = load_tokenizer(recipe.model, trust_remote_code=recipe.trust_remote_code)
+    tokenizer = load_tokenizer(
+        recipe.model, trust_remote_code=recipe.trust_remote_code, base_model=recipe.base_model
+    )
     run = Run(
         stage,
         recipe.output_dir,
@@ -119,14 +123,13 @@ def save_policy(model: torch.nn.Module, session: Session) -> None:
 def require_same_vocabulary(key: str, model: str, recipe: CommonRecipe, session: Session) -> None:
     """Refuse a model that does not speak of the policy's tokens."""
     if not same_vocabulary(model, recipe, session):
-        raise AlignError(
-            f"{key}: {model} has another vocabulary than {recipe.model}, so its numbers would be "
-            "of other tokens; name a model with the same tokenizer"
-        )
+        raise other_vocabulary(key, model, recipe.model)
 
 
 def same_vocabulary(model: str, recipe: CommonRecipe, session: Session) -> bool:
-    other = load_tokenizer(model, trust_remote_code=recipe.trust_remote_code)
+    other = load_tokenizer(
+        model, trust_remote_code=recipe.trust_remote_code, base_model=recipe.base_model
+    )
     return bool(other.get_vocab() == session.tokenizer.get_vocab())
 
 

@@ -59,6 +59,7 @@ def run(recipe: DPORecipe) -> None:
         lora=recipe.lora,
         gradient_checkpointing=recipe.gradient_checkpointing,
         trust_remote_code=recipe.trust_remote_code,
+        base_model=recipe.base_model,
     )
     policy.activation_offload = recipe.activation_offload
     train_groups, test_groups = train_data.groups, test_data.groups
@@ -211,5 +212,6 @@ def _frozen(recipe: DPORecipe, session: Session) -> Policy | None:
         precision=recipe.precision,
         attention=recipe.attention,
         trust_remote_code=recipe.trust_remote_code,
+        base_model=recipe.base_model,
         frozen=True,
     )

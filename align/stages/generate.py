@@ -92,6 +92,7 @@ def _sample(
         precision=recipe.precision,
         attention=recipe.attention,
         trust_remote_code=recipe.trust_remote_code,
+        base_model=recipe.base_model,
     )
     k, end_ids = recipe.generation.samples_per_prompt, policy_end_ids(policy, session)
     mine = my_share(prompts.groups, accelerator)
@@ -140,6 +141,7 @@ def _score(
                 precision=recipe.precision,
                 attention=recipe.attention,
                 trust_remote_code=recipe.trust_remote_code,
+                base_model=recipe.base_model,
                 tokens_per_microbatch=recipe.tokens_per_microbatch,
             ),
         )

@@ -28,6 +28,7 @@ from align.config import (
 from align.evaluation import harness
 from align.files import load_json, read_logged, reading
 from align.losses.dpo import LOSSES_WITHOUT_REFERENCE
+from align.model_checks import has_adapter
 from align.models.average import average_models
 from align.progress import say, table
 from align.recipes_io import load_recipe, to_yaml
@@ -87,6 +88,8 @@ def stage_recipes(recipe: IterateRecipe) -> dict[str, Any]:
     for name, path in given.items():
         overrides = [o.partition(".")[2] for o in recipe.set if o.startswith(f"{name}.")]
         loaded[name] = load_recipe(KINDS[name], path, overrides, but=_set_here(name))
+        if recipe.base_model:
+            loaded[name] = replace(loaded[name], base_model=recipe.base_model)
     if loaded["generate"].pairs is None:
         raise AlignError(f"generate: {recipe.generate} makes no pairs; set generate.pairs.choose")
     if "ppo" in loaded and not any(term.model for term in loaded["ppo"].reward):
@@ -229,6 +232,8 @@ def _policy(recipe: IterateRecipe, now: Round) -> Path:
 
 def _run_once(recipe: Any, stage: Callable[[Any], None], *, resumable: bool = True) -> None:
     """Run a stage, unless its folder says that it is done; go on with one that was cut short."""
+    if recipe.base_model and not has_adapter(recipe):  # later rounds start from merged models
+        recipe = replace(recipe, base_model=None)
     folder = Path(recipe.output_dir)
     if os.path.lexists(folder / MANIFEST):
         remedy = "restore it, or remove the folder to run this stage again"

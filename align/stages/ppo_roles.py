@@ -52,6 +52,7 @@ def load_roles(recipe: PPORecipe, session: Session) -> Roles:
         lora=recipe.lora,
         gradient_checkpointing=recipe.gradient_checkpointing,
         trust_remote_code=recipe.trust_remote_code,
+        base_model=recipe.base_model,
     )
     weights = {"actor": weights_hash(actor.inner)}
     trunk = None if recipe.lora is None else Trunk(actor)
@@ -60,6 +61,7 @@ def load_roles(recipe: PPORecipe, session: Session) -> Roles:
         precision=recipe.precision,
         attention=recipe.attention,
         trust_remote_code=recipe.trust_remote_code,
+        base_model=recipe.base_model,
         tokens_per_microbatch=recipe.tokens_per_microbatch,
     )
 
@@ -70,7 +72,9 @@ def load_roles(recipe: PPORecipe, session: Session) -> Roles:
             if trunk:
                 trunk.apart[model] = source.model
         else:
-            tokenizer = load_tokenizer(model, trust_remote_code=recipe.trust_remote_code)
+            tokenizer = load_tokenizer(
+                model, trust_remote_code=recipe.trust_remote_code, base_model=recipe.base_model
+            )
             source = ModelReward(
                 scalar, tokenizer, tokens_per_microbatch=recipe.tokens_per_microbatch
             )
@@ -121,6 +125,7 @@ def _critic(recipe: PPORecipe, session: Session, trunk: Trunk | None) -> ScalarM
             lora=recipe.lora,
             gradient_checkpointing=recipe.gradient_checkpointing,
             trust_remote_code=recipe.trust_remote_code,
+            base_model=recipe.base_model,
         )
     critic.scale_head(0.0 if critic.fresh_head else weight)
     if session.run.is_main:
@@ -148,6 +153,7 @@ def _reference(
         precision=recipe.precision,
         attention=recipe.attention,
         trust_remote_code=recipe.trust_remote_code,
+        base_model=recipe.base_model,
         frozen=True,
     )
     weights["reference"] = weights_hash(reference.inner)

@@ -51,6 +51,7 @@ def run(recipe: RewardRecipe) -> None:
         lora=recipe.lora,
         gradient_checkpointing=recipe.gradient_checkpointing,
         trust_remote_code=recipe.trust_remote_code,
+        base_model=recipe.base_model,
     )
     scalar.activation_offload = recipe.activation_offload
     session.run.describe(start_weights=weights_hash(scalar.inner), **introduce(scalar, session))

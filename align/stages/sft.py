@@ -35,6 +35,7 @@ def run(recipe: SFTRecipe) -> None:
         lora=recipe.lora,
         gradient_checkpointing=recipe.gradient_checkpointing,
         trust_remote_code=recipe.trust_remote_code,
+        base_model=recipe.base_model,
         from_scratch=recipe.from_scratch,
     )
     policy.activation_offload = recipe.activation_offload

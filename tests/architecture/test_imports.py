@@ -61,9 +61,10 @@ ALLOWED: dict[str, set[str]] = {
     "rollout": {"losses", "data", "models"},
     "rewards": {"losses", "data", "models", "rollout"},
     "training": {"losses", "data", "models", "config", "recipes_io"},
-    "evaluation": {"losses", "data", "models", "rollout", "rewards", "config", "recipes_io"},
+    "evaluation": {"losses", "data", "models", "rollout", "rewards", "config", "recipes_io"}
+    | {"model_checks"},
     "stages": {"losses", "data", "models", "rollout", "rewards", "training", "evaluation"}
-    | {"feedback"}
+    | {"feedback", "model_checks"}
     | CONFIG,
     "config": set(),
     "recipe_ranges": set(),
@@ -73,9 +74,10 @@ ALLOWED: dict[str, set[str]] = {
     "recipe_text": {"recipe_builder"},
     "recipes_io": {"config", "recipe_builder", "recipe_checks", "recipe_text"},
     "model_sizes": {"models"} | CONFIG,
+    "model_checks": {"models", "model_sizes"} | CONFIG,
     "memory": {"models", "losses", "model_sizes"} | CONFIG,
     "checking": {"data", "models", "memory", "model_sizes", "rewards", "rollout", "training"}
-    | {"stages", "evaluation"}
+    | {"stages", "evaluation", "model_checks"}
     | CONFIG,
     "feedback": {"data", "evaluation"},
     "commands": {"data", "models", "feedback"},

@@ -151,7 +151,7 @@ def test_the_adapter_of_a_policy_is_no_reward_models(
     ppo.run(make_recipe(PPORecipe, tree, f"output_dir={tmp_path / 'first'}", chrf))
     policy_folder = tmp_path / "first" / "model"
     assert (tmp_path / "first" / "model_adapter" / "trunk.json").is_file()
-    with pytest.raises(AlignError, match="no `score` head"):
+    with pytest.raises(AlignError, match=r"is a language model .* without a trained score head"):
         roles_of(f"reward={{model: {policy_folder}}}")
     roles = roles_of(chrf, f"critic.model={policy_folder}")
     assert roles.critic.fresh_head
@@ -291,6 +291,8 @@ def test_a_saved_critic_goes_on_on_the_trunk(
 
 def test_broken_adapter_is_one_line(reward: Path, roles_of: Callable[..., Roles]) -> None:
     (reward.parent / "model_adapter" / "adapter_config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"adapter .*model_adapter: cannot be loaded") as caught:
+    with pytest.raises(
+        ValueError, match=r"model_adapter: cannot be loaded: .* is no JSON"
+    ) as caught:
         roles_of(f"reward={{model: {reward}}}")
     assert "\n" not in str(caught.value)

@@ -1,0 +1,397 @@
+"""Adapters as peft, TRL, LLaMA-Factory, Axolotl and Unsloth leave them: found, and merged.
+
+An adapter is a folder (or hub id) with ``adapter_config.json`` and ``adapter_model.safetensors``;
+it names its base model, which may be elsewhere by now. Refused are pickled weights, tuners that
+cannot be merged, and tensors that fit nothing: none is dropped without a word.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from align.models.guard import loading, read_object, reason_of
+from align.progress import warn
+from align.types import AlignError
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+VALUE_HEADS = ("value_head.safetensors", "value_head.bin")
+"""Beside the adapter of a reward model or critic of LLaMA-Factory and TRL's `v_head`."""
+FETCHED = ("*.json", WEIGHTS, "*.jinja", "*.model", "*.txt")
+"""Files of an adapter on the hub that are fetched: no pickles."""
+MERGEABLE = {
+    "LORA", "LOHA", "LOKR", "ADALORA", "IA3", "OFT", "BOFT", "VERA", "FOURIERFT", "HRA",
+    "LN_TUNING",
+}  # fmt: skip
+"""Tuners of peft whose update can be added into the weights."""
+QUANTISED = re.compile(r"-(unsloth-)?(bnb-)?[48]bit$|-(gptq|awq)(-.*)?$", re.IGNORECASE)
+"""Endings of names of quantised copies of a model."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter's folder and what its config and the header of its weights say.
+
+    Attributes:
+        name: As the recipe names it.
+        base: What `locate` takes: a folder, a .gguf or a hub id.
+        named: The base as the adapter's config names it.
+        revision: Of a base on the hub.
+        shapes: Its tensors.
+    """
+
+    name: str
+    folder: Path
+    base: str
+    named: str
+    revision: str | None
+    settings: dict[str, Any]
+    shapes: dict[str, tuple[int, ...]]
+
+    @property
+    def labels(self) -> int | None:
+        """Outputs of the head that is saved with it; None where there is none."""
+        head = re.compile(r"\.(score|classifier)\.(modules_to_save\.)?(default\.)?weight$")
+        return next((shape[0] for key, shape in self.shapes.items() if head.search(key)), None)
+
+    @property
+    def task(self) -> str:
+        """``CAUSAL_LM``, ``SEQ_CLS`` or another of peft's task types."""
+        task = self.settings.get("task_type")
+        if task is None:
+            return "CAUSAL_LM" if self.labels is None else "SEQ_CLS"
+        return str(task)
+
+    @property
+    def has_value_head(self) -> bool:
+        return any((self.folder / name).is_file() for name in VALUE_HEADS)
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter and no whole model.
+
+    Raises:
+        AlignError: It holds both, and which of them is meant cannot be known.
+    """
+    if not (folder / CONFIG).is_file():
+        return False
+    whole = [p.name for p in folder.glob("*.safetensors") if p.name.startswith("model")]
+    if (folder / "config.json").is_file() and whole:
+        raise AlignError(
+            f"model: {folder}: holds a whole model ({sorted(whole)[0]}) and an adapter ({CONFIG}); "
+            f"move one of them elsewhere, or remove {CONFIG} if it is merged already"
+        )
+    return True
+
+
+def find_adapter(
+    model: str, *, base_model: str | None = None, fetch: bool = False
+) -> Adapter | None:
+    """Read the adapter that ``model`` names; None where it names something else.
+
+    Args:
+        base_model: The recipe's key; it replaces the base that the adapter names.
+        fetch: Ask the hub for an id of which nothing is in the cache.
+    """
+    folder = _folder(model, fetch=fetch)
+    if folder is None:
+        return None
+    settings = read_object(folder / CONFIG)
+    if not (folder / WEIGHTS).is_file():
+        raise AlignError(_no_weights(model, folder))
+    shapes = _shapes(model, folder / WEIGHTS)
+    _require_mergeable(model, settings)
+    named, revision = settings.get("base_model_name_or_path"), settings.get("revision")
+    if base_model is None and (not named or not isinstance(named, str)):
+        raise AlignError(
+            f"model: {model}: {folder / CONFIG} does not name its base model; name it with "
+            "base_model=FOLDER (or a hub id)"
+        )
+    base = base_model or _resolve(str(named), folder)
+    if base_model is not None or not isinstance(revision, str):
+        revision = None
+    found = Adapter(model, folder, base, str(named), revision, settings, shapes)
+    _require_base(found)
+    return found
+
+
+def missing_base(adapter: Adapter, why: str) -> AlignError:
+    """One line that names the base, who needs it, and the key that names another one."""
+    return AlignError(
+        f"model: {adapter.name}: its base model {adapter.base} {why}; name the base with "
+        f"base_model=FOLDER (or a hub id{_full_base(adapter)})"
+    )
+
+
+@contextmanager
+def of_adapter(adapter: Adapter) -> Iterator[None]:
+    """Add to an error about a base whose base it is, and the key that names another one."""
+    try:
+        yield
+    except AlignError as error:
+        if "base_model=FOLDER" in str(error):
+            raise
+        raise AlignError(
+            f"{error}; {adapter.base} is the base of the adapter {adapter.name}: base_model=FOLDER "
+            f"(or a hub id{_full_base(adapter)}) names another"
+        ) from error
+
+
+def _full_base(adapter: Adapter) -> str:
+    full = QUANTISED.sub("", adapter.base)
+    return "" if full == adapter.base else f" such as {full}, of which this is a quantised copy"
+
+
+def merge(model: Any, adapter: Adapter) -> Any:
+    """Add the adapter into the weights of its float32 base; all parameters can be trained.
+
+    The vocabulary is made as large as the embeddings that the adapter holds. Tied embeddings of
+    which the adapter changes one only come apart.
+
+    Raises:
+        AlignError: A tensor of the adapter fits nothing in the base, or one is missing.
+    """
+    from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    with (
+        loading(adapter.name, folder=adapter.folder, file=CONFIG),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")  # peft's: what matters of them is checked here
+        kind = PEFT_TYPE_TO_CONFIG_MAPPING[adapter.settings.get("peft_type", "LORA")]
+        config = kind.from_pretrained(str(adapter.folder))
+        tied = _tied(model)
+        _resize(model, adapter, tied=tied)
+        config.inference_mode = True
+        wrapper = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
+        wrapped = wrapper(model, config)
+        if tied:
+            _untie(model)
+    with (
+        loading(adapter.name, folder=adapter.folder, file=WEIGHTS),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        found = _load(wrapped, adapter)
+        left_over = _fitting_nothing(found.unexpected_keys, adapter)
+        for keys, what in ((found.missing_keys, "lacks"), (left_over, "has")):
+            if keys:
+                more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+                raise AlignError(
+                    f"model: {adapter.name}: {adapter.folder / WEIGHTS} {what} {keys[0]}{more}, "
+                    f"which does not fit its config and its base {adapter.base}"
+                )
+        merged = wrapped.merge_and_unload(safe_merge=True)
+    if tied:
+        _tie_if_equal(merged)
+    return merged.requires_grad_(True)
+
+
+def _load(wrapped: Any, adapter: Adapter) -> Any:
+    """Load the tensors, from safetensors alone; peft's names of what is missing or left over."""
+    try:
+        return wrapped.load_adapter(str(adapter.folder), "default", torch_device="cpu")
+    except KeyError as error:
+        raise AlignError(
+            f"model: {adapter.name}: {adapter.folder / WEIGHTS} lacks {reason_of(error)[9:]}, "
+            f"which {CONFIG} names in modules_to_save (or peft adds for its task type)"
+        ) from error
+
+
+def _fitting_nothing(keys: list[str], adapter: Adapter) -> list[str]:
+    """Tensors that fit nothing, but for copies that peft saves of embeddings it saves anyway."""
+    from safetensors.torch import load_file
+
+    held: dict[str, Any] = {}
+    left = []
+    for key in keys:
+        plain = key.replace(".original_module.", ".").replace(".modules_to_save.", ".")
+        if plain == key or plain not in adapter.shapes:
+            left.append(key)
+        elif ".modules_to_save." in key:
+            held = held or load_file(adapter.folder / WEIGHTS)
+            left += [] if bool((held[key] == held[plain]).all()) else [key]
+    return left
+
+
+def _resize(model: Any, adapter: Adapter, *, tied: bool) -> None:
+    """Make the vocabulary as large as the adapter's, and say which new rows it does not hold."""
+    from align.models.vocabulary import resize
+
+    old = len(model.get_input_embeddings().weight)
+    held, rows = _vocabulary(model, adapter)
+    if rows != old:
+        resize(model, rows)
+    file, lost = adapter.folder / "tokenizer.json", ""
+    if file.is_file():
+        from tokenizers import Tokenizer
+
+        count = Tokenizer.from_file(str(file)).get_vocab_size()
+        if count > rows:
+            lost = f"{count - rows} tokens of its tokenizer have no embedding in it or in its base"
+    if rows > old and not tied and held == {"input"} and model.get_output_embeddings() is not None:
+        lost = f"{rows - old} new tokens have no output embedding in it"
+    if lost:
+        warn(
+            f"{adapter.name}: {lost}; they get the mean of the others (to have them saved, train "
+            'with modules_to_save=["embed_tokens","lm_head"])'
+        )
+
+
+def _folder(model: str, *, fetch: bool) -> Path | None:
+    """The folder of an adapter: here, in the hub's cache, or fetched into it."""
+    from align.hub import require_on_the_hub
+    from align.models.locate import in_the_cache, looks_like_hub_id
+
+    path = Path(model)
+    if path.exists() or not looks_like_hub_id(model):
+        return path if path.is_dir() and is_adapter(path) else None
+    cached = in_the_cache(model, CONFIG)
+    if not cached and (in_the_cache(model) or not fetch):
+        return None
+    from huggingface_hub import snapshot_download
+    from transformers.utils import find_adapter_config_file
+
+    if not cached:
+        require_on_the_hub(model, "model", "config.json")
+    with loading(model):
+        found = find_adapter_config_file(model, local_files_only=not fetch)
+        if found is None:
+            return None
+        folder = Path(found).parent
+        if fetch and not (folder / WEIGHTS).is_file():
+            folder = Path(snapshot_download(model, allow_patterns=list(FETCHED)))
+    return folder if is_adapter(folder) else None
+
+
+def _no_weights(model: str, folder: Path) -> str:
+    pickled = sorted(
+        p.name for s in ("bin", "pt", "pth") for p in folder.glob(f"adapter_model*.{s}")
+    )
+    if pickled:
+        return (
+            f"model: {model}: only pickled weights ({pickled[0]}), which are never loaded; save "
+            f"the adapter again with a recent peft, as {WEIGHTS}"
+        )
+    return f"model: {model}: {folder} has {CONFIG}, but no {WEIGHTS}; save the adapter whole"
+
+
+def _shapes(model: str, path: Path) -> dict[str, tuple[int, ...]]:
+    from safetensors import safe_open
+
+    with loading(model, folder=path.parent, file=WEIGHTS), safe_open(path, framework="np") as file:
+        return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+
+
+def _require_mergeable(model: str, settings: dict[str, Any]) -> None:
+    kind = str(settings.get("peft_type", "LORA"))
+    if kind not in MERGEABLE:
+        raise AlignError(
+            f"model: {model}: a {kind[:40]} adapter, which cannot be merged into weights; train "
+            f"LoRA, or another of {', '.join(sorted(MERGEABLE))}"
+        )
+    if settings.get("megatron_config"):
+        raise AlignError(
+            f"model: {model}: {CONFIG} asks for Megatron modules, which are not loaded"
+        )
+
+
+def _resolve(base: str, folder: Path) -> str:
+    """A relative path from here, as peft takes it, else from the adapter's folder or one above."""
+    path = Path(base)
+    if path.is_absolute() or path.exists():
+        return base
+    if "/" in base:  # a bare name is a hub id before it is a folder somewhere above
+        for above in (folder.absolute(), *folder.absolute().parents):
+            if (above / base / "config.json").is_file() or (above / base / CONFIG).is_file():
+                return str(above / base)
+    return base
+
+
+def _require_base(adapter: Adapter) -> None:
+    """Refuse a base that is not here and can be no hub id, and an adapter that is its own base."""
+    from align.models.locate import looks_like_hub_id
+
+    path, seen = Path(adapter.base), {adapter.folder.resolve()}
+    while path.is_dir() and is_adapter(path):
+        if path.resolve() in seen:
+            raise missing_base(adapter, "is this adapter itself")
+        seen.add(path.resolve())
+        path = Path(_resolve(str(read_object(path / CONFIG).get("base_model_name_or_path")), path))
+    if not Path(adapter.base).exists() and not looks_like_hub_id(adapter.base):
+        raise missing_base(adapter, "is not on this machine")
+
+
+def _vocabulary(model: Any, adapter: Adapter) -> tuple[set[str], int]:
+    """Which embeddings the adapter holds (``input``, ``output``), and how many rows they have."""
+    ends = {"input": model.get_input_embeddings(), "output": model.get_output_embeddings()}
+    paths = {id(module): name for name, module in model.named_modules()}
+    names = {end: paths[id(m)].rpartition(".")[2] for end, m in ends.items() if id(m) in paths}
+    held, rows = set(), set()
+    for key, shape in adapter.shapes.items():
+        parts = key.split(".")
+        of = [end for end, name in names.items() if name in parts]
+        if not of:
+            continue
+        if parts[-1] == "weight" and not any(p.startswith("lora_") for p in parts):
+            rows.add(shape[0])
+        elif "lora_embedding_A" in parts:
+            rows.add(shape[1])
+        elif "lora_B" in parts:
+            rows.add(shape[0])
+        held.update(of)
+    if len(rows) > 1:
+        raise AlignError(
+            f"model: {adapter.name}: {adapter.folder / WEIGHTS} holds embeddings of "
+            f"{' and '.join(map(str, sorted(rows)))} tokens"
+        )
+    if rows:
+        return held, rows.pop()
+    indices = adapter.settings.get("trainable_token_indices") or ()
+    lists = indices.values() if isinstance(indices, dict) else (indices,)
+    largest = max((int(i) for part in lists for i in part), default=-1) + 1
+    return held, max(largest, len(ends["input"].weight))
+
+
+def _weight(layer: Any) -> Any:
+    """The weight of an embedding or head, under whatever peft put around it."""
+    layer = getattr(layer, "original_module", layer)
+    return getattr(layer, "base_layer", layer).weight
+
+
+def _tied(model: Any) -> bool:
+    output = model.get_output_embeddings()
+    return output is not None and _weight(output) is _weight(model.get_input_embeddings())
+
+
+def _untie(model: Any) -> None:
+    """Give an adapted output layer a weight of its own: merging would change both."""
+    import torch
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    adapted = [end for end in ends if isinstance(end, BaseTunerLayer)]
+    if adapted and _weight(ends[0]) is _weight(ends[1]):
+        base = getattr(ends[1], "base_layer", ends[1])
+        base.weight = torch.nn.Parameter(base.weight.detach().clone(), requires_grad=False)
+
+
+def _tie_if_equal(model: Any) -> None:
+    """Tie embeddings that are equal again; else say in the config that they are two."""
+    import torch
+
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    if head.weight is embeddings.weight:
+        return
+    if torch.equal(head.weight, embeddings.weight):
+        head.weight = embeddings.weight
+        return
+    for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+        config.tie_word_embeddings = False

@@ -1,0 +1,139 @@
+"""One guard around loading: whatever a library raises over a model's files becomes one line.
+
+transformers, peft, safetensors, tokenizers and json raise what they like over a damaged file, from
+`KeyError` to a panic of Rust code. The line names the file that cannot be parsed, if one cannot,
+and is bounded in length. Running out of a GPU's memory is left to the caller.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from traceback import walk_tb
+from typing import Any
+
+from align.types import AlignError
+
+REASON_LENGTH = 240
+"""Characters of a library's own words that are passed on."""
+LARGEST_JSON = 64 * 2**20
+"""Bytes of a JSON file that is parsed to see whether it is whole; tokenizers have up to 20 MiB."""
+OBJECTS = {
+    "config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json",
+    "generation_config.json", "model.safetensors.index.json",
+}  # fmt: skip
+"""Files of a model that must be a JSON object."""
+
+
+@contextmanager
+def loading(model: str, *, folder: str | Path | None = None, file: str = "") -> Iterator[None]:
+    """Turn every error inside into one line about ``model``.
+
+    Args:
+        model: As the recipe names it.
+        folder: Where its files are, if that is another place.
+        file: What is being read, to be named where no file is found to be damaged.
+    """
+    try:
+        yield
+    except AlignError:
+        raise
+    except (Exception, BaseException) as error:
+        kinds = {cls.__name__ for cls in type(error).__mro__}
+        if not isinstance(error, Exception) and "PanicException" not in kinds:
+            raise  # Ctrl-C and the like; a panic of tokenizers or safetensors is no Exception
+        if "OutOfMemoryError" in kinds:
+            raise
+        _refuse_architecture(model, error)
+        raise AlignError(_line(model, Path(folder or model), file, error)) from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Parse a JSON file that must hold an object.
+
+    Raises:
+        AlignError: It is damaged or something else; the line begins with its path.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise AlignError(f"{path}: cannot be read as JSON: {reason_of(error)}") from error
+    if not isinstance(found, dict):
+        raise AlignError(f"{path}: holds {_kind(found)}, not a JSON object {{...}}")
+    return found
+
+
+def reason_of(error: BaseException) -> str:
+    """One printable, bounded line of an error's own words."""
+    said = " ".join(str(error).split())
+    said = "".join(c if c.isprintable() else "?" for c in said)
+    if not said or isinstance(error, KeyError):
+        said = f"{type(error).__name__} {said}".strip()
+    return said if len(said) <= REASON_LENGTH else f"{said[:REASON_LENGTH]}..."
+
+
+def _refuse_architecture(model: str, error: BaseException) -> None:
+    """Say so where the library looked for align's attention in a table of its own classes, or has
+    no such model of this architecture."""
+    from transformers import PreTrainedModel
+
+    from align.models.attention import BACKENDS, not_on_the_interface
+
+    if str(error).startswith("Unrecognized configuration class"):
+        scalar = "SequenceClassification" in str(error)
+        kind = "one-label model (for a reward or a critic)" if scalar else "language model"
+        made_by = str(error).split("'")[1].rpartition(".")[2]
+        raise AlignError(
+            f"model: {model}: transformers has no {kind} of this architecture ({made_by}); take "
+            "another model"
+        ) from error
+    if str(error) != repr(BACKENDS["segments"]):
+        return
+    within = (frame.f_locals.get("self") for frame, _ in walk_tb(error.__traceback__))
+    kinds = [type(one).__name__ for one in within if isinstance(one, PreTrainedModel)]
+    kind = kinds[0] if kinds else "its architecture"
+    raise AlignError(f"model: {model}: {not_on_the_interface(kind)}") from error
+
+
+def _line(model: str, folder: Path, file: str, error: BaseException) -> str:
+    begin = f"model: {model}: cannot be loaded"
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+        return (
+            f"{begin}: it asks for more memory than there is ({reason_of(error)}); choose a "
+            "smaller model, or correct the sizes in its config.json"
+        )
+    damaged = damaged_file(folder) if folder.is_dir() else ""
+    if damaged:
+        return f"{begin}: {damaged}; fetch or save it again"
+    remedy = "; give a folder that exists, or a hub id `org/name` that this machine can reach"
+    where = f"{folder / file}: " if file and folder.is_dir() else ""
+    return f"{begin}: {where}{reason_of(error)}{'' if folder.exists() else remedy}"
+
+
+def damaged_file(folder: Path) -> str:
+    """The first file of a model's folder that cannot be parsed, and why; empty if all can."""
+    from safetensors import safe_open
+
+    for path in sorted(folder.glob("*.json")):
+        if path.stat().st_size > LARGEST_JSON:
+            continue
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            return f"{path} is no JSON: {reason_of(error)}"
+        if path.name in OBJECTS and not isinstance(found, dict):
+            return f"{path} holds {_kind(found)}, not a JSON object {{...}}"
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="np"):
+                pass
+        except Exception as error:  # of safetensors, which raises several kinds
+            return f"{path} is cut short or damaged: {reason_of(error)}"
+    return ""
+
+
+def _kind(value: object) -> str:
+    names = {list: "a list", str: "a string", int: "a number", float: "a number", bool: "a boolean"}
+    return names.get(type(value), "null")
