@@ -15,6 +15,7 @@ from typing import Any, Literal
 from align.config import DPORecipe, EvalRecipe, PPORecipe
 from align.nearest import did_you_mean
 from align.options import LoraOptions
+from align.types import AlignError
 
 TRAINED_BYTES = 16
 """For each trained parameter: float32 weight, gradient and two Adam moments."""
@@ -139,6 +140,23 @@ def _made_by_a_run(path: Path) -> bool:
     return path.name in ("model", "critic") and begun
 
 
+def _check_sizes(where: str, model: Any) -> None:
+    """Refuse a folder whose weights have other shapes than its config makes them."""
+    from safetensors import safe_open
+
+    wanted = {name: list(weight.shape) for name, weight in model.state_dict().items()}
+    wanted.pop("score.weight", None)
+    for path in sorted(Path(where).glob("*.safetensors")) if Path(where).is_dir() else ():
+        with safe_open(path, framework="np") as file:
+            held = {k: file.get_slice(k).get_shape() for k in file.keys()}  # noqa: SIM118
+        for name, shape in held.items():
+            if wanted.get(name, shape) != shape:
+                raise AlignError(
+                    f"model: {where}: {path.name} holds {name} of {shape}, but its config.json "
+                    f"makes it {wanted[name]}"
+                )
+
+
 def count_parameters(
     role: str, config: Any, *, lora: LoraOptions | None = None, trained: bool = True
 ) -> Size:
@@ -151,7 +169,7 @@ def count_parameters(
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     from align.models.attention import BACKENDS
-    from align.models.load import _guarded
+    from align.models.guard import loading
     from align.models.lora import add_lora
     from align.models.probes import check_architecture
 
@@ -160,13 +178,17 @@ def count_parameters(
     if scalar:
         config.num_labels = 1
     auto = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
-    with torch.device("meta"), warnings.catch_warnings():
+    where = str(config.name_or_path or role)
+    with (
+        torch.device("meta"),
+        warnings.catch_warnings(),
+        loading(where, file="config.json"),
+    ):
         warnings.simplefilter("ignore", FutureWarning)  # peft's, about transformers 6
-        name = config.name_or_path or role
-        made = _guarded(name, auto.from_config, config, attn_implementation=BACKENDS["segments"])
-        model: Any = made
+        model: Any = auto.from_config(config, attn_implementation=BACKENDS["segments"])
+        _check_sizes(where, model)
         total = sum(p.numel() for p in model.parameters())
-    check_architecture(name, made)
+    check_architecture(where, model)
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         if lora is not None and trained:

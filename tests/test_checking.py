@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from transformers import LlamaConfig, PreTrainedTokenizerFast
@@ -45,7 +47,7 @@ TRUNK = 256 * 64 + 3 * LAYER + 64
 
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A folder whose weights cannot be read: check must not need them."""
+    """A folder without the weights that its config asks for: check must not need them."""
     monkeypatch.chdir(tmp_path)
     return save_config("models/small")
 
@@ -54,7 +56,7 @@ def save_config(folder: str, **options: Any) -> str:
     LlamaConfig(**SHAPE, **options).save_pretrained(folder)
     raw = Tokenizer(BPE({letter: i for i, letter in enumerate("abcp0123456789")}, []))
     PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>").save_pretrained(folder)
-    Path(folder, "model.safetensors").write_bytes(b"")
+    save_file({"nothing": torch.zeros(1)}, Path(folder, "model.safetensors"))
     return folder
 
 

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
-from align.models.guard import loading, read_object
+from align.models.guard import loading, read_object, reason_of
+from align.progress import warn
 from align.types import AlignError
 
+WEIGHTS_NAME = r"[\w-][\w.-]*\.safetensors(\.index\.json)?"
+SAMPLING = (
+    "temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h",
+)  # fmt: skip
+"""Keys of a generation config that act on samples alone."""
 MOST_LAYERS = 10_000
 """Above it a config is nonsense, and building its modules would not end."""
 
@@ -19,9 +26,9 @@ def read_config(where: str, options: dict[str, Any], *, trust_remote_code: bool 
         AlignError: It cannot be read, or the weights are quantised.
     """
     options = {k: v for k, v in options.items() if k != "use_safetensors"}
-    file = Path(where) / "config.json"
-    if file.is_file():
-        read_object(file)
+    for file in ("config.json", "generation_config.json"):  # transformers passes over the second
+        if (Path(where) / file).is_file():
+            read_object(Path(where) / file)
     with loading(where, file="config.json"):
         from transformers import AutoConfig
 
@@ -31,6 +38,12 @@ def read_config(where: str, options: dict[str, Any], *, trust_remote_code: bool 
         layers = getattr(config.get_text_config(), "num_hidden_layers", None)
     if isinstance(layers, int) and not 0 < layers <= MOST_LAYERS:
         raise AlignError(f"model: {where}: its config.json has num_hidden_layers={layers}")
+    named = getattr(config, "transformers_weights", None)
+    if named is not None and not (isinstance(named, str) and re.fullmatch(WEIGHTS_NAME, named)):
+        raise AlignError(
+            f"model: {where}: its config.json names {str(named)[:100]!r} as transformers_weights; "
+            "only a .safetensors file (or an index of them) in its own folder is loaded"
+        )
     quantised = getattr(config, "quantization_config", None)
     if quantised and "gguf_file" not in options:
         method = dict(quantised).get("quant_method", "") if isinstance(quantised, dict) else ""
@@ -40,3 +53,41 @@ def read_config(where: str, options: dict[str, Any], *, trust_remote_code: bool 
             "adapter's base: base_model=...)"
         )
     return config
+
+
+def settle_generation(model: Any, where: str) -> None:
+    """Make a generation config one that can be saved: a run must not fail at its end.
+
+    Sampling keys beside ``do_sample: false`` have no effect, but transformers refuses to save them;
+    they are removed with a warning.
+
+    Raises:
+        AlignError: It cannot be saved for another reason.
+    """
+    config = getattr(model, "generation_config", None)
+    if config is None:
+        return
+    begin, ids = f"model: {where}: its generation_config.json", config.eos_token_id
+    listed = ids if isinstance(ids, list) else [ids]
+    if ids is not None and not all(type(i) is int for i in listed):
+        raise AlignError(f"{begin} has eos_token_id={ids!r}; wanted a token id, or a list of them")
+    if _savable(config) is None:
+        return
+    removed = (
+        [] if config.do_sample else [k for k in SAMPLING if getattr(config, k, None) is not None]
+    )
+    for key in removed:
+        setattr(config, key, None)
+    problem = _savable(config)
+    if problem is not None:
+        raise AlignError(f"{begin} is invalid: {reason_of(problem)}")
+    warn(f"{where}: generation_config.json: {', '.join(removed)} beside do_sample=false: removed")
+
+
+def _savable(config: Any) -> Exception | None:
+    """What transformers would refuse to save a generation config for."""
+    try:
+        config.validate(strict=True)
+    except Exception as error:  # of wrong types too
+        return error
+    return None

@@ -104,6 +104,8 @@ def _line(model: str, folder: Path, file: str, error: BaseException) -> str:
             f"{begin}: it asks for more memory than there is ({reason_of(error)}); choose a "
             "smaller model, or correct the sizes in its config.json"
         )
+    if "ignore_mismatched_sizes" in str(error):
+        return f"{begin}: its weights have other sizes than its config.json says; correct that"
     damaged = damaged_file(folder) if folder.is_dir() else ""
     if damaged:
         return f"{begin}: {damaged}; fetch or save it again"

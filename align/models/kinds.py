@@ -34,7 +34,7 @@ def require_kind(
         if adapter.task == "SEQ_CLS":
             return  # its own head replaces the base's
         use, model = "policy", adapter.base  # the base of a language model's adapter is one
-    made = (getattr(config, "architectures", None) or [""])[0] or ""
+    made = _architecture(config)
     if use == "reward" and made.endswith(LANGUAGE):
         raise AlignError(
             f"{key}: {model} is a language model ({made}) without a trained score head; name a "
@@ -53,6 +53,13 @@ def require_kind(
             f"{key}: {model} is a classifier of {config.num_labels} labels ({made}); a reward "
             "model or critic has one"
         )
+
+
+def _architecture(config: Any) -> str:
+    """The class that saved the weights, if the config says it."""
+    made = getattr(config, "architectures", None)
+    first = made[0] if isinstance(made, list) and made else made
+    return first if isinstance(first, str) else ""
 
 
 def _require_adapter(key: str, adapter: Adapter, use: Use) -> None:

@@ -23,7 +23,7 @@ from transformers import (
 
 from align.models.adapters import Adapter, find_adapter, merge, of_adapter
 from align.models.attention import BACKENDS
-from align.models.configs import read_config
+from align.models.configs import read_config, settle_generation
 from align.models.dropout import switch_off_dropout
 from align.models.guard import loading
 from align.models.kinds import require_kind
@@ -58,6 +58,10 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(
             where, trust_remote_code=trust_remote_code, **options
         )
+    files = [*getattr(tokenizer, "vocab_files_names", {}).values(), "tokenizer.json"]
+    there = "gguf_file" in options or any((Path(where) / str(f)).is_file() for f in files)
+    if Path(where).is_dir() and not there:  # transformers would make one up, of hardly any token
+        raise AlignError(f"model: {model}: {where} holds no tokenizer, such as tokenizer.json")
     if tokenizer.eos_token_id is None:
         raise AlignError(f"{model}: the tokenizer has no EOS token; set eos_token in its config")
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
@@ -187,7 +191,7 @@ def _causal_lm(
 ) -> PreTrainedModel:
     """Load a whole model's weights as a language model, complete."""
     require_safe_on_hub(where, options)
-    with loading(where):
+    with loading(where, file="config.json"):
         loaded, info = AutoModelForCausalLM.from_pretrained(
             where,
             config=config,
@@ -211,7 +215,7 @@ def _classifier(
     """Load a whole model's weights as a one-label model, and whether its head is new."""
     require_safe_on_hub(where, options)
     config.num_labels = 1
-    with loading(where):
+    with loading(where, file="config.json"):
         loaded, info = AutoModelForSequenceClassification.from_pretrained(
             where,
             config=config,
@@ -289,6 +293,7 @@ def _settle(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTr
     switch_off_dropout(model)
     text = model.config.get_text_config()
     text.pad_token_id = tokenizer.pad_token_id
+    settle_generation(model, model.name_or_path)
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
     # a GGUF's quantisation is gone once its weights are float32

@@ -82,6 +82,8 @@ def check_index(model: str, index: Path) -> None:
                 f"model: {model}: {index} names {name[:100]!r}, which is outside its folder; put "
                 "the file itself into the folder"
             )
+        if Path(model).is_dir() and not there.is_file():
+            raise AlignError(f"model: {model}: {index} names {name[:100]!r}, which is not there")
 
 
 def require_safe_on_hub(model: str, options: dict[str, Any]) -> None:
