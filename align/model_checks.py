@@ -13,6 +13,7 @@ from align.config import DPORecipe, EvalRecipe, GenerateRecipe, PPORecipe
 from align.model_sizes import find_config
 from align.models.adapters import find_adapter
 from align.models.kinds import Use, require_kind
+from align.models.router import require_router
 from align.types import AlignError
 
 WEIGHTS = "*.safetensors"
@@ -44,6 +45,7 @@ def named_models(command: str, recipe: Any) -> Iterator[tuple[str, str, Use]]:
 def check_models(command: str, recipe: Any) -> None:
     """Raise an ``AlignError`` about the first model that a run of the recipe would refuse."""
     bases: dict[str, str] = {}
+    coef = getattr(getattr(recipe, "train", None), "router_aux_coef", 0.0)
     for key, model, use in named_models(command, recipe):
         if isinstance(recipe, EvalRecipe) and _is_no_model(Path(model)):
             continue
@@ -58,6 +60,8 @@ def check_models(command: str, recipe: Any) -> None:
                 raise AlignError(f"from_scratch: {model} is an adapter; name its base model")
         elif config is not None or adapter is not None:
             require_kind(key, model, config, use, adapter=adapter)
+            if key == "model" and config is not None and coef:
+                require_router(model, config)
             if adapter is None and Path(model).is_dir() and not list(Path(model).glob(WEIGHTS)):
                 raise AlignError(f"{key}: {model}: has a config.json, but no weights ({WEIGHTS})")
     if recipe.base_model and not bases:

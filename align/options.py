@@ -88,6 +88,9 @@ class TrainOptions:
     minibatch: int = 16
     # tokens of one forward and backward on one device: sets the memory, changes no result
     tokens_per_microbatch: int = 4096
+    # weight of a mixture of experts' load-balancing loss, beside the stage's own; 0 = off (models'
+    # configs name theirs router_aux_loss_coef: 0.001 to 0.02)
+    router_aux_coef: float = 0.0
     # optimizer steps between lines of metrics.jsonl
     log_every: int = 1
     # optimizer steps between held-out evaluations; 0 = at the start and the end only

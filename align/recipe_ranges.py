@@ -27,6 +27,7 @@ RANGES: dict[str, str] = {
     "TrainOptions.max_steps": "[1, 1000000000]",
     "TrainOptions.minibatch": "[1, 10000000]",
     "TrainOptions.tokens_per_microbatch": "[1, 1000000000]",
+    "TrainOptions.router_aux_coef": "[0, 1000]",
     "TrainOptions.log_every": "[1, inf)",
     "TrainOptions.eval_every": "[0, inf)",
     "TrainOptions.save_every": "[0, inf)",
@@ -98,4 +99,5 @@ ALIASES: dict[str, str] = {
     "kl_coef": "kl.coef",
     "dataset": "data",
     "model_name_or_path": "model",
+    "router_aux_loss_coef": "train.router_aux_coef",
 }

@@ -266,7 +266,7 @@ def test_a_missing_file_in_a_folder_that_is_there_is_an_error(
     ("recipe", "overrides", "message"),
     [
         ("ppo", ["reward={function: math:sqrrt}"], "math has no function 'sqrrt'"),
-        ("ppo", ["reward={function: math:sqrt}"], "math:sqrt': takes (x, /), and is called as"),
+        ("ppo", ["reward={function: math:sqrt}"], "math:sqrt': takes (x, /), "),
         ("ppo", ["output_dir=prompts.jsonl"], "output_dir: prompts.jsonl is a file"),
         ("dpo", ["dpo.loss_type=sigmiod"], "dpo.loss_type"),
         ("dpo", ["dpo.simpo_gamma=1"], "dpo.simpo_gamma: has an effect with loss_type=simpo only"),

@@ -32,9 +32,12 @@ class Packed(nn.Module):
     """A transformers model whose trunk runs over packed rows.
 
     ``activation_offload``: what its forward pass saves waits in the CPU's memory (`offload`).
+    ``collects_router_logits``: a mixture's are kept for the loss over them (`router`).
     """
 
     activation_offload = False
+    collects_router_logits = False
+    router_logits: tuple[Tensor, ...] | None = None
 
     def __init__(self, model: nn.Module, *, precision: str, name: str) -> None:
         super().__init__()
@@ -77,13 +80,17 @@ class Packed(nn.Module):
         """Final hidden states ``[B,T,H]``, after the last norm."""
         offload = self.activation_offload and torch.is_grad_enabled()
         saving = kept_on_cpu(self.trunk) if offload else nullcontext()
+        more = {"output_router_logits": True} if self.collects_router_logits else {}
         with autocast(self.precision, self.device), saving:
             out = self.trunk(
                 input_ids=batch.input_ids,
                 position_ids=batch.position_ids,
                 use_cache=False,
                 segments=batch.segments,
+                **more,
             )
+        if self.collects_router_logits:
+            self.router_logits = out.router_logits
         return out.last_hidden_state
 
     def enable_gradient_checkpointing(self) -> None:

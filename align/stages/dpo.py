@@ -25,13 +25,16 @@ from align.models import Policy, load_policy
 from align.models.load import weights_hash
 from align.models.lora import adapter_off
 from align.models.policy import batch_sequences
+from align.models.router import router_loss
 from align.progress import change
 from align.stages.common import (
     Session,
+    add_router_loss,
     introduce,
     open_session,
     require_same_vocabulary,
     save_policy,
+    use_router_loss,
 )
 from align.stages.data import load_data
 from align.stages.dpo_options import check_options
@@ -62,6 +65,8 @@ def run(recipe: DPORecipe) -> None:
         base_model=recipe.base_model,
     )
     policy.activation_offload = recipe.activation_offload
+    aux_coef = recipe.train.router_aux_coef
+    use_router_loss(policy, aux_coef, session)
     train_groups, test_groups = train_data.groups, test_data.groups
     frozen = _frozen(recipe, session)
     models = [policy] if frozen is None else [policy, frozen]
@@ -77,7 +82,10 @@ def run(recipe: DPORecipe) -> None:
     def measure_with(reference: Reference) -> Measure:
         def measure(batch: TokenBatch, members: Sequence[int]) -> Measured:
             statistics = model(batch, statistics=recipe.dpo.wpo_weights)
-            return _measure(recipe.dpo, statistics, reference(batch, members), batch)
+            balance = router_loss(policy, batch)  # before the policy runs as its own reference
+            measured = _measure(recipe.dpo, statistics, reference(batch, members), batch)
+            pairs = len(batch.sequences) / 2
+            return add_router_loss(measured, balance, coef=aux_coef, units=pairs)
 
         return measure
 

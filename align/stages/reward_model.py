@@ -26,8 +26,15 @@ from align.losses import bradley_terry_loss
 from align.models import ScalarModel, load_scalar_model
 from align.models.load import weights_hash
 from align.models.policy import batch_sequences
+from align.models.router import router_loss
 from align.progress import change, say
-from align.stages.common import Session, introduce, open_session
+from align.stages.common import (
+    Session,
+    add_router_loss,
+    introduce,
+    open_session,
+    use_router_loss,
+)
 from align.stages.data import Split, load_data
 from align.training.distributed import prepare, whole
 from align.training.loop import Measure, Measured, evaluate_groups, train
@@ -54,9 +61,22 @@ def run(recipe: RewardRecipe) -> None:
         base_model=recipe.base_model,
     )
     scalar.activation_offload = recipe.activation_offload
+    aux_coef = recipe.train.router_aux_coef
+    use_router_loss(scalar, aux_coef, session)
     session.run.describe(start_weights=weights_hash(scalar.inner), **introduce(scalar, session))
     model = prepare(scalar, session.accelerator)
     options = recipe.reward_model
+
+    def measure_of(groups: Sequence[TokenGroup]) -> Measure:
+        measure = _measure(model, groups, options)
+
+        def balanced(batch: TokenBatch, members: Sequence[int]) -> Measured:
+            measured = measure(batch, members)
+            pairs = len(batch.sequences) / 2
+            return add_router_loss(measured, router_loss(scalar, batch), coef=aux_coef, units=pairs)
+
+        return balanced
+
     train_groups, test_groups = train_data.groups, test_data.groups
     if options.use_margin and all(group.margin is None for group in at_hand(train_groups)):
         raise AlignError(
@@ -70,7 +90,7 @@ def run(recipe: RewardRecipe) -> None:
         return evaluate_groups(
             model,
             test_groups,
-            _measure(model, test_groups, options),
+            measure_of(test_groups),
             tokens_per_microbatch=recipe.train.tokens_per_microbatch,
             accelerator=session.accelerator,
         )
@@ -78,7 +98,7 @@ def run(recipe: RewardRecipe) -> None:
     before, after = train(
         model,
         train_groups,
-        _measure(model, train_groups, options),
+        measure_of(train_groups),
         units=lambda group: 1,
         evaluate=evaluate,
         run=session.run,

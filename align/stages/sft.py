@@ -13,8 +13,15 @@ from align.config import SFTRecipe
 from align.losses import nll_loss
 from align.models import load_policy
 from align.models.load import weights_hash
+from align.models.router import router_loss
 from align.progress import change
-from align.stages.common import introduce, open_session, save_policy
+from align.stages.common import (
+    add_router_loss,
+    introduce,
+    open_session,
+    save_policy,
+    use_router_loss,
+)
 from align.stages.data import load_data
 from align.training.distributed import prepare
 from align.training.loop import Measured, evaluate_groups, train
@@ -39,13 +46,17 @@ def run(recipe: SFTRecipe) -> None:
         from_scratch=recipe.from_scratch,
     )
     policy.activation_offload = recipe.activation_offload
+    aux_coef = recipe.train.router_aux_coef
+    use_router_loss(policy, aux_coef, session)
     session.run.describe(start_weights=weights_hash(policy.inner), **introduce(policy, session))
     model = prepare(policy, session.accelerator)
 
     def measure(batch: TokenBatch, members: Sequence[int]) -> Measured:
         loss = nll_loss(model(batch).logprobs, denominator=1)
+        balance = router_loss(policy, batch)
         count = float(batch.loss_mask.sum())
-        return Measured(loss, {"loss": (loss.item(), count)})
+        measured = Measured(loss, {"loss": (loss.item(), count)})
+        return add_router_loss(measured, balance, coef=aux_coef, units=count)
 
     def evaluate() -> dict[str, float]:
         if not test_data.groups:
