@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from align.models.guard import loading, read_object, reason_of
+from align.files import read_json
+from align.models.guard import loading, reason_of
 from align.progress import warn
 from align.types import AlignError
 
@@ -102,7 +103,7 @@ def find_adapter(
     folder = _folder(model, fetch=fetch)
     if folder is None:
         return None
-    settings = read_object(folder / CONFIG)
+    settings = read_json(folder / CONFIG)
     if not (folder / WEIGHTS).is_file():
         raise AlignError(_no_weights(model, folder))
     shapes = _shapes(model, folder / WEIGHTS)
@@ -324,7 +325,7 @@ def _require_base(adapter: Adapter) -> None:
         if path.resolve() in seen:
             raise missing_base(adapter, "is this adapter itself")
         seen.add(path.resolve())
-        path = Path(_resolve(str(read_object(path / CONFIG).get("base_model_name_or_path")), path))
+        path = Path(_resolve(str(read_json(path / CONFIG).get("base_model_name_or_path")), path))
     if not Path(adapter.base).exists() and not looks_like_hub_id(adapter.base):
         raise missing_base(adapter, "is not on this machine")
 

@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from align.models.guard import loading, read_object, reason_of
+from align.files import read_json
+from align.models.guard import loading, reason_of
 from align.progress import warn
 from align.types import AlignError
 
@@ -28,7 +29,7 @@ def read_config(where: str, options: dict[str, Any], *, trust_remote_code: bool 
     options = {k: v for k, v in options.items() if k != "use_safetensors"}
     for file in ("config.json", "generation_config.json"):  # transformers passes over the second
         if (Path(where) / file).is_file():
-            read_object(Path(where) / file)
+            read_json(Path(where) / file)
     with loading(where, file="config.json"):
         from transformers import AutoConfig
 

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from traceback import walk_tb
-from typing import Any
 
+from align.files import load_json, load_text
 from align.types import AlignError
 
 REASON_LENGTH = 240
@@ -48,21 +48,6 @@ def loading(model: str, *, folder: str | Path | None = None, file: str = "") -> 
             raise
         _refuse_architecture(model, error)
         raise AlignError(_line(model, Path(folder or model), file, error)) from error
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """Parse a JSON file that must hold an object.
-
-    Raises:
-        AlignError: It is damaged or something else; the line begins with its path.
-    """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise AlignError(f"{path}: cannot be read as JSON: {reason_of(error)}") from error
-    if not isinstance(found, dict):
-        raise AlignError(f"{path}: holds {_kind(found)}, not a JSON object {{...}}")
-    return found
 
 
 def reason_of(error: BaseException) -> str:
@@ -122,11 +107,9 @@ def damaged_file(folder: Path) -> str:
         if path.stat().st_size > LARGEST_JSON:
             continue
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            load_json(path) if path.name in OBJECTS else json.loads(load_text(path))
         except (OSError, ValueError, RecursionError) as error:
-            return f"{path} is no JSON: {reason_of(error)}"
-        if path.name in OBJECTS and not isinstance(found, dict):
-            return f"{path} holds {_kind(found)}, not a JSON object {{...}}"
+            return f"{path}: {reason_of(error)}"
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, framework="np"):
@@ -134,8 +117,3 @@ def damaged_file(folder: Path) -> str:
         except Exception as error:  # of safetensors, which raises several kinds
             return f"{path} is cut short or damaged: {reason_of(error)}"
     return ""
-
-
-def _kind(value: object) -> str:
-    names = {list: "a list", str: "a string", int: "a number", float: "a number", bool: "a boolean"}
-    return names.get(type(value), "null")

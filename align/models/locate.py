@@ -6,10 +6,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+from align.files import read_json
 from align.hub import require_on_the_hub
 from align.made_by import made_by
 from align.models.adapters import CONFIG, find_adapter
-from align.models.guard import loading, read_object
+from align.models.guard import loading
 from align.nearest import did_you_mean
 from align.types import AlignError
 
@@ -63,7 +64,7 @@ def check_index(model: str, index: Path) -> None:
 
     A file of the hub's cache is a link into the same repository's ``blobs``, which is inside.
     """
-    shards = read_object(index).get("weight_map")
+    shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(n, str) for n in shards.values()):
         raise AlignError(f"model: {model}: {index}: weight_map is not {{tensor: file}}")
     folder = index.parent.absolute()

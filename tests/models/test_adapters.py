@@ -355,11 +355,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a tensor too few": (_lacking, "lacks base_model.* which does not fit"),
     "a list": (
         lambda f: (f / "adapter_config.json").write_text("[]"),
-        "adapter_config.json: holds a list, not a JSON object",
+        "adapter_config.json: cannot be read: wanted a JSON object",
     ),
     "half a config": (
         lambda f: (f / "adapter_config.json").write_text('{"r": '),
-        "adapter_config.json: cannot be read as JSON",
+        "adapter_config.json: cannot be read: not JSON",
     ),
     "no base": (
         lambda f: edit(f, base_model_name_or_path=None),

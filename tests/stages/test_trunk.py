@@ -291,8 +291,6 @@ def test_a_saved_critic_goes_on_on_the_trunk(
 
 def test_broken_adapter_is_one_line(reward: Path, roles_of: Callable[..., Roles]) -> None:
     (reward.parent / "model_adapter" / "adapter_config.json").write_text("{")
-    with pytest.raises(
-        ValueError, match=r"model_adapter: cannot be loaded: .* is no JSON"
-    ) as caught:
+    with pytest.raises(ValueError, match=r"model_adapter: cannot be loaded: .* not JSON") as caught:
         roles_of(f"reward={{model: {reward}}}")
     assert "\n" not in str(caught.value)
