@@ -26,17 +26,11 @@ def read_config(where: str, options: dict[str, Any], *, trust_remote_code: bool 
     Raises:
         AlignError: It cannot be read, or the weights are quantised.
     """
-    options = {k: v for k, v in options.items() if k != "use_safetensors"}
     for file in ("config.json", "generation_config.json"):  # transformers passes over the second
         if (Path(where) / file).is_file():
             read_json(Path(where) / file)
-    with loading(where, file="config.json"):
-        from transformers import AutoConfig
-
-        config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code, **options)
-        # a name such as `org/kernel` would be fetched from the hub and run
-        config._attn_implementation = config._experts_implementation = None
-        layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    config = load_config(where, options, trust_remote_code=trust_remote_code)
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
     if isinstance(layers, int) and not 0 < layers <= MOST_LAYERS:
         raise AlignError(f"model: {where}: its config.json has num_hidden_layers={layers}")
     named = getattr(config, "transformers_weights", None)
@@ -53,6 +47,19 @@ def read_config(where: str, options: dict[str, Any], *, trust_remote_code: bool 
             "which align neither trains nor runs; name the model in full precision (for an "
             "adapter's base: base_model=...)"
         )
+    return config
+
+
+def load_config(where: str, options: dict[str, Any], *, trust_remote_code: bool = False) -> Any:
+    """Load a config as it is, but for the kernels that it names."""
+    from transformers import AutoConfig
+
+    options = {k: v for k, v in options.items() if k != "use_safetensors"}
+    with loading(where, file="config.json"):
+        config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code, **options)
+        # a name such as `org/kernel` would be fetched from the hub and run
+        config._attn_implementation = config._experts_implementation = None
+        config.get_text_config()
     return config
 
 

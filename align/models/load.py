@@ -23,7 +23,7 @@ from transformers import (
 
 from align.models.adapters import Adapter, find_adapter, merge, of_adapter
 from align.models.attention import BACKENDS
-from align.models.configs import read_config, settle_generation
+from align.models.configs import load_config, read_config, settle_generation
 from align.models.dropout import switch_off_dropout
 from align.models.guard import loading
 from align.models.kinds import require_kind
@@ -53,6 +53,8 @@ def load_tokenizer(
             if find_adapter(where) is not None:
                 return load_tokenizer(where, trust_remote_code=trust_remote_code)
     options = {k: v for k, v in options.items() if k != "use_safetensors"}
+    if adapter is None and Path(where).is_dir():  # else its errors would be the tokenizer's
+        load_config(where, options, trust_remote_code=trust_remote_code)
     within = nullcontext() if adapter is None else of_adapter(adapter)
     with within, loading(where, file="tokenizer.json"):
         tokenizer = AutoTokenizer.from_pretrained(

@@ -64,7 +64,10 @@ def check_index(model: str, index: Path) -> None:
 
     A file of the hub's cache is a link into the same repository's ``blobs``, which is inside.
     """
-    shards = read_json(index).get("weight_map")
+    held = read_json(index)
+    shards = held.get("weight_map")
+    if "metadata" not in held:  # transformers asks for it
+        raise AlignError(f"model: {model}: {index}: has no metadata; save the model again")
     if not isinstance(shards, dict) or not all(isinstance(n, str) for n in shards.values()):
         raise AlignError(f"model: {model}: {index}: weight_map is not {{tensor: file}}")
     folder = index.parent.absolute()
