@@ -11,7 +11,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ MERGEABLE = {
     "LN_TUNING",
 }  # fmt: skip
 """Tuners of peft whose update can be added into the weights."""
+CHANGES_BASE = ("pissa_niter", "loftq", "corda", "lora_ga")
+"""Starts of LoRA that take a part out of the base's weights by chance, or by data."""
 QUANTISED = re.compile(r"-(unsloth-)?(bnb-)?[48]bit$|-(gptq|awq)(-.*)?$", re.IGNORECASE)
 """Endings of names of quantised copies of a model."""
 
@@ -167,6 +169,13 @@ def merge(model: Any, adapter: Adapter) -> Any:
     ):
         warnings.simplefilter("ignore")  # peft's: what matters of them is checked here
         kind = PEFT_TYPE_TO_CONFIG_MAPPING[adapter.settings.get("peft_type", "LORA")]
+        known = {field.name for field in fields(kind)}
+        unknown = [key for key, value in adapter.settings.items() if value and key not in known]
+        if unknown:  # peft would go on without them
+            raise AlignError(
+                f"model: {adapter.name}: {adapter.folder / CONFIG} has {', '.join(unknown)[:100]}, "
+                "which the installed peft does not know; upgrade peft, or save the adapter merged"
+            )
         config = kind.from_pretrained(str(adapter.folder))
         tied = _tied(model)
         _resize(model, adapter, tied=tied)
@@ -297,6 +306,18 @@ def _require_mergeable(model: str, settings: dict[str, Any]) -> None:
         raise AlignError(
             f"model: {model}: a {kind[:40]} adapter, which cannot be merged into weights; train "
             f"LoRA, or another of {', '.join(sorted(MERGEABLE))}"
+        )
+    start = str(settings.get("init_lora_weights"))
+    if start.startswith(CHANGES_BASE):
+        raise AlignError(
+            f"model: {model}: init_lora_weights={start[:40]} changed its base when it was made, "
+            "which cannot be done again; save it as plain LoRA (peft's save_pretrained with "
+            "path_initial_model_for_weight_conversion), or merged"
+        )
+    if settings.get("layer_replication"):
+        raise AlignError(
+            f"model: {model}: its layer_replication makes a model of more layers than its base; "
+            "save it merged"
         )
     if settings.get("megatron_config"):
         raise AlignError(

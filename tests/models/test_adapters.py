@@ -91,6 +91,10 @@ KINDS: dict[str, dict[str, Any]] = {
     "input embeddings saved whole": {"modules_to_save": ["embed_tokens"]},
     "adapted embeddings": {"target_modules": ["q_proj", "embed_tokens"]},
     "adapted head": {"target_modules": ["q_proj", "lm_head"]},
+    "modules by a pattern": {"target_modules": r".*\.1\.self_attn\.(q|v)_proj"},
+    "principal values": {"init_lora_weights": "pissa"},
+    "parameters": {"target_parameters": ["mlp.up_proj.weight"]},
+    "norms saved whole": {"modules_to_save": ["norm", "input_layernorm"]},
     "single tokens": {"trainable_token_indices": {"embed_tokens": [3, 9]}},
     "grown, embeddings saved whole": {
         "new_tokens": 3, "modules_to_save": ["embed_tokens", "lm_head"],
@@ -374,6 +378,15 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "prompt tuning": (lambda f: edit(f, peft_type="PROMPT_TUNING"), "cannot be merged"),
     "an unknown tuner": (lambda f: edit(f, peft_type="BETTER_LORA"), "cannot be merged"),
     "megatron": (lambda f: edit(f, megatron_config={"a": 1}), "asks for Megatron modules"),
+    "a base changed by chance": (
+        lambda f: edit(f, init_lora_weights="pissa_niter_4"),
+        "init_lora_weights=pissa_niter_4 changed its base",
+    ),
+    "more layers": (lambda f: edit(f, layer_replication=[[0, 2]]), "layer_replication makes a"),
+    "a newer peft": (
+        lambda f: edit(f, use_better_lora=True),
+        "has use_better_lora, which the installed peft does not know",
+    ),
     "layers that do not exist": (
         lambda f: edit(f, target_modules=["gone"]),
         "cannot be loaded: .*adapter_config.json",
