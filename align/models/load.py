@@ -21,13 +21,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from align.models.adapters import Adapter, find_adapter, merge, of_adapter
+from align.models.adapters import Adapter, find_adapter, of_adapter
 from align.models.attention import BACKENDS
 from align.models.configs import load_config, read_config, settle_generation
 from align.models.dropout import switch_off_dropout
 from align.models.guard import loading
 from align.models.kinds import require_kind
 from align.models.locate import require_found, require_safe_on_hub
+from align.models.merging import merge
 from align.models.vocabulary import resize
 from align.types import AlignError
 
