@@ -44,6 +44,7 @@ def blocks(page: Path, language: str) -> list[str]:
 # ---------------------------------------------------------------- numbers that are logged
 
 WRITERS = [
+    "stages/router.py",
     *(f"stages/{n}.py" for n in ("sft", "reward_model", "dpo", "ppo", "ppo_update", "generate")),
     *("stages/ppo_phases.py", "stages/ppo_report.py", "training/finite.py"),
     "stages/iterate.py",

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from align.config import CommonRecipe
@@ -21,7 +20,6 @@ from align.models import Policy, load_tokenizer
 from align.models.locate import is_on_the_hub
 from align.models.offload import require_gpu
 from align.models.policy import Packed
-from align.models.router import collect_router_logits, has_router
 from align.progress import say
 from align.recipes_io import to_yaml
 from align.run_folder import Run
@@ -31,7 +29,6 @@ from align.training.distributed import (
     make_accelerator,
     whole,
 )
-from align.training.loop import Measured
 from align.types import AlignError
 
 
@@ -134,35 +131,6 @@ def same_vocabulary(model: str, recipe: CommonRecipe, session: Session) -> bool:
         model, trust_remote_code=recipe.trust_remote_code, base_model=recipe.base_model
     )
     return bool(other.get_vocab() == session.tokenizer.get_vocab())
-
-
-def use_router_loss(model: Packed, coef: float, session: Session) -> None:
-    """Switch a mixture's load-balancing loss on, or say that it is off.
-
-    Raises:
-        AlignError: It is asked for, and the model is dense.
-    """
-    if coef:
-        collect_router_logits(model)
-    elif has_router(model.inner.config) and session.run.is_main:
-        usual = model.inner.config.get_text_config().router_aux_loss_coef
-        say(
-            "  a mixture of experts, trained without its load-balancing loss; its config's weight "
-            f"of it: train.router_aux_coef={usual:g}"
-        )
-
-
-def add_router_loss(
-    measured: Measured, loss: Tensor | None, *, coef: float, units: float
-) -> Measured:
-    """Add the load-balancing loss of a microbatch, which counts as much as its ``units`` do.
-
-    ``loss`` is logged without it.
-    """
-    if loss is None:
-        return measured
-    sums = {**measured.sums, "router_loss": (loss.item() * units, units)}
-    return Measured(measured.loss + coef * units * loss, sums)
 
 
 def introduce(model: Packed, session: Session) -> dict[str, Any]:

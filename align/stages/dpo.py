@@ -29,16 +29,15 @@ from align.models.router import router_loss
 from align.progress import change
 from align.stages.common import (
     Session,
-    add_router_loss,
     introduce,
     open_session,
     require_same_vocabulary,
     save_policy,
-    use_router_loss,
 )
 from align.stages.data import load_data
 from align.stages.dpo_options import check_options
 from align.stages.reference import ReferenceCache
+from align.stages.router import add_router_loss, use_router_loss
 from align.training.distributed import prepare, shard
 from align.training.loop import Measure, Measured, evaluate_groups, train
 from align.types import TokenBatch, TokenGroup

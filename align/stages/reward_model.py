@@ -30,12 +30,11 @@ from align.models.router import router_loss
 from align.progress import change, say
 from align.stages.common import (
     Session,
-    add_router_loss,
     introduce,
     open_session,
-    use_router_loss,
 )
 from align.stages.data import Split, load_data
+from align.stages.router import add_router_loss, use_router_loss
 from align.training.distributed import prepare, whole
 from align.training.loop import Measure, Measured, evaluate_groups, train
 from align.types import AlignError, TokenBatch, TokenGroup, TokenSequence

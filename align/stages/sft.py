@@ -16,13 +16,12 @@ from align.models.load import weights_hash
 from align.models.router import router_loss
 from align.progress import change
 from align.stages.common import (
-    add_router_loss,
     introduce,
     open_session,
     save_policy,
-    use_router_loss,
 )
 from align.stages.data import load_data
+from align.stages.router import add_router_loss, use_router_loss
 from align.training.distributed import prepare
 from align.training.loop import Measured, evaluate_groups, train
 from align.types import TokenBatch

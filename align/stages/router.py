@@ -1,0 +1,40 @@
+"""The load-balancing loss of a mixture of experts beside a stage's own loss."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from align.models.policy import Packed
+from align.models.router import collect_router_logits, has_router
+from align.progress import say
+from align.stages.common import Session
+from align.training.loop import Measured
+
+
+def use_router_loss(model: Packed, coef: float, session: Session) -> None:
+    """Switch a mixture's load-balancing loss on, or say that it is off.
+
+    Raises:
+        AlignError: It is asked for, and the model is dense.
+    """
+    if coef:
+        collect_router_logits(model)
+    elif has_router(model.inner.config) and session.run.is_main:
+        usual = model.inner.config.get_text_config().router_aux_loss_coef
+        say(
+            "  a mixture of experts, trained without its load-balancing loss; its config's weight "
+            f"of it: train.router_aux_coef={usual:g}"
+        )
+
+
+def add_router_loss(
+    measured: Measured, loss: Tensor | None, *, coef: float, units: float
+) -> Measured:
+    """Add the load-balancing loss of a microbatch, which counts as much as its ``units`` do.
+
+    ``loss`` is logged without it.
+    """
+    if loss is None:
+        return measured
+    sums = {**measured.sums, "router_loss": (loss.item() * units, units)}
+    return Measured(measured.loss + coef * units * loss, sums)
