@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import argparse
 import logging
+import socket
 from collections.abc import Iterator
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from align.commands.files import write_rows
 from align.console import say
 from align.files import require_writable
+from align.progress import warn
 from align.types import AlignError, DataSource
+
+HOST = "127.0.0.1"
+IDLE_SECONDS = 15
+"""Until a connection that says nothing is closed."""
 
 EPILOG = """\
   align label runs/tiny/pairs/samples.jsonl --answers answers.sqlite
@@ -40,7 +47,7 @@ def add_parser(commands: Any) -> None:
     label.add_argument(
         "--overlap", type=float, default=0.2, help="share that others have answered too (0.2)"
     )
-    label.add_argument("--port", type=int, default=0, help="a free one")
+    label.add_argument("--port", type=int, help="else the last one of this file, or a free one")
     label.set_defaults(run=run)
 
 
@@ -82,7 +89,10 @@ def read_responses(file: str) -> Iterator[tuple[Any, str, str | None]]:
             texts = fields.get("responses") if many else [fields.get("response")]
             if not isinstance(texts, list):
                 fields.bad("responses", "not a list")
-            models = values.get("models", []) if many else [values.get("model")]
+            key = "models" if many else "model"
+            models = (fields.value(key) or []) if many else [fields.value(key)]
+            if not isinstance(models, list) or any(type(m) not in (str, NoneType) for m in models):
+                fields.bad(key, "not a name of a model for each response")
             for n, text in enumerate(texts):
                 name = models[n] if n < len(models) else None
                 yield prompt, fields.string("response", text), name
@@ -91,19 +101,40 @@ def read_responses(file: str) -> Iterator[tuple[Any, str, str | None]]:
             raise AlignError(str(error)) from None
 
 
-def serve(store: Any, *, goal: int | None, overlap: float, port: int) -> None:
+def serve(store: Any, *, goal: int | None, overlap: float, port: int | None) -> None:
+    """Answer on the loopback address until Ctrl-C.
+
+    Without ``port`` it is the one that the file was served on last, so that an open page goes on.
+    """
     try:
-        from werkzeug.serving import make_server
+        from werkzeug.serving import WSGIRequestHandler, make_server
 
         from align.feedback.server import make_app
     except ImportError as error:
         raise AlignError("label: needs Flask; run pip install 'align-rlhf[label]'") from error
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it would log the token
-    app = make_app(store, goal=goal, overlap=overlap)
+
+    class Handler(WSGIRequestHandler):
+        timeout = IDLE_SECONDS  # else every connection that says nothing keeps a thread
+
+    logging.getLogger("werkzeug").setLevel(logging.CRITICAL)  # it would log the token
+    with store.served_alone(), _listening(store.port, port) as listener:
+        app = make_app(store, goal=goal, overlap=overlap)
+        store.port = number = listener.getsockname()[1]
+        handle = listener.fileno()
+        with make_server(
+            HOST, number, app, threaded=True, request_handler=Handler, fd=handle
+        ) as server:
+            say(f"http://{HOST}:{number}/{store.token}/")
+            say(f"answers go to {store.path}; end with Ctrl-C")
+            server.serve_forever()
+
+
+def _listening(last: int | None, asked: int | None) -> socket.socket:
+    """A socket on the asked port, else on the last one, else on a free one."""
     try:
-        server = make_server("127.0.0.1", port, app, threaded=True)
-    except (OSError, SystemExit) as error:
-        raise AlignError(f"--port {port}: cannot be listened on; choose another") from error
-    say(f"http://127.0.0.1:{server.server_port}/{store.token}/")
-    say(f"answers go to {store.path}; end with Ctrl-C")
-    server.serve_forever()
+        return socket.create_server((HOST, last if asked is None and last else asked or 0))
+    except (OSError, OverflowError) as error:
+        if asked is not None or last is None:
+            raise AlignError(f"--port {asked}: cannot be listened on; choose another") from error
+    warn(f"port {last}, where a page may still be open, is taken: open the page at the new address")
+    return socket.create_server((HOST, 0))

@@ -1,31 +1,34 @@
 """The labelling page: a Flask app for people on this machine, and nobody else.
 
 It answers on the loopback address only, to requests that name that address (so that no page of the
-web can reach it by a name of its own) and whose path begins with a random token.
+web can reach it by a name of its own), that no other page sent, and whose path begins with a random
+token. A request that makes no sense is answered with 400 and changes nothing.
 """
 
 from __future__ import annotations
 
 import hmac
 import json
+import sqlite3
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from flask import Flask, Response, abort, jsonify, request
 
+from align.console import complain
 from align.feedback.agreement import krippendorff_alpha
 from align.feedback.choosing import Chooser
 from align.feedback.store import SAID, Answer, Store
+from align.page_policy import content_security_policy
 
 PAGE = Path(__file__).with_name("page.html")
 LONGEST_NAME = 40
 ALLOWED = f"said: one of {', '.join(SAID)}; pair: two responses to one prompt"
+LONGEST_BODY = 16_384
+LONGEST_ANSWER = 1e7
+"""Seconds; nobody thinks for four months."""
 HEADERS = {
-    "Content-Security-Policy": (
-        "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
-        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    ),
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
     "Cache-Control": "no-store",
@@ -41,26 +44,32 @@ def make_app(store: Store, *, goal: int | None = None, overlap: float = 0.2) -> 
         overlap: Share of an annotator's pairs that somebody else has answered.
     """
     app = Flask(__name__, static_folder=None)
-    app.config["MAX_CONTENT_LENGTH"] = 16_384
+    app.config["MAX_CONTENT_LENGTH"] = LONGEST_BODY
     token, labelling = store.token, _Labelling(store, goal=goal, overlap=overlap)
+    html = PAGE.read_text(encoding="utf-8")
+    policy = content_security_policy(html, connect="'self'") + "; frame-ancestors 'none'"
 
     @app.before_request
     def only_from_here() -> None:
         host = request.host.rpartition(":")[0] or request.host
         if host not in ("127.0.0.1", "localhost"):
             abort(403)
+        sender = request.headers.get("Origin", f"http://{request.host}")
+        asked_by = request.headers.get("Sec-Fetch-Site", "same-origin")
+        if sender != f"http://{request.host}" or asked_by not in ("same-origin", "none"):
+            abort(403)  # a page of another origin, or another program's on this machine
         given = (request.view_args or {}).get("given", "")
         if not hmac.compare_digest(given.encode(), token.encode()):
             abort(404)
 
     @app.after_request
     def closed(response: Response) -> Response:
-        response.headers.update(HEADERS)
+        response.headers.update({**HEADERS, "Content-Security-Policy": policy})
         return response
 
     @app.get("/<given>/")
     def page(given: str) -> Response:
-        return Response(PAGE.read_text(encoding="utf-8"), mimetype="text/html")
+        return Response(html, mimetype="text/html")
 
     @app.get("/<given>/state")
     def current(given: str) -> Response:
@@ -68,14 +77,17 @@ def make_app(store: Store, *, goal: int | None = None, overlap: float = 0.2) -> 
 
     @app.post("/<given>/answer")
     def answer(given: str) -> Response:
-        body = request.get_json()
-        seconds = body.get("seconds")
-        took = float(seconds) if isinstance(seconds, int | float) else 0.0
-        return jsonify(labelling.answered(_answer(body), seconds=took))
+        body = _body()
+        return jsonify(labelling.answered(_answer(body), seconds=_seconds(body)))
 
     @app.post("/<given>/undo")
     def undo(given: str) -> Response:
-        return jsonify(labelling.undone(_annotator(request.get_json().get("annotator"))))
+        return jsonify(labelling.undone(_annotator(_body().get("annotator"))))
+
+    @app.errorhandler(sqlite3.Error)
+    def not_written(error: sqlite3.Error) -> tuple[str, int]:
+        complain(f"{store.path}: an answer could not be written: {error}; the page tries again")
+        return "not written", 503
 
     return app
 
@@ -133,6 +145,33 @@ def _annotator(name: Any) -> str:
     if not name or len(name) > LONGEST_NAME or not name.isprintable():
         abort(400, "annotator: a name of 1 to 40 characters")
     return str(name)
+
+
+def _body() -> dict[str, Any]:
+    """The request's JSON object.
+
+    It has to say that it is JSON: a form of another site cannot, without asking first.
+    """
+    if request.mimetype != "application/json":
+        abort(400, "wanted application/json")
+    try:
+        found = json.loads(request.get_data(), parse_constant=_refuse)
+    except (ValueError, RecursionError):  # RecursionError: thousands of brackets
+        abort(400, "the body is no JSON")
+    if not isinstance(found, dict):
+        abort(400, "the body is no JSON object")
+    return found
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no JSON")  # Python reads NaN and Infinity
+
+
+def _seconds(body: dict[str, Any]) -> float:
+    given = body.get("seconds", 0.0)
+    if type(given) not in (int, float) or not 0 <= given <= LONGEST_ANSWER:
+        abort(400, "seconds: a number, 0 or more")
+    return float(given)
 
 
 def _answer(body: dict[str, Any]) -> Answer:

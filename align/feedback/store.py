@@ -12,10 +12,13 @@ import secrets
 import sqlite3
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from align.types import AlignError
 
@@ -86,6 +89,31 @@ class Store:
         (value,) = self._db.execute("SELECT value FROM meta WHERE key = 'token'").fetchone()
         return str(value)
 
+    @property
+    def port(self) -> int | None:
+        """Where the file was last served, so that a page that is open finds it again."""
+        row = self._db.execute("SELECT value FROM meta WHERE key = 'port'").fetchone()
+        return int(row[0]) if row else None
+
+    @port.setter
+    def port(self, number: int) -> None:
+        self._db.execute("INSERT OR REPLACE INTO meta VALUES ('port', ?)", (str(number),))
+
+    @contextmanager
+    def served_alone(self) -> Iterator[None]:
+        """Refuse a second server on one file: each would show pairs that the other has answered."""
+        lock = FileLock(f"{self.path}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise AlignError(
+                f"{self.path}: another `align label` serves it; use its page, or end it first"
+            ) from error
+        except OSError as error:
+            raise AlignError(f"{self.path}.lock: cannot be made: {error.strerror}") from error
+        with lock:
+            yield
+
     def add_responses(self, rows: Sequence[tuple[Any, str, str | None]]) -> int:
         """(prompt, text, model) of each response; those that are there already are left alone."""
         with self._lock, self._db:
@@ -119,7 +147,9 @@ class Store:
                     " VALUES (?, ?, ?, ?, ?, ?)",
                     values,
                 )
-            except sqlite3.IntegrityError:
+            except sqlite3.IntegrityError as error:
+                if "UNIQUE" not in str(error):
+                    raise
                 return False
         return True
 
