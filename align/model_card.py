@@ -7,10 +7,14 @@ what the manifest knows and nothing else.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from align.console import one_line, printable
 from align.files import write_whole
 
 WHAT = {
@@ -53,19 +57,41 @@ def model_card(name: str, folder: Path, manifest: Mapping[str, Any]) -> str:
     results = {} if critic else manifest.get("held_out") or {}
     parts = [
         _metadata(name, title, stage, base, manifest, results),
-        f"# {title}\n\n`{base}`, {what} by align.\n",
+        f"# {_text(title)}\n\n{_code(base)}, {what} by align.\n",
         "## Data\n\n" + _data(manifest),
     ]
     if results:
-        rows = [f"| {key} | {value:.4g} |" for key, value in results.items()]
+        rows = [f"| {_text(key)} | {value:.4g} |" for key, value in results.items()]
         table = "\n".join(["| held out, after training | |", "|---|---|", *rows])
         parts.append(f"## Results\n\n{table}\n\nEach number is explained in docs/metrics.md.\n")
-    lines = "\n".join(
-        f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in recipe.items()
-    )
-    parts.append(f"## Recipe\n\n```yaml\n{lines}\n```\n")
+    parts.append(f"## Recipe\n\n{_fenced(to_yaml(dict(recipe)))}\n")
     parts.append(f"## How it was made\n\n{_made(manifest)}\n")
-    return "\n".join(parts)
+    # a control character or lone surrogate of a name could not be shown, or not written
+    return printable("\n".join(parts))
+
+
+def to_yaml(values: Mapping[str, Any]) -> str:
+    """One key a line, in their order; values of any kind, through JSON's."""
+    plain = json.loads(json.dumps(values, default=str))
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=10**6)
+
+
+def _text(text: object) -> str:
+    """A name as Markdown shows it letter by letter, in a line or in a table's cell."""
+    return re.sub(r"([\\`*_\[\]<>|~$&#])", r"\\\1", one_line(str(text)))
+
+
+def _code(text: object) -> str:
+    """A code span, with more backticks around it than are in it."""
+    text = one_line(str(text))
+    ticks = "`" * (max(map(len, re.findall("`+", text)), default=0) + 1)
+    pad = " " if text[:1] == "`" or text[-1:] == "`" else ""
+    return f"{ticks}{pad}{text}{pad}{ticks}"
+
+
+def _fenced(text: str) -> str:
+    fence = "`" * max(3, max(map(len, re.findall("`+", text)), default=0) + 1)
+    return f"{fence}yaml\n{text.rstrip()}\n{fence}"
 
 
 def _metadata(
@@ -120,12 +146,14 @@ def _data(manifest: Mapping[str, Any]) -> str:
             if "rows_read" in report:
                 count = f"{report['rows_kept']} of {report['rows_read']}"
             sha256 = (report.get("sha256") or "")[:16]
-            rows.append(f"| {use} | `{report['path']}` | {count} | `{sha256}` |")
+            path = _code(report["path"]).replace("|", "\\|")  # a bar ends a cell, even in code
+            digest = _code(sha256) if sha256 else ""
+            rows.append(f"| {_text(use)} | {path} | {count} | {digest} |")
     return "\n".join(rows) + "\n"
 
 
 def _made(manifest: Mapping[str, Any]) -> str:
-    versions = ", ".join(f"{k} {v}" for k, v in (manifest.get("versions") or {}).items())
+    versions = ", ".join(_text(f"{k} {v}") for k, v in (manifest.get("versions") or {}).items())
     seconds = manifest.get("seconds")
     took = f" It took {seconds:.0f} s." if isinstance(seconds, int | float) else ""
-    return f"`{manifest.get('command', '')}`, seed {manifest.get('seed')}; {versions}.{took}"
+    return f"{_code(manifest.get('command', ''))}, seed {manifest.get('seed')}; {versions}.{took}"

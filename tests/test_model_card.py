@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 
 from align.config import RewardRecipe, SFTRecipe
 from align.model_card import model_card
@@ -42,6 +44,37 @@ def test_the_hub_reads_it(manifest: dict[str, Any]) -> None:
     assert "| train | `data/a.jsonl` | 9 of 10 | `abababababababab` |" in text
     assert "dpo.beta: 0.1" in text
     assert "`align dpo tiny/dpo`, seed 3" in text
+
+
+HOSTILE = "a|b`c``d\n\n---\n# <script>alert(1)</script> [x](http://x) *b* ${y}: - \x1b[31m\u202e"
+
+
+def test_names_are_text_in_markdown_and_in_yaml(manifest: dict[str, Any]) -> None:
+    """A hostile name ends no cell, no code span, no fence and no front matter."""
+    manifest["data"]["train"][0]["path"] = HOSTILE
+    manifest["data"][HOSTILE] = [manifest["data"]["train"][0]]
+    manifest["recipe"] |= {"model": HOSTILE, "data.columns": {HOSTILE: "```"}, "a: b\n```": 1}
+    manifest |= {"command": HOSTILE, "versions": {HOSTILE: HOSTILE}}
+    manifest["held_out"] = {HOSTILE: 0.25}
+    text = model_card("model", Path(f"runs/{HOSTILE.replace('/', '')}"), manifest)
+    data = ModelCard(text).data
+    assert (data.base_model, data.pipeline_tag) == (None, "text-generation")
+    assert [r.metric_type for r in data.eval_results] == [HOSTILE]
+    assert not {"\x1b", "\u202e"} & set(text)
+    body = text.partition("\n---\n")[2]
+    tokens = MarkdownIt("commonmark").enable("table").parse(body)
+    inline = [part for token in tokens for part in token.children or []]
+    assert not {"html_block", "hr"} & {token.type for token in tokens}
+    assert not {"html_inline", "link_open", "em_open", "image"} & {part.type for part in inline}
+    headings = [tokens[i + 1].content for i, t in enumerate(tokens) if t.type == "heading_open"]
+    assert headings[1:] == ["Data", "Results", "Recipe", "How it was made"]
+    shown = " ".join(HOSTILE.split()).replace("\x1b", r"\u001b").replace("\u202e", r"\u202e")
+    assert sum(part.content == shown for part in inline) == 6  # model, command, paths, cells
+    assert [t.type for t in tokens].count("td_open") == 3 * 4 + 2  # rows of data, and of results
+    (recipe,) = [token for token in tokens if token.type == "fence"]
+    values = yaml.safe_load(recipe.content)
+    assert values["data.columns"] == {HOSTILE: "```"}
+    assert values["a: b\n```"] == 1
 
 
 def test_a_folder_is_no_hub_id(manifest: dict[str, Any], tmp_path: Path) -> None:

@@ -131,7 +131,10 @@ def _axes(width: float, height: float) -> tuple[Any, Any]:
 
 def _svg(figure: Any, title: str, *, largest: float = 1.35) -> Markup:
     import matplotlib
+    from matplotlib.text import Text
 
+    for text in figure.findobj(Text):  # two dollars in a name are no formula
+        text.set_parse_math(False)
     stream = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     # text stays text: it can be read aloud and searched

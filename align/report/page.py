@@ -1,7 +1,8 @@
 """Runs -> one HTML page that needs nothing else: no network, no second file.
 
 Every text that a model, a user or a file wrote is escaped by the template; figures alone are
-markup, and matplotlib escapes what stands in them.
+markup, and matplotlib escapes what stands in them. A policy in the page's head lets its own script
+run, and nothing else, and lets nothing be fetched or sent.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ from typing import Any
 
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from align import __version__, doctor
+from align.console import printable
 from align.doctor_rules import Finding
 from align.evaluation.columns import columns
 from align.evaluation.verdict import deciding_p
 from align.files import BROKEN, reading, require_writable, write_whole
+from align.page_policy import content_security_policy
 from align.progress import duration
 from align.report import figures
 from align.report.frontier import frontier_of
@@ -79,8 +83,11 @@ def render(runs: Sequence[RunRecord]) -> str:
         "duration": lasted,
     }
     environment.filters |= filters
+    script = environment.get_template("page.js").render()
     evaluations = [run for run in runs if run.evaluation is not None]
-    return environment.get_template("page.html.j2").render(
+    page = environment.get_template("page.html.j2").render(
+        script=Markup(script),
+        policy=content_security_policy(f"<script>{script}</script>"),
         title=_title(runs),
         version=__version__,
         written=time.strftime("%Y-%m-%d %H:%M"),
@@ -96,6 +103,8 @@ def render(runs: Sequence[RunRecord]) -> str:
         training_samples=[(r.name, rows) for r in runs if (rows := of_training(r))],
         names=NAMES,
     )
+    # a name with a direction override would be read backwards here too
+    return printable(page)
 
 
 def _findings(run: RunRecord) -> list[Finding]:
@@ -207,6 +216,8 @@ def number(value: Any) -> str:
     """Three significant digits, zeros among them; nothing for None."""
     if value is None:
         return ""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)  # a file was edited by hand: shown, and escaped, as it is
     if isinstance(value, int):
         return f"{value:,}"
     if abs(value) < 1e-6:  # what rounding leaves of a KL of 0
@@ -218,7 +229,8 @@ def number(value: Any) -> str:
 
 def signed(value: float) -> str:
     """A difference, so that it is seen to be one."""
-    return number(value) if value <= 0 else f"+{number(value)}"
+    positive = isinstance(value, int | float) and value > 0
+    return f"+{number(value)}" if positive else number(value)
 
 
 def interval(pair: Any) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import itertools
 import json
 import re
@@ -118,6 +120,55 @@ def test_the_escaping_test_rejects(suite: Path, monkeypatch: pytest.MonkeyPatch,
     assert "<script>alert" in broken.read_text(encoding="utf-8")
 
 
+HOSTILE = "</script><img src=x onerror=alert(1)>'\"&lt;|$x^{$ {{ 7 * 7 }} \x1b[31m\u202e"
+
+
+@pytest.fixture
+def hostile_page(suite: Path, make_run, tmp_path: Path) -> str:
+    """Names of models, metrics, files, keys and a run that would end an element or an attribute."""
+    place = suite / "eval" / "eval.json"
+    text = place.read_text()
+    for name in ("ppo", "sft", "nrefs:1"):
+        text = text.replace(f'"{name}', f'"{json.dumps(HOSTILE + name)[1:-1]}')
+    place.write_text(text)
+    for path in (suite / "eval" / "outputs").glob("*.jsonl"):
+        if path.stem in ("ppo", "sft"):
+            path.unlink()
+    rows = [{"step": i, HOSTILE: 0.5, f"eval_{HOSTILE}": 0.2 * i, "kl": 9.0 * i} for i in (1, 2, 3)]
+    make_run(
+        "run<b>\x1b", "ppo", metrics=rows, status=HOSTILE, command=HOSTILE, seed=HOSTILE,
+        data={HOSTILE: [{"path": HOSTILE, "sha256": HOSTILE, "rows_read": 1, "rows_kept": 1}]},
+        held_out={HOSTILE: 1.0}, config=json.dumps({"model": HOSTILE, HOSTILE: HOSTILE}),
+    )  # fmt: skip
+    return write_report([str(suite)], str(tmp_path / "p.html")).read_text(encoding="utf-8")
+
+
+def test_names_are_escaped_everywhere(hostile_page: str) -> None:
+    outline = Outline(hostile_page)
+    assert (outline.wrong, outline.open) == ([], [])
+    tags = [tag for tag, _ in outline.tags]
+    assert tags.count("script") == 1
+    assert "img" not in tags
+    assert not [name for _, found in outline.tags for name in found if name.startswith("on")]
+    assert hostile_page.count("&lt;img src=x onerror=alert(1)&gt;") > 10
+    assert "$x^{$" in hostile_page  # no formula to matplotlib, and still there
+    assert "{{ 7 * 7 }}" in hostile_page
+    assert not {"\x1b", "\u202e"} & set(hostile_page)
+    assert r"\u001b[31m\u202e" in hostile_page
+
+
+def test_a_policy_lets_the_pages_own_script_run_and_nothing_else(hostile_page: str) -> None:
+    (script,) = re.findall(r"<script>(.*?)</script>", hostile_page, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policies = [a for tag, a in Outline(hostile_page).tags if "http-equiv" in a]
+    assert [p["http-equiv"] for p in policies] == ["Content-Security-Policy"]
+    rules = str(policies[0]["content"]).split("; ")
+    assert rules[:2] == ["default-src 'none'", f"script-src 'sha256-{digest}'"]
+    assert {"connect-src 'none'", "img-src data:", "base-uri 'none'"} <= set(rules)
+    head = hostile_page.partition("<script>")[0]
+    assert "Content-Security-Policy" in head.partition("<style>")[0]
+
+
 def test_it_is_well_formed_and_accessible(text: str) -> None:
     outline = Outline(text)
     assert outline.wrong == []
@@ -189,6 +240,7 @@ def test_differences_by_words() -> None:
         (0.0, "0"),
         (1.2e-7, "0"),
         (1e-5, "1e-05"),
+        ("by hand", "by hand"),
     ],
 )
 def test_numbers(value: float | None, shown: str) -> None:
