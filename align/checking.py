@@ -64,17 +64,20 @@ def check(command: str, recipe: Any) -> Iterator[str]:
     yield from _notes(recipe)
     rows = 0
     sample: list[Any] = []
+    prompts: list[PromptExample] = []
     for name in ("train", "test"):
         for source in getattr(recipe.data, name):
             streamed = name == "train" and recipe.data.streaming
             read = _read_beginning if streamed else _read_as_the_run
             examples, line = read(source, recipe.data, KINDS[command])
             _check_references(recipe, examples)
+            prompts += [e for e in examples if isinstance(e, PromptExample)]
             if name == "train":
                 rows += 0 if streamed else len(examples)
                 sample += examples[:: math.ceil(len(examples) / SAMPLED) or 1]
             label = "data" if isinstance(recipe, EvalRecipe | GenerateRecipe) else f"data.{name}"
             yield f"{label:<11} {line}"
+    _check_functions(recipe, prompts)
     most = recipe.data.max_train_rows
     if most is not None and most < rows:
         yield f"data        {most:,} of them are used, picked by seed (data.max_train_rows)"
@@ -106,6 +109,15 @@ def _only_elsewhere(recipe: Any) -> Iterator[str]:
         except AlignError as error:
             found[str(error)] = None
     yield from found
+
+
+def _check_functions(recipe: Any, prompts: Sequence[PromptExample]) -> None:
+    """A function's arguments have to be columns of the data, where they are not ours."""
+    from align.rewards import check_functions
+
+    for key in ("reward", "gold_reward"):
+        if prompts and any(term.function for term in getattr(recipe, key, ())):
+            check_functions(key, getattr(recipe, key), prompts)
 
 
 def _check_references(recipe: Any, examples: Sequence[Any]) -> None:

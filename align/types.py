@@ -326,8 +326,15 @@ class RewardTerm:
     timeout: float | None = 3600.0
 
 
+Columns: TypeAlias = Mapping[str, Sequence[Any]]
+"""Name of a data set's column -> its value for each response."""
+
+
 class RewardSource(Protocol):
-    """Anything that gives one score to each response."""
+    """Anything that gives one score to each response.
+
+    ``columns`` are the rows' extra columns, which a user's function may ask for by name.
+    """
 
     name: str
 
@@ -336,9 +343,8 @@ class RewardSource(Protocol):
         prompts: Sequence[Text],
         responses: Sequence[str],
         references: Sequence[Sequence[str]],
+        columns: Columns | None = None,
     ) -> Sequence[float]: ...
 
 
-RewardFunction: TypeAlias = Callable[
-    [Sequence[Text], Sequence[str], Sequence[Sequence[str]]], Sequence[float]
-]
+RewardFunction: TypeAlias = Callable[..., Sequence[float]]

@@ -72,6 +72,9 @@ def run(recipe: EvalRecipe) -> None:
         resumable=False,
     )
     prompts, pairs = _data(recipe, session, needs_prompts=bool(models))
+    if prompts:  # now it is known which names are columns
+        check_functions("reward", recipe.reward, prompts)
+        check_functions("gold_reward", recipe.gold_reward, prompts)
     say(f"eval: {len(models)} models on {len(prompts)} prompts -> {recipe.output_dir}")
     evaluation = _Evaluation(recipe, prompts, state.device)
     for name, model in models.items():

@@ -23,7 +23,7 @@ from align.evaluation.outputs import Outputs, ReferenceFit, mean
 from align.evaluation.scripts import tokenizer_hint
 from align.evaluation.text import distinct_n, distinct_n_ci95, exact_matches, repetition
 from align.progress import say
-from align.rewards import load_function, require_arguments
+from align.rewards import load_function, require_arguments, score_responses
 from align.rewards.guard import guarded
 from align.rewards.metric import MetricReward
 from align.types import AlignError, PromptExample, RewardSource
@@ -110,8 +110,7 @@ class Measurer:
 
     def score(self, source: RewardSource, responses: Sequence[str], k: int = 1) -> list[float]:
         repeated = [e for e in self.examples for _ in range(k)]
-        prompts, references = [e.prompt for e in repeated], [e.references for e in repeated]
-        return list(source(prompts, responses, references))
+        return list(score_responses(source, repeated, responses))
 
     def against_references(self, system: System) -> None:
         """What references alone can say: corpus metrics and exact matches."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from align.progress import warn
 from align.rewards.function import FunctionReward, load_function, require_arguments
 from align.rewards.metric import MetricReward
 from align.rewards.weighted import WeightedReward
-from align.types import AlignError, RewardSource, RewardTerm
+from align.types import AlignError, PromptExample, RewardSource, RewardTerm
 
 __all__ = [
     "FunctionReward",
@@ -19,6 +20,7 @@ __all__ = [
     "load_function",
     "needs_references",
     "require_arguments",
+    "score_responses",
     "warn_of_constant",
 ]
 
@@ -44,16 +46,41 @@ def build_reward(
     return WeightedReward(weighted)
 
 
-def check_functions(key: str, terms: Sequence[RewardTerm]) -> list[FunctionReward]:
+def check_functions(
+    key: str, terms: Sequence[RewardTerm], examples: Sequence[PromptExample] | None = None
+) -> list[FunctionReward]:
     """The functions among the terms, imported; refused here where they cannot be called by name.
 
-    Called before models are loaded, which takes minutes.
+    Called before data are read, without ``examples``, and again before models are loaded, which
+    takes minutes: only then is it known which names are columns.
     """
+    columns = None if examples is None else list(extra_columns(examples))
     return [
-        require_arguments(f"{key}.function", load_function(term.function, term.timeout))
+        require_arguments(
+            f"{key}.function", load_function(term.function, term.timeout), columns=columns
+        )
         for term in terms
         if term.function is not None
     ]
+
+
+def extra_columns(examples: Sequence[PromptExample]) -> dict[str, list[Any]]:
+    """Each extra column's values, None in rows without it."""
+    names = dict.fromkeys(name for example in examples for name in example.extra)
+    return {name: [example.extra.get(name) for example in examples] for name in names}
+
+
+def score_responses(
+    source: RewardSource, examples: Sequence[PromptExample], responses: Sequence[str]
+) -> Sequence[float]:
+    """Each response's score; ``examples`` has its prompt, references and extra columns."""
+    columns = extra_columns(examples)
+    return source(
+        [e.prompt for e in examples],
+        responses,
+        [e.references for e in examples],
+        **({"columns": columns} if columns else {}),
+    )
 
 
 def warn_of_constant(source: RewardSource, scores: Sequence[float]) -> None:
@@ -94,5 +121,5 @@ def _build_term(term: RewardTerm, load_model: Callable[[str], RewardSource]) -> 
         return load_model(term.model)
     if term.function is not None:
         source = load_function(term.function, term.timeout)
-        return require_arguments("reward.function", source)
+        return require_arguments("reward.function", source, columns=None)
     return MetricReward(str(term.metric))

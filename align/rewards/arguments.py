@@ -43,13 +43,20 @@ def call_by_name(function: Callable[..., Any], values: Mapping[str, Any]) -> Any
 
 
 def check_arguments(
-    key: str, name: str, function: Callable[..., Any], allowed: Sequence[str]
+    key: str,
+    name: str,
+    function: Callable[..., Any],
+    arguments: Sequence[str],
+    columns: Sequence[str] | None = (),
 ) -> None:
-    """Refuse a function that cannot be called by name with ``allowed``.
+    """Refuse a function that cannot be called by name with ``arguments`` and ``columns``.
 
     Args:
         key: The recipe's key, such as ``reward.function``.
         name: ``module:function``.
+        arguments: Names that are always given.
+        columns: Extra columns of the data; None where they are not known yet, which lets a name
+            pass that is like none of ``arguments``.
 
     Raises:
         AlignError: A class, an async function or a generator; a parameter that nothing is given
@@ -63,8 +70,10 @@ def check_arguments(
     parameters = _parameters(function)
     if parameters is None:
         return
-    shown, wanted = inspect.signature(function), ", ".join(allowed)
-    cure = f"may ask for {wanted}, by name: write `def {name.partition(':')[2]}({wanted}):`"
+    allowed = (*arguments, *(columns or ()))
+    shown, wanted = inspect.signature(function), ", ".join(arguments)
+    also = f" and the data's columns {', '.join(columns)}" if columns else ""
+    cure = f"may ask for {wanted}{also}, by name: write `def {name.partition(':')[2]}({wanted}):`"
     kinds = [p.kind for p in parameters]
     rest_alone = _VAR_POSITIONAL in kinds and _VAR_KEYWORD not in kinds and len(kinds) > 1
     for parameter in parameters:
@@ -73,12 +82,16 @@ def check_arguments(
                              f"it {cure}")  # fmt: skip
         if parameter.name in allowed or parameter.kind in (_VAR_POSITIONAL, _VAR_KEYWORD):
             continue
-        hint = _meant(parameter, allowed)
+        hint = _meant(parameter, arguments)
+        if columns is None and (hint is None or hint == "references"):
+            continue  # `answer` or `solution` may be a column
         if parameter.default is inspect.Parameter.empty or hint:
             near = f" (did you mean {hint}?)" if hint else ""
             raise AlignError(
                 f"{told}: takes {shown}, nothing is given for {parameter.name}{near}: it {cure}"
             )
+    if columns is None:
+        return
     if not any(p.name in allowed or p.kind in (_VAR_POSITIONAL, _VAR_KEYWORD) for p in parameters):
         raise AlignError(f"{told}: takes {shown}, none of what it is given: it {cure}")
 

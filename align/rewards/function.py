@@ -21,7 +21,7 @@ from typing import Any
 
 from align.rewards.arguments import call_by_name, check_arguments
 from align.rewards.guard import guarded, importing, reason
-from align.types import AlignError, NonFiniteError, RewardFunction, Text
+from align.types import AlignError, Columns, NonFiniteError, RewardFunction, Text
 
 REWARD_ARGUMENTS = ("prompts", "responses", "references")
 LARGEST = 3.4028234e38
@@ -44,8 +44,10 @@ class FunctionReward:
         prompts: Sequence[Text],
         responses: Sequence[str],
         references: Sequence[Sequence[str]],
+        columns: Columns | None = None,
     ) -> list[float]:
         given = {"prompts": prompts, "responses": responses, "references": references}
+        given = {**(columns or {}), **given}
         return checked_scores(self.name, self.call(given), len(responses))
 
     def call(self, given: Mapping[str, Sequence[Any]]) -> Any:
@@ -108,10 +110,19 @@ def load_function(
 
 
 def require_arguments(
-    key: str, source: FunctionReward, arguments: Sequence[str] = REWARD_ARGUMENTS
+    key: str,
+    source: FunctionReward,
+    arguments: Sequence[str] = REWARD_ARGUMENTS,
+    *,
+    columns: Sequence[str] | None = (),
 ) -> FunctionReward:
-    """Refuse a function that cannot be called with these by name, before anything is computed."""
-    check_arguments(key, source.name, source.function, arguments)
+    """Refuse a function that cannot be called with these by name, before anything is computed.
+
+    Args:
+        columns: Extra columns of the data, which it may ask for too; None where the data have not
+            been read yet, so that a name may still turn out to be one.
+    """
+    check_arguments(key, source.name, source.function, arguments, columns)
     return source
 
 

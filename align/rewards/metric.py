@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from sacrebleu.metrics import BLEU, CHRF
 from sacrebleu.metrics.base import Metric
 
-from align.types import AlignError, Text
+from align.types import AlignError, Columns, Text
 
 # effective order: a sentence without any 4-gram in common still scores for its shorter ones
 METRICS: dict[str, Metric] = {
@@ -34,6 +34,7 @@ class MetricReward:
         prompts: Sequence[Text],
         responses: Sequence[str],
         references: Sequence[Sequence[str]],
+        columns: Columns | None = None,
     ) -> list[float]:
         metric = METRICS[self.name]
         scores = []

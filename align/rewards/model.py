@@ -21,7 +21,7 @@ from align.files import BROKEN, load_json
 from align.models import load_scalar_model, load_tokenizer
 from align.models.policy import ScalarModel, batch_sequences, check_length
 from align.rewards.function import checked_scores
-from align.types import AlignError, Text, TokenGroup
+from align.types import AlignError, Columns, Text, TokenGroup
 
 
 class ModelReward:
@@ -45,6 +45,7 @@ class ModelReward:
         prompts: Sequence[Text],
         responses: Sequence[str],
         references: Sequence[Sequence[str]],
+        columns: Columns | None = None,
     ) -> list[float]:
         if not responses:
             return []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from align.types import RewardSource, Text
+from align.types import Columns, RewardSource, Text
 
 
 @dataclass
@@ -30,12 +30,14 @@ class WeightedReward:
         prompts: Sequence[Text],
         responses: Sequence[str],
         references: Sequence[Sequence[str]],
+        columns: Columns | None = None,
     ) -> list[float]:
         weights = [weight for weight, _ in self.terms]
-        columns = [source(prompts, responses, references) for _, source in self.terms]
+        extra = {"columns": columns} if columns else {}
+        scores = [source(prompts, responses, references, **extra) for _, source in self.terms]
         names = (source.name for _, source in self.terms)
-        self.last_scores = dict(zip(names, columns, strict=True))
+        self.last_scores = dict(zip(names, scores, strict=True))
         return [
             sum(weight * score for weight, score in zip(weights, row, strict=True))
-            for row in zip(*columns, strict=True)
+            for row in zip(*scores, strict=True)
         ]

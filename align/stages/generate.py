@@ -18,7 +18,7 @@ from align.config import GenerateRecipe, PairsConfig
 from align.feedback.pairs import choose_pairs
 from align.models import load_policy
 from align.progress import Progress, say
-from align.rewards import build_reward, check_functions, warn_of_constant
+from align.rewards import build_reward, check_functions, score_responses, warn_of_constant
 from align.rewards.model import reward_model_loader
 from align.rollout.engine import require_engine, sample
 from align.rollout.experience import decode_rollout
@@ -47,6 +47,7 @@ def run(recipe: GenerateRecipe) -> None:
     session = open_session(recipe, "generate")
     every_prompt = replace(recipe.data, test_fraction=0.0)
     prompts, _ = load_data(session, every_prompt, "prompt", seed=recipe.seed)
+    check_functions("reward", recipe.reward, prompts.examples)
     accelerator = session.accelerator
     names = (recipe.model, *recipe.also)
     for other in recipe.also:
@@ -145,11 +146,8 @@ def _score(
                 tokens_per_microbatch=recipe.tokens_per_microbatch,
             ),
         )
-        scores = reward(
-            [r["prompt"] for r in rows],
-            [r["response"] for r in rows],
-            [r["references"] for r in rows],
-        )
+        repeated = [e for e, same in zip(examples, answers, strict=True) for _ in same]
+        scores = score_responses(reward, repeated, [row["response"] for row in rows])
         warn_of_constant(reward, scores)
         for row, score in zip(rows, scores, strict=True):
             row["score"] = score

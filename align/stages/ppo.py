@@ -49,6 +49,9 @@ def run(recipe: PPORecipe) -> None:
     check_functions("reward", recipe.reward)
     session = open_session(recipe, "ppo")
     prompts, held_out = load_data(session, recipe.data, "prompt", seed=recipe.seed)
+    for split in (prompts, held_out):
+        if split.examples:
+            check_functions("reward", recipe.reward, split.examples)
     roles = load_roles(recipe, session)
     session.run.describe(
         start_weights=roles.weights,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from align.config import PPORecipe
+from align.rewards import score_responses
 from align.rollout.engine import sample
 from align.rollout.experience import (
     decode_rollout,
@@ -76,11 +77,7 @@ class Phases:
         failed: NonFiniteError | None = None
         try:
             if rows:
-                scores = self.roles.reward(
-                    [e.prompt for e in mine],
-                    [responses[row] for row in rows],
-                    [e.references for e in mine],
-                )
+                scores = score_responses(self.roles.reward, mine, [responses[r] for r in rows])
         except NonFiniteError as error:
             named = [rows[row] for row in error.rows]
             failed = error.having(rows=named, responses=[responses[row] for row in named])

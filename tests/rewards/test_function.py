@@ -10,8 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from align.rewards import FunctionReward, build_reward, load_function
-from align.types import AlignError, RewardSource, RewardTerm
+from align.rewards import (
+    FunctionReward,
+    build_reward,
+    check_functions,
+    load_function,
+    score_responses,
+)
+from align.types import AlignError, PromptExample, RewardSource, RewardTerm
 
 PROMPTS, RESPONSES, REFERENCES = ["p", "q"], ["a", "bb"], [(), ()]
 
@@ -193,12 +199,33 @@ def test_arguments_are_matched_by_name(arguments: str, seen: str, folder: Path) 
 def test_names_that_nothing_is_given_for_are_refused(
     arguments: str, what: str, folder: Path
 ) -> None:
+    write_module(folder, f"def f({arguments}):\n    raise SystemExit('it was called')\n")
     with pytest.raises(AlignError) as caught:
-        built(arguments, folder, "raise SystemExit('it was called')")
+        check_functions("reward", [RewardTerm(function="my_rewards:f")], [])
     assert str(caught.value).startswith(
         f"reward.function='my_rewards:f': takes ({arguments}), {what.partition(':')[0]}"
     )
     assert str(caught.value).endswith("write `def f(prompts, responses, references):`")
+
+
+def test_extra_columns_are_asked_for_by_name(folder: Path) -> None:
+    write_module(folder, "def f(tests, responses, **rest):\n    return [tests[0], len(rest)]\n")
+    rows = [{"tests": 4.0, "topic": "sea", "responses": "not ours"}, {"tests": 5.0}]
+    examples = [PromptExample(id=str(n), prompt="p", extra=row) for n, row in enumerate(rows)]
+    terms = [RewardTerm(function="my_rewards:f", weight=0.5)]
+    assert len(check_functions("reward", terms, examples)) == 1
+    reward = build_reward(terms, load_model=pytest.fail)
+    # rest: prompts, references and topic
+    assert score_responses(reward, examples, ["a", "b"]) == [2.0, 1.5]
+    with pytest.raises(AlignError, match="nothing is given for tests"):
+        check_functions("reward", terms, examples[:0])
+    check_functions("reward", terms)  # the data have not been read: it may be a column
+    write_module(folder, "def f(test): ...\n", "others")
+    with pytest.raises(AlignError) as caught:
+        check_functions("reward", [RewardTerm(function="others:f")], examples)
+    assert "may ask for prompts, responses, references and the data's columns tests, topic" in str(
+        caught.value
+    )
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ def swapped(references, responses, prompts):
     torch.set_default_dtype(torch.float64)
     torch.set_grad_enabled(False)
     return [torch.tensor(float("moon" in r)) for r in sorted(responses)]
+def worth_of(worth): return worth
 def constant(responses): return [2.0 for _ in responses]
 def exits(responses):
     import os
@@ -37,19 +38,48 @@ def functions(tmp_path: Path, rewards_module: None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "what"), [("positional", "nothing is given for p"), ("trl", "did you mean responses?")]
+    ("name", "what", "phase"),
+    [
+        ("trl", "did you mean responses?", "open_session"),
+        ("positional", "nothing is given for p", "load_roles"),  # it might be a column of the data
+    ],
 )
-def test_wrong_names_are_refused_before_anything_is_loaded(
-    name: str, what: str, run_ppo: RunPPO, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_wrong_names_are_refused_before_models_are_loaded(
+    name: str,
+    what: str,
+    phase: str,
+    run_ppo: RunPPO,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def loading(*_: Any) -> None:
-        raise AssertionError("models or data are loaded")
+        raise AssertionError("models are loaded")
 
-    monkeypatch.setattr(ppo, "open_session", loading)
+    monkeypatch.setattr(ppo, phase, loading)
     with pytest.raises(AlignError, match=r"reward\.function=.tiny_rewards") as caught:
         run_ppo("run", f"reward={{function: tiny_rewards:{name}}}")
     assert what in str(caught.value)
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_columns_of_the_data_reach_the_function(
+    run_ppo: RunPPO,
+    tmp_path: Path,
+    write_rows: Callable[..., Path],
+    demonstrations: list[dict[str, str]],
+    read_jsonl: Callable[[Path], list[dict[str, Any]]],
+) -> None:
+    rows = [{"prompt": r["prompt"], "worth": n} for n, r in enumerate(demonstrations)]
+    folder = run_ppo(
+        "run",
+        "reward={function: tiny_rewards:worth_of}",
+        f"data.train={write_rows('worth.jsonl', rows)}",
+        "ppo.iterations=1",
+    )
+    worth = {row["prompt"]: float(row["worth"]) for row in rows}
+    samples = read_jsonl(folder / "samples.jsonl")
+    assert len({s["score"] for s in samples}) == 8
+    assert all(s["score"] == worth[s["prompt"]] for s in samples)
 
 
 @pytest.mark.parametrize(
