@@ -135,6 +135,6 @@ def run_convert(args: argparse.Namespace) -> None:
     say(f"{output}: {len(loaded.examples)} rows ({kind}), as {args.to}")
     for report in loaded.reports:
         if report.unread:
-            print(f"  {report.path}: not written: {', '.join(report.unread)}")
+            say(f"  {report.path}: not written: {', '.join(report.unread)}")
         for reason, count in report.dropped.items():
             say(f"  {report.path}: left out {count} rows: {reason}")

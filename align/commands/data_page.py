@@ -23,7 +23,8 @@ def print_page(found: Inspection) -> None:
         console.print(_text(f"{path}: read as {found.kind}, format: {name}"))
     for report in found.reports:
         unread = not_read(report.unread)
-        console.print(f"  {report.rows_kept:,} of {report.rows_read:,} rows usable{unread}")
+        usable = f"  {report.rows_kept:,} of {report.rows_read:,} rows usable{unread}"
+        console.print(_text(usable))
     if found.tokens:
         t = {name: f"{value:,.0f}" for name, value in found.tokens.items()}
         console.print(f"  {t['rows']} rows fit: {t['tokens']} tokens, {t['trained']} trained on")
