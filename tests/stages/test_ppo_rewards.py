@@ -104,7 +104,10 @@ def test_every_command_refuses_it_and_so_does_check(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     recipe = tmp_path / f"{command}.yaml"
-    tree = {"model": str(tiny_sft), "output_dir": str(tmp_path / "run"), "data": str(prompts_file)}
+    tree: dict[str, Any] = {"model": str(tiny_sft), "data": str(prompts_file)}
+    tree["output_dir"] = str(tmp_path / "run")
+    if "judge" in keys:  # it compares two
+        tree["models"] = {"one": tree["model"], "other": tree.pop("model")}
     recipe.write_text(json.dumps(tree | keys), encoding="utf-8")
     argv = ["check", str(recipe), "--stage", command] if check else [command, str(recipe)]
     assert main(argv) == 2
