@@ -54,7 +54,9 @@ def _check_common(recipe: CommonRecipe) -> None:
         raise KeyProblem("resume", "is auto, but overwrite=true starts anew; say one of them")
     _check_streaming(recipe)
     if isinstance(recipe, SFTRecipe) and recipe.train.keep_best == "accuracy":
-        raise KeyProblem("train.keep_best", "is accuracy, which sft does not measure; use loss")
+        raise KeyProblem(
+            "train.keep_best", "accuracy is not measured on held-out rows here; there is loss"
+        )
 
 
 def _check_streaming(recipe: CommonRecipe) -> None:

@@ -35,7 +35,7 @@ def check_effects(recipe: Any, *, but: Collection[str] = ()) -> None:
             continue
         why = reason(recipe)
         if why and _value(recipe, key) != _default(type(recipe), key):
-            raise KeyProblem(key, f"{why}; remove it")
+            raise KeyProblem(key, why if ";" in why else f"{why}; remove it")
 
 
 def _value(recipe: Any, key: str) -> Any:
@@ -77,7 +77,7 @@ def _beside_test(data: Callable[[Any], DataConfig]) -> Reason:
     )
 
 
-NOTHING_HELD_OUT = "has nothing to measure: no data.test, and data.test_fraction is 0"
+NOTHING_HELD_OUT = "has nothing to measure (no data.test, and data.test_fraction is 0)"
 _no_held_out = _if(lambda r: not _holds_out(r), NOTHING_HELD_OUT)
 
 COMMON: dict[str, Reason] = {
@@ -99,9 +99,12 @@ def _saved_by(section: Callable[[Any], Any], prefix: str) -> dict[str, Reason]:
     """Rules for the section that says what is written when."""
     return {
         f"{prefix}eval_every": _no_held_out,
-        f"{prefix}keep_best": _if(
-            lambda r: not _holds_out(r) or not section(r).save_every,
-            "has nothing to choose from: it needs held-out rows, and save_every above 0 beside it",
+        f"{prefix}keep_best": lambda r: (
+            "has nothing to choose from; set save_every above 0 beside it"
+            if not section(r).save_every
+            else "has no held-out rows to measure; hold some out (data.test_fraction, data.test)"
+            if not _holds_out(r)
+            else ""
         ),
         f"{prefix}keep_checkpoints": _if(
             lambda r: not section(r).save_every, f"has no effect with {prefix}save_every=0"

@@ -153,6 +153,8 @@ BY_THE_RUN = {
     "lora.target_modules", "lora.top_layers", "activation_offload", "attention",
     # tests/stages/test_iterate.py
     "set", "stop.max_kl",
+    # tests/models/test_adapters.py: `model_checks.py`; tests/models/test_router.py
+    "base_model", "train.router_aux_coef",
 }  # fmt: skip
 # How models are measured may stand in an evaluation of a reward alone, and a reference beside
 # greedy outputs: what they would add is not shown, and nothing that is shown is wrong for it. That
