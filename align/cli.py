@@ -225,12 +225,15 @@ def _keep_freed_memory() -> None:
 
 
 def run_stage(args: argparse.Namespace) -> None:
-    from align import config
+    from align import config, threads
     from align.recipes_io import load_recipe
-    from align.run_files import supervise
 
+    load = threads.read_load()
     classes = {command: getattr(config, name) for command, (name, _, _) in STAGES.items()}
     recipe = load_recipe(classes[args.command], args.recipe, args.overrides, others=classes)
+    threads.choose_wait_policy(load, os.environ)
+    from align.run_files import supervise
+
     module, function = STAGES[args.command][1].split(":")
     supervise(getattr(importlib.import_module(module), function), recipe)
 
@@ -278,6 +281,9 @@ def run_report(args: argparse.Namespace) -> None:
 
 
 def run_sweep(args: argparse.Namespace) -> None:
+    from align import threads
+
+    threads.choose_wait_policy(threads.read_load(), os.environ)
     from align.sweep import sweep
 
     sweep(args.stage, STAGES, args.recipe, args.overrides, over=args.over, evaluate=args.eval)
