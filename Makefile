@@ -9,6 +9,7 @@
 #   make bench                                     side by side with TRL; ARGS=--full is the long form
 #   make venv TORCH=cuda                           torch with CUDA; the default is CPU only
 #   make venv PYTHON=python3.12                    another Python; 3.11 installs pinned versions
+#   make bundle PYTHON_VERSION=3.12                wheels for a machine that reaches no registry
 
 SUITE  ?= tiny
 ARGS   ?=
@@ -26,14 +27,14 @@ RUNS  := runs/$(SUITE)
 
 SMOLLM2 := models/smollm2-135m-instruct
 
-.PHONY: help venv base smollm2 sft pairs rm ppo dpo eval test oracles fuzz check bench format clean-runs again
+.PHONY: help venv bundle base smollm2 sft pairs rm ppo dpo eval test oracles fuzz check bench format clean-runs again
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
 help:
 	@sed -n 's/^#   //p' Makefile
-	@echo "targets: venv base sft pairs rm ppo dpo eval sentiment smollm2 test oracles fuzz check bench format clean-runs"
+	@echo "targets: venv bundle base sft pairs rm ppo dpo eval sentiment smollm2 test oracles fuzz check bench format clean-runs"
 	@echo "order:   sft, pairs, rm, ppo; dpo after pairs; eval after all (SUITE=$(SUITE))"
 
 # ---------------------------------------------------------------- environment
@@ -46,6 +47,11 @@ $(STAMP): pyproject.toml setup.py constraints/py311.txt tools/make_venv.sh $(if 
 	@PYTHON="$(PYTHON)" TORCH="$(TORCH)" TORCH_INDEX="$(TORCH_INDEX)" bash tools/make_venv.sh $(VENV)
 	@echo $(TORCH) >$(VENV)/.torch
 	@touch $@
+
+# for a machine that has torch and transformers already, and no network: tools/make_bundle.py
+PYTHON_VERSION ?= 3.12
+bundle: $(STAMP)
+	$(PY) tools/make_bundle.py --python-version $(PYTHON_VERSION)
 
 # ---------------------------------------------------------------- stages
 # A stage's name stands for the file that it writes last, so a finished stage is not run again.

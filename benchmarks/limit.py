@@ -21,6 +21,7 @@ from align.models.precision import resolve_precision
 from benchmarks.measure import Job, main
 
 REPEATS = 5
+CPU = torch.device("cpu")
 
 
 def linear_shapes(model: str) -> tuple[Counter[tuple[int, int]], tuple[int, int]]:
@@ -38,7 +39,12 @@ def linear_shapes(model: str) -> tuple[Counter[tuple[int, int]], tuple[int, int]
 
 
 def seconds_of(
-    tokens: int, inputs: int, outputs: int, passes: int, dtype: torch.dtype
+    tokens: int,
+    inputs: int,
+    outputs: int,
+    passes: int,
+    dtype: torch.dtype,
+    device: torch.device = CPU,
 ) -> tuple[float, float]:
     """Median time of one layer's products: 3 are a training step, 4 with a reference forward.
 
@@ -46,7 +52,7 @@ def seconds_of(
         ``(wall, cpu)``, seconds.
     """
     x, weight, grad = (
-        torch.randn(shape).to(dtype)
+        torch.randn(shape, device=device).to(dtype)
         for shape in ((tokens, inputs), (outputs, inputs), (tokens, outputs))
     )
     forward, grad_x, grad_weight = (torch.empty_like(t) for t in (grad, x, weight))
@@ -57,6 +63,8 @@ def seconds_of(
             torch.mm(x, weight.T, out=forward)
         torch.mm(grad, weight, out=grad_x)
         torch.mm(grad.T, x, out=grad_weight)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         wall.append(time.perf_counter() - started)
         cpu.append(time.process_time() - spent)
     return median(wall), median(cpu)
