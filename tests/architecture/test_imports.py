@@ -57,6 +57,7 @@ ALLOWED: dict[str, set[str]] = {
     "nearest": set(),
     "made_by": set(),
     "hub": set(),
+    "threads": set(),
     "losses": set(),
     "data": set(),
     "models": {"losses", "data"},
@@ -85,7 +86,7 @@ ALLOWED: dict[str, set[str]] = {
     "commands": {"data", "models", "feedback"},
     "report": {"evaluation"},
     "sweep": {"stages", "training", "evaluation", "report"} | CONFIG,
-    "cli": {"checking", "stages", "evaluation", "commands", "report", "sweep"} | CONFIG,
+    "cli": {"threads", "checking", "stages", "evaluation", "commands", "report", "sweep"} | CONFIG,
     "__main__": {"cli"},
     "__init__": set(),
 }
