@@ -11,7 +11,10 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,8 @@ from align.files import Unreadable, fsync, load_text, move_into_place, parse_obj
 
 SUMS = "SHA256SUMS"
 CHUNK = 1 << 20
+HASHERS = 8
+"""Files that are hashed at the same time; ``hashlib`` lets other threads run meanwhile."""
 
 
 def sha256_of(path: Path, size: int | None = None) -> Any:
@@ -36,9 +41,20 @@ def sha256_of(path: Path, size: int | None = None) -> Any:
     return digest
 
 
-def write_sums(folder: Path, names: Collection[str]) -> None:
-    """Write the sums of ``names`` into the folder, and force them to disk."""
-    lines = [f"{sha256_of(folder / name).hexdigest()}  {name}\n" for name in sorted(names)]
+@contextmanager
+def summing(folder: Path) -> Iterator[Callable[[str], None]]:
+    """Write the sums of files of a folder at the end, and force them to disk.
+
+    A file is hashed from when its name is given, on a thread, while the next one is written.
+    """
+    sums: dict[str, Future[Any]] = {}
+    with ThreadPoolExecutor(HASHERS) as pool:
+
+        def add(name: str) -> None:
+            sums[name] = pool.submit(sha256_of, folder / name)
+
+        yield add
+        lines = [f"{sums[name].result().hexdigest()}  {name}\n" for name in sorted(sums)]
     (folder / SUMS).write_text("".join(lines), encoding="utf-8")
     fsync(folder / SUMS)
 
@@ -63,14 +79,19 @@ def check_sums(folder: Path, names: Collection[str], *, only: Collection[str] = 
     for name in names:
         if name not in sums:
             raise Unreadable(f"{SUMS}: does not list {name}")
-    for name in only or sums:
-        try:
-            found = sha256_of(folder / name).hexdigest()
-        except OSError as error:
-            raise Unreadable(f"{name}: {error.strerror}") from error
-        if found != sums[name]:
-            raise Unreadable(f"{name}: its content has changed since it was saved (sha256)")
+    named = list(only or sums)
+    with ThreadPoolExecutor(HASHERS) as pool:
+        for name, found in zip(named, pool.map(partial(_hex_of, folder), named), strict=True):
+            if found != sums[name]:
+                raise Unreadable(f"{name}: its content has changed since it was saved (sha256)")
     return True
+
+
+def _hex_of(folder: Path, name: str) -> str:
+    try:
+        return str(sha256_of(folder / name).hexdigest())
+    except OSError as error:
+        raise Unreadable(f"{name}: {error.strerror}") from error
 
 
 def _parsed(line: str) -> tuple[str, str]:
@@ -90,17 +111,17 @@ def save_tensors(
     # equal bytes
     text = json.dumps({**values, "sha256": _sum(held, json.dumps(values))})
     # a name of its own: two machines may write the same entry, and have equal process numbers
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
-        save_file(held, partial, {"state": text})
-        fsync(partial)
-        move_into_place(partial, path)
+        save_file(held, beside, {"state": text})
+        fsync(beside)
+        move_into_place(beside, path)
     finally:
-        partial.unlink(missing_ok=True)
+        beside.unlink(missing_ok=True)
 
 
 def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """What `save_tensors` wrote, compared with its sum; an older file has none.
+    """Tensors and values that `save_tensors` wrote, compared with its sum, if it has one.
 
     Raises:
         OSError, SafetensorError, ValueError: It is missing, damaged, or something else.

@@ -137,11 +137,11 @@ BROKEN = (
     OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError,
     RecursionError, yaml.YAMLError,
 )  # fmt: skip
-"""What reading a damaged file, or using its content, raises."""
+"""Errors of reading a damaged file, or of using its content."""
 
 
 def reason(error: BaseException) -> str:
-    """What went wrong, without the system's number for it."""
+    """The words of an error, without the system's number for it."""
     name = getattr(error, "filename", None)
     said = str(getattr(error, "strerror", None) or error)
     return f"{name}: {said}" if name and str(name) not in said else said
@@ -220,7 +220,7 @@ def reason_on_disk(error: Exception) -> str:
 
 
 def _room(path: Path, error: Exception, needs: int) -> str:
-    """What is needed and what is free, where the disk or a quota is full."""
+    """Room that is needed and free, where the disk or a quota is full."""
     full = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
     if getattr(error, "errno", None) not in full and "No space left" not in str(error):
         return ""
@@ -316,28 +316,6 @@ def require_writable(path: Path, what: str = "", *, new: bool = False) -> None:
         os.unlink(probe)
     except OSError as error:
         raise AlignError(f"{named}: cannot be written: {reason_on_disk(error)}") from error
-
-
-@contextmanager
-def whole_folder(folder: Path, *, needs: int = 0) -> Iterator[Path]:
-    """A folder to be filled that takes the place of ``folder`` once all is in it and on disk."""
-    partial = folder.with_name(f"{folder.name}.partial")
-    old = folder.with_name(f".{folder.name}.old")
-    with writing(folder, needs=needs):
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        try:
-            yield partial
-            for path in (*partial.rglob("*"), partial):
-                fsync(path)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        if folder.exists():  # a folder cannot be renamed onto another one
-            shutil.rmtree(old, ignore_errors=True)
-            move_into_place(folder, old)
-        move_into_place(partial, folder)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def move_into_place(partial: Path, place: Path) -> None:

@@ -41,7 +41,7 @@ class GrowingFiles:
         self._so_far[name] = size + len(data), digest
 
     def marks(self) -> dict[str, Any]:
-        """What a checkpoint keeps, with the files' bytes on disk before it."""
+        """Sizes and sums for a checkpoint to keep, with the files' bytes on disk before it."""
         there = [name for name in self._names if (self._folder / name).is_file()]
         for name in there:
             with writing(self._folder / name):

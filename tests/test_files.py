@@ -25,10 +25,10 @@ from align.files import (
     read_yaml,
     reading,
     require_writable,
-    whole_folder,
     write_whole,
     writing,
 )
+from align.folders import whole_folder
 from align.types import AlignError
 
 

@@ -82,7 +82,7 @@ def read_source(source: DataSource) -> Iterator[Row | BadRow]:
 
 
 def choice_of(source: DataSource) -> Choice | None:
-    """What a source reads of a local file or folder; None means a hub data set.
+    """Choose what a source reads of a local file or folder; None means a hub data set.
 
     Raises:
         AlignError: There is no such file or folder, and it cannot be the name of a hub data set;
@@ -90,15 +90,19 @@ def choice_of(source: DataSource) -> Choice | None:
     """
     path = Path(source.path).expanduser()
     if path.is_file() and not path.name.endswith(SUFFIXES):
-        raise AlignError(
-            f"{path}: not a data file by its name; allowed: {', '.join(SUFFIXES)}; rename it"
-        )
+        raise _no_data_file(path)
     if path.is_dir() or path.is_file():
         return choose(source, path)
     is_hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", source.path) and not path.parent.is_dir()
     if is_hub_name and not path.name.endswith(SUFFIXES):
         return None
     raise AlignError(f"{source.path}: no such file or folder; {_what_there_is(path)}")
+
+
+def _no_data_file(path: Path) -> AlignError:
+    return AlignError(
+        f"{path}: not a data file by its name; allowed: {', '.join(SUFFIXES)}; rename it"
+    )
 
 
 def find_files(source: DataSource) -> list[Path]:
@@ -112,7 +116,7 @@ def find_files(source: DataSource) -> list[Path]:
 
 
 def find_parts(source: DataSource) -> list[FilePart]:
-    """What is read of the local files of a source, in order; empty means a hub data set.
+    """Parts of local files that a source reads, in order; empty means a hub data set.
 
     Raises:
         AlignError: As `choice_of`; or a slice has no row.
@@ -128,7 +132,7 @@ def find_parts(source: DataSource) -> list[FilePart]:
 
 
 def _sliced(files: Sequence[Path], piece: str, source: DataSource) -> list[FilePart]:
-    """What ``[a:b]`` selects of the rows of files that follow each other."""
+    """Rows that ``[a:b]`` selects of files that follow each other."""
     plain = re.fullmatch(r"\[(\d*):(\d*)\]", piece)
     if plain and len(files) == 1:  # no need to count its rows
         start, stop = int(plain[1] or 0), int(plain[2]) if plain[2] else None
@@ -164,7 +168,10 @@ def _num_rows(path: Path, _changed: int, _size: int) -> int:
 
 def read_file(path: Path) -> Iterator[Row | BadRow]:
     """Rows of one local file."""
-    kind = next(s for s in SUFFIXES if path.name.endswith(s)).removesuffix(".gz")
+    suffix = next((s for s in SUFFIXES if path.name.endswith(s)), None)
+    if suffix is None:
+        raise _no_data_file(path)
+    kind = suffix.removesuffix(".gz")
     try:
         if kind in (".parquet", ".arrow"):
             rows = read_parquet(path) if kind == ".parquet" else read_arrow(path)
@@ -195,7 +202,7 @@ def open_hub_stream(source: DataSource) -> Any:
 
 
 def stream_hub(dataset: Any, source: DataSource, *, done: int = 0) -> Iterator[Row | BadRow]:
-    """What `open_hub_stream` opened, row by row; ``done`` rows of it were read before."""
+    """Rows of what `open_hub_stream` opened; ``done`` rows of it were read before."""
     path = f"{source.path}/{source.split}"
     rows = iter(dataset)
     for number in count(done + 1):
@@ -243,7 +250,7 @@ def file_sha256(path: Path) -> str:
 
 
 def _what_there_is(path: Path) -> str:
-    """What to do about a missing path: what makes it, the likeliest existing one, what there is."""
+    """Advice on a missing path: what makes it, the likeliest existing one, what there is."""
     remedy = made_by(str(path))
     if remedy:
         return f"{remedy}; or give data of your own"

@@ -7,14 +7,19 @@ the names of its files or their folders. A split that selects nothing is refused
 
 from __future__ import annotations
 
-import json
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from align.files import read_json
 from align.types import AlignError, DataSource
+
+STATE = "state.json"
+"""The file in which a saved data set names its files of rows."""
+SAVE_AGAIN = "save the data set again with save_to_disk"
 
 SUFFIXES = (
     ".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet",
@@ -27,7 +32,7 @@ KEYWORDS: dict[str, tuple[str, ...]] = {
 }
 """Split -> words in a file's or a folder's name, as ``datasets`` has them."""
 NOT_ROWS = (
-    "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json"
+    "dataset_info.json", "dataset_infos.json", "dataset_dict.json", STATE, "config.json"
 )  # fmt: skip
 """Files that lie beside a data set's rows."""
 
@@ -38,7 +43,7 @@ _PART = re.compile(r"(\w+(?:\.\w+)*)(\[.*\])?(\(\w+\))?")
 
 @dataclass(frozen=True)
 class Choice:
-    """What a source reads of its path.
+    """Files and rows that a source reads of its path.
 
     Attributes:
         splits: Split -> files, of all that are read; in the order in which ``parts`` asks for them.
@@ -58,7 +63,7 @@ class Choice:
 
 
 def choose(source: DataSource, path: Path) -> Choice:
-    """What ``source.split`` selects of a local file or folder.
+    """Find the files that ``source.split`` selects of a local file or folder.
 
     Raises:
         AlignError: It selects nothing, or what it selects is not clear.
@@ -110,7 +115,7 @@ def _splits(path: Path) -> tuple[Splits, list[Path]]:
     if (path / "dataset_dict.json").is_file():  # written by DatasetDict.save_to_disk
         folders = sorted(p for p in path.iterdir() if (p / "dataset_info.json").is_file())
         return {folder.name: _arrow_files(folder) for folder in folders}, []
-    if (path / "state.json").is_file():  # by Dataset.save_to_disk
+    if (path / STATE).is_file():  # by Dataset.save_to_disk
         files = _arrow_files(path)
         return {str(_state(path).get("_split") or "train"): files, "train": files}, []
     files = _data_files(path, path.iterdir())
@@ -178,16 +183,26 @@ def _data_files(folder: Path, paths: Iterable[Path]) -> list[Path]:
 def _arrow_files(folder: Path) -> list[Path]:
     """The files that a saved data set names; what ``map`` keeps beside them is not among them."""
     named = _state(folder).get("_data_files") or []
-    files = [folder / str(file["filename"]) for file in named if isinstance(file, dict)]
+    files = []
+    for file in named:  # a file that is fetched must not name one of this machine
+        name = file.get("filename") if isinstance(file, dict) else file
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".arrow"):
+            raise AlignError(
+                f"{folder / STATE}: names {str(name)[:100]!r} as rows, which is no .arrow file of "
+                f"its folder; {SAVE_AGAIN}"
+            )
+        files.append(folder / name)
     return files or sorted(folder.glob("*.arrow"))
 
 
 def _state(folder: Path) -> dict[str, Any]:
-    try:
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    if not os.path.lexists(folder / STATE):
         return {}
-    return state if isinstance(state, dict) else {}
+    state = read_json(folder / STATE, SAVE_AGAIN)
+    named = state.get("_data_files") or []
+    if not isinstance(named, list):
+        raise AlignError(f"{folder / STATE}: _data_files: wanted a list of files; {SAVE_AGAIN}")
+    return state
 
 
 # ---------------------------------------------------------------- what is said

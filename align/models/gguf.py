@@ -12,13 +12,14 @@ from pathlib import Path
 from transformers.utils import logging
 
 from align.console import complain
-from align.files import whole_folder
+from align.folders import require_no_folder, whole_folder
 from align.models.load import load_causal_lm, load_tokenizer
 from align.types import AlignError
 
 
 def convert(gguf_file: str, folder: str) -> None:
-    """Dequantise to float32 and save."""
+    """Dequantise to float32 and save into a new folder."""
+    require_no_folder(Path(folder))
     tokenizer = load_tokenizer(gguf_file)
     model = load_causal_lm(gguf_file, tokenizer)
     with whole_folder(Path(folder)) as partial:

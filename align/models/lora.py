@@ -21,7 +21,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from align.files import whole_folder
+from align.folders import whole_folder
 from align.models.adapters import WEIGHTS
 from align.models.guard import loading, reason_of
 from align.options import LoraOptions

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from align.files import whole_folder
+from align.folders import whole_folder
 from align.losses.logprobs import TokenStatistics, token_logprobs, token_statistics
 from align.models.attention import BACKENDS
 from align.models.dropout import keep_pinned

@@ -168,7 +168,7 @@ def _tokenised(
 def _shared(test: Sequence[DataSource], read: dict[str, Sequence[Example]]) -> int:
     """How many held-out rows are training rows; refused where all are."""
     shared = num_shared(read["train"], read["test"])
-    if shared == len(read["test"]):
+    if shared and shared == len(read["test"]):
         paths = ", ".join(source.path for source in test)
         raise AlignError(
             f"data.test: {paths}: all {shared} rows are training data too, word for word: {ADVICE}"
@@ -208,7 +208,7 @@ def _tokenise(
 
 
 def _key(session: Session, data: DataConfig, kind: Kind, seed: int) -> str:
-    """Of everything that decides what the tokens are; sources by their content."""
+    """A hash of everything that decides what the tokens are; sources by their content."""
     content = {
         side: [(asdict(source), content_of(source)) for source in getattr(data, side)]
         for side in SIDES

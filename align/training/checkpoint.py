@@ -22,8 +22,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from align.checksums import SUMS, check_sums, load_tensors, save_tensors, write_sums
-from align.files import Unreadable, fsync, load_json, move_into_place, writing
+from align.checksums import SUMS, check_sums, load_tensors, save_tensors, summing
+from align.files import Unreadable, fsync, load_json, writing
+from align.folders import replace_folder
 from align.progress import warn
 from align.training.distributed import laid_out_as, own_parameters, whole_tensors
 from align.types import AlignError
@@ -38,7 +39,7 @@ IN_HAND = "in_hand.safetensors"
 STATE = "state.json"
 
 UNREADABLE = (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError)
-"""What a damaged file raises."""
+"""Errors of reading a damaged file."""
 
 
 def save_checkpoint(
@@ -76,25 +77,21 @@ def save_checkpoint(
     try:
         with writing(place, "the checkpoints before it are untouched", needs=size_of(trained)):
             partial.mkdir(parents=True)
-            written = [STATE]
-            for file, tensors in files:
-                _save_tensors(tensors, partial / file)
-                written.append(file)
-            text = json.dumps({"step": step, **state}, indent=2)
-            (partial / STATE).write_text(text, encoding="utf-8")
-            fsync(partial / STATE)
-            write_sums(partial, written)
+            with summing(partial) as add_sum:
+                for file, tensors in files:
+                    _save_tensors(tensors, partial / file)
+                    add_sum(file)
+                text = json.dumps({"step": step, **state}, indent=2)
+                (partial / STATE).write_text(text, encoding="utf-8")
+                fsync(partial / STATE)
+                add_sum(STATE)
             if in_hand is not None:
                 _save_in_hand(in_hand, partial, {"step": step, **state})
             fsync(partial)
+            replace_folder(partial, place, old)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    if place.exists():  # a folder cannot be renamed onto another one
-        shutil.rmtree(old, ignore_errors=True)
-        move_into_place(place, old)
-    move_into_place(partial, place)
-    shutil.rmtree(old, ignore_errors=True)
     for other in checkpoints(folder)[:-keep]:
         if _position(other) not in {(kept, 0) for kept in also_keep}:
             shutil.rmtree(other)
@@ -186,7 +183,7 @@ def set_aside(place: Path) -> Path:
 
 
 def load_in_hand(place: Path) -> InHand | None:
-    """What `save_checkpoint` or `add_in_hand` kept of an unfinished step, if they did.
+    """Tensors and values that `save_checkpoint` or `add_in_hand` kept of an unfinished step.
 
     What was added to a whole step and cannot be read is left out, with a line: the step is done
     again from its beginning.

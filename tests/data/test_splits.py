@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from align.data.formats import choice_of, find_files, read_source
+from align.data.formats import choice_of, find_files, read_file, read_source
 from align.data.preferences import load_examples
 from align.data.source_rows import SourceRows
 from align.types import AlignError, DataSource
@@ -174,6 +175,38 @@ def test_what_map_keeps_beside_a_saved_data_set_is_not_of_it(tmp_path: Path) -> 
     datasets.load_from_disk(str(tmp_path)).map(lambda row: {"text": row["text"] * 2})
     assert len(list(tmp_path.glob("cache-*.arrow"))) == 1
     assert texts(tmp_path) == ["a"]
+
+
+STATES: dict[str, Any] = {
+    "elsewhere": [{"filename": "../../../etc/hostname"}],
+    "absolute": [{"filename": "/etc/hostname.arrow"}],
+    "below": [{"filename": "sub/rows.arrow"}],
+    "other rows": [{"filename": "rows.jsonl"}],
+    "nameless": [{}],
+    "a number": [{"filename": 1}],
+    "no object": ["rows.arrow/"],
+    "no list": 5,
+}
+
+
+@pytest.mark.parametrize("kind", STATES)
+@pytest.mark.parametrize("inside", ["", "train"])
+def test_a_saved_data_set_names_no_file_but_its_own(tmp_path: Path, kind: str, inside: str) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    folder = tmp_path / inside
+    folder.mkdir(exist_ok=True)
+    (folder / "state.json").write_text(json.dumps({"_data_files": STATES[kind]}))
+    if inside:
+        (tmp_path / "dataset_dict.json").write_text('{"splits": ["train"]}')
+        (folder / "dataset_info.json").write_text("{}")
+    with pytest.raises(AlignError, match=r"state.json: .*save the data set again"):
+        texts(tmp_path)
+
+
+def test_a_file_of_no_known_kind_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "rows.txt").write_text("a")
+    with pytest.raises(AlignError, match=r"rows.txt: not a data file by its name; allowed: .jsonl"):
+        list(read_file(tmp_path / "rows.txt"))
 
 
 def test_configurations_side_by_side_are_refused(tmp_path: Path) -> None:

@@ -60,6 +60,22 @@ def linked(folder: Path) -> None:
     (folder / "link.safetensors").symlink_to(folder.parent / "elsewhere.safetensors")
 
 
+def cached(folder: Path) -> None:
+    """The layout of the hub's cache: blobs that are named by their sums, and links to them."""
+    sharded("shard.safetensors")(folder)
+    blobs = folder.parent / "blobs"
+    blobs.mkdir()
+    for number, path in enumerate(sorted(p for p in folder.iterdir() if p.is_file())):
+        path.rename(blobs / f"{number:064x}")
+        path.symlink_to(blobs / f"{number:064x}")
+
+
+@pytest.mark.parametrize("link", [linked, cached])
+def test_shards_may_be_links(folder: Path, link: Harm) -> None:
+    link(folder)
+    load_policy(str(folder), device=CPU, precision="fp32")
+
+
 def vocabulary_of_numbers(folder: Path) -> None:
     path = folder / "tokenizer.json"
     held = json.loads(path.read_text())
@@ -98,7 +114,13 @@ HARM: dict[str, tuple[Harm, str]] = {
     "empty weights": (text("model.safetensors", ""), "model.safetensors is cut short or damaged"),
     "shards above": (sharded("../x.safetensors"), "'../x.safetensors', which is outside its fol"),
     "shards anywhere": (sharded("/etc/x.safetensors"), "'/etc/x.safetensors', which is outside"),
-    "shards by a link": (linked, "'link.safetensors', which is outside its folder"),
+    "shards by a way round": (
+        sharded("a/../../x.safetensors"), "'a/../../x.safetensors', which is outside its fol",
+    ),
+    "a link to nothing": (
+        lambda f: (linked(f), (f.parent / "elsewhere.safetensors").unlink()),
+        "'link.safetensors', which is not there",
+    ),
     "shards of pickles": (sharded("pytorch_model.bin"), "'pytorch_model.bin', which is no safete"),
     "shards that are gone": (sharded("gone.safetensors"), "'gone.safetensors', which is not ther"),
     "no map": (

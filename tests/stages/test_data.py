@@ -24,7 +24,7 @@ from align.data.subset import pick
 from align.stages import data
 from align.stages.common import open_session
 from align.stages.data import load_data
-from align.types import AlignError, TokenGroup
+from align.types import AlignError, DataSource, SFTExample, TokenGroup
 from tests.data.ragged import write_ragged
 
 Row = dict[str, Any]
@@ -418,3 +418,9 @@ def test_a_folder_of_splits_is_said_and_its_split_is_read(
     assert (len(train.groups), len(test.groups)) == (len(preferences) - 4, 4)
     said = capsys.readouterr().out
     assert "split train is read (train.jsonl); not read: split test (test.jsonl)" in said
+
+
+def test_no_held_out_row_is_no_training_row() -> None:
+    """A test source whose weight is below 1 may keep none."""
+    read = {"train": [SFTExample(id="a:1", text="a")], "test": []}
+    assert data._shared([DataSource(path="test.jsonl")], read) == 0

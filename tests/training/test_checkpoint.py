@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
+from align import checksums, folders
 from align.checksums import load_tensors, save_tensors
 from align.training import checkpoint as module
 from align.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
@@ -100,7 +102,7 @@ def test_killed_between_the_renames_of_a_replacement(
     """The only checkpoint is set aside, the new one has not taken its place: it still counts."""
     pair = {"model": made(0)}
     save_checkpoint(tmp_path, 1, pair, {"n": 1}, keep=1)
-    original = module.move_into_place
+    original = folders.move_into_place
 
     def dying(partial: Path, place: Path) -> None:
         if place.name == "step-1":
@@ -108,13 +110,55 @@ def test_killed_between_the_renames_of_a_replacement(
         original(partial, place)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "move_into_place", dying)
+        patch.setattr(folders, "move_into_place", dying)
+        patch.setattr(folders, "_put_back", lambda *a: None)  # a killed process does not
         with pytest.raises(KeyboardInterrupt):
             save_checkpoint(tmp_path, 1, pair, {"n": 2}, keep=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["old-step-1"]
     (only,) = checkpoints(tmp_path)
     assert load_checkpoint(only, pair)["n"] == 1
     save_checkpoint(tmp_path, 2, pair, {}, keep=1)
     assert [p.name for p in tmp_path.iterdir()] == ["step-2"]
+
+
+def test_a_replacement_that_fails_puts_the_checkpoint_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = {"model": made(0)}
+    save_checkpoint(tmp_path, 1, pair, {"n": 1}, keep=1)
+    original = folders.move_into_place
+
+    def failing(partial: Path, place: Path) -> None:
+        if place.name == "step-1":
+            raise OSError(5, "Input/output error")
+        original(partial, place)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folders, "move_into_place", failing)
+        with pytest.raises(AlignError, match=r"step-1: cannot be written: Input/output error; the"):
+            save_checkpoint(tmp_path, 1, pair, {"n": 2}, keep=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-1"]
+    assert load_checkpoint(tmp_path / "step-1", pair)["n"] == 1
+
+
+def test_files_are_hashed_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both at a save and at a resume: each waits for another one that is under way."""
+    together = threading.Barrier(2, timeout=20)
+    original = checksums.sha256_of
+
+    def meeting(path: Path) -> object:
+        if path.suffix == ".safetensors":
+            together.wait()
+        return original(path)
+
+    monkeypatch.setattr(checksums, "sha256_of", meeting)
+    pair = made(0)
+    step(pair, 10)
+    place = save_checkpoint(tmp_path, 1, {"actor": pair}, {"run": "a"}, keep=1)
+    assert module.damage(place, ["actor"], run="a") == ""
+    weights = place / "actor.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\xff")
+    assert "actor.safetensors: its content has changed" in module.damage(place, ["actor"], run="a")
 
 
 def test_parts_come_after_their_step_and_the_best_is_kept(tmp_path: Path) -> None:
