@@ -126,7 +126,7 @@ class Run:
 
     @property
     def id(self) -> str:
-        """What the run and its checkpoints are known by; of a run that goes on, what it was."""
+        """A name that the run and its checkpoints share; a run that is resumed keeps it."""
         return str(self._manifest["run"])
 
     @property
@@ -216,7 +216,7 @@ class Run:
                 warn(f"{self.stage}, step {rows[-1]['step']}: {finding}")
 
     def marks(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the growing files, for `rewind`."""
+        """Sizes and sums of the growing files, for a checkpoint to keep and `rewind` to use."""
         return self._growing.marks() if self.is_main else {}
 
     def require_rows(self, marks: Marks, checkpoint: Path) -> None:

@@ -32,6 +32,8 @@ PIECE = 1 << 16
 LIMIT = 4 * MAX_CHARS
 """Bytes of a line that is decoded: UTF-8 takes four a character at most."""
 MEND = "mend the line"
+DECODER = json.JSONDecoder()
+SPACE = re.compile(r"\s+")
 
 
 def read_lines(stream: IO[bytes], path: Path, *, listed: bool = False) -> Iterator[Row | BadRow]:
@@ -103,20 +105,22 @@ def _first_byte(stream: IO[bytes]) -> bytes:
 
 
 class _Text:
-    """A file's text from some place on; what was gone through is forgotten.
+    """A file's text, of which a piece is held; what was gone through is forgotten with it.
 
-    ``line`` and ``column`` are those of the text's beginning, from 1.
+    ``at`` is the place in ``rest`` where it goes on: cutting at every row would copy the piece as
+    often. ``line`` and ``column`` are those of this place, from 1.
     """
 
     def __init__(self, stream: IO[bytes], path: Path) -> None:
         self.path = path
-        self.rest = ""
+        self.rest, self.at = "", 0
         self.line, self.column = 1, 1
         self._stream = stream
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
 
     def more(self) -> bool:
         """Read on; False at the end of the file."""
+        self.rest, self.at = self.rest[self.at :], 0
         raw = self._stream.read(max(PIECE, len(self.rest)))  # twice as much each time
         try:
             self.rest += self._decoder.decode(raw, final=not raw)
@@ -130,17 +134,19 @@ class _Text:
         return bool(raw)
 
     def skip(self, count: int) -> None:
-        gone, self.rest = self.rest[:count], self.rest[count:]
-        newlines = gone.count("\n")
+        gone = self.at, self.at + count
+        newlines = self.rest.count("\n", *gone)
         self.line += newlines
-        self.column = count - gone.rfind("\n") if newlines else self.column + count
+        self.column = gone[1] - self.rest.rfind("\n", *gone) if newlines else self.column + count
+        self.at = gone[1]
 
     def next_sign(self) -> str:
         """The next character that is no white space, "" at the end; it stays there."""
         while True:
-            self.skip(len(self.rest) - len(self.rest.lstrip()))
-            if self.rest or not self.more():
-                return self.rest[:1]
+            space = SPACE.match(self.rest, self.at)
+            self.skip(space.end() - self.at if space else 0)
+            if self.at < len(self.rest) or not self.more():
+                return self.rest[self.at : self.at + 1]
 
     def error(self, message: str, position: int = 0) -> AlignError:
         self.skip(position)
@@ -191,20 +197,22 @@ def _item(text: _Text) -> tuple[Any] | None:
     """The value at the text's beginning, which is gone through; None if it is too long."""
     while True:
         try:
-            value, end = json.JSONDecoder().raw_decode(text.rest)
+            value, end = DECODER.raw_decode(text.rest, text.at)
+            size = end - text.at
             # a number may go on behind what was read
             if end < len(text.rest) or not text.more():
-                if end > MAX_CHARS:
+                if size > MAX_CHARS:
                     return None
-                text.skip(end)
+                text.skip(size)
                 return (value,)
         except json.JSONDecodeError as error:
             # else it is wrong whatever follows
             may_go_on = error.msg.startswith("Unterminated") or error.pos + 10 > len(text.rest)
-            if may_go_on and len(text.rest) > MAX_CHARS:
+            if may_go_on and len(text.rest) - text.at > MAX_CHARS:
                 return None
+            position = error.pos - text.at
             if not (may_go_on and text.more()):
-                raise text.error(error.msg.removesuffix(" at"), error.pos) from error
+                raise text.error(error.msg.removesuffix(" at"), position) from error
         except (ValueError, RecursionError) as error:
             raise AlignError(f"{text.path}: malformed JSON: {one_line(error)}; mend it") from error
 
@@ -215,7 +223,7 @@ def _skip_item(text: _Text) -> None:
     end_of_string = re.compile(r'(?:[^"\\]++|\\.)*+(")?', re.DOTALL)
     depth, quoted = 0, False
     while True:
-        at = 0
+        at = text.at
         while at < len(text.rest):
             if quoted:
                 found = end_of_string.match(text.rest, at)
@@ -235,9 +243,9 @@ def _skip_item(text: _Text) -> None:
                     continue
                 depth += 1 if sign[0] in "[{" else -1
             if depth == 0 and not quoted:
-                text.skip(at)
+                text.skip(at - text.at)
                 return
-        text.skip(at)
+        text.skip(at - text.at)
         if not text.more():
             raise Unreadable("it ends inside an item of its list")
 

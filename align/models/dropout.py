@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -25,14 +26,20 @@ from align.types import AlignError
 PINNED = "align_evaluation_only"
 """Attribute of a layer that stays in evaluation mode while the model is trained."""
 
+RATES = re.compile(r"dropout|layer_?drop|p_?drop$|drop_?(prob|rate|path)")
+"""Names of rates of dropout in transformers' layers, such as ``layerdrop`` and ``resid_pdrop``."""
+
 
 def switch_off_dropout(model: nn.Module) -> None:
-    """Set every rate to 0 that a layer holds under a name with "drop" in it."""
+    """Set every rate to 0 that a layer holds under a name such as ``attention_dropout``.
+
+    Other numbers with "drop" in their name (a threshold, a capacity) may count in evaluation too.
+    """
     for module in model.modules():
         if isinstance(module, _DropoutNd):
             module.p = 0.0
         for name, value in vars(module).items():
-            if "drop" in name and isinstance(value, float):
+            if RATES.search(name) and isinstance(value, float):
                 setattr(module, name, 0.0)
 
 

@@ -185,17 +185,18 @@ def _base_of(adapter: Adapter) -> tuple[str, dict[str, Any]]:
     return where, options
 
 
-def _causal_lm(
+def _loaded(
+    auto: Any,
     where: str,
     options: dict[str, Any],
     config: Any,
     dtype: torch.dtype,
     trust_remote_code: bool,
-) -> PreTrainedModel:
-    """Load a whole model's weights as a language model, complete."""
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Load weights that may be loaded, and transformers' own report on them."""
     require_safe_on_hub(where, options)
     with loading(where, file="config.json"):
-        loaded, info = AutoModelForCausalLM.from_pretrained(
+        loaded, info = auto.from_pretrained(
             where,
             config=config,
             attn_implementation=BACKENDS["segments"],
@@ -204,6 +205,19 @@ def _causal_lm(
             output_loading_info=True,
             **options,
         )
+    return loaded, info
+
+
+def _causal_lm(
+    where: str,
+    options: dict[str, Any],
+    config: Any,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+) -> PreTrainedModel:
+    """Load a whole model's weights as a language model, complete."""
+    auto = AutoModelForCausalLM
+    loaded, info = _loaded(auto, where, options, config, dtype, trust_remote_code)
     _complete(where, info)
     return loaded
 
@@ -216,18 +230,9 @@ def _classifier(
     trust_remote_code: bool,
 ) -> tuple[PreTrainedModel, bool]:
     """Load a whole model's weights as a one-label model, and whether its head is new."""
-    require_safe_on_hub(where, options)
     config.num_labels = 1
-    with loading(where, file="config.json"):
-        loaded, info = AutoModelForSequenceClassification.from_pretrained(
-            where,
-            config=config,
-            attn_implementation=BACKENDS["segments"],
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            **options,
-        )
+    auto = AutoModelForSequenceClassification
+    loaded, info = _loaded(auto, where, options, config, dtype, trust_remote_code)
     if not hasattr(loaded, "score"):
         raise AlignError(f"{where}: {type(loaded).__name__} has no `score` head; use a decoder")
     fresh = any(key.startswith("score") for key in info["missing_keys"])

@@ -1,4 +1,4 @@
-"""What a model's attention layers really see, as transformers' own masks say it.
+"""Windows that a model's attention layers really see, as transformers' own masks say it.
 
 Some architectures hand a sliding window to their attention function, some write it into the mask
 alone, some do both. So each layer is run once with a mask that says what it is, and the layer keeps
@@ -29,7 +29,7 @@ FAR = 2**20
 
 
 class Record:
-    """What the attention layers of one forward pass were given.
+    """Masks that the attention layers of one forward pass were given.
 
     Attributes:
         windows: Attention module -> its window in tokens, None = sees all that precede.

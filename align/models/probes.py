@@ -1,4 +1,4 @@
-"""What a loaded model is tried on before it is used: eight tokens, a few forward passes.
+"""Checks of a loaded model before it is used: eight tokens, a few forward passes.
 
 Its packed rows must be the sequences alone, these must be what plain transformers computes, its
 head a linear map that is scaled or capped at most, and training mode must give what evaluation mode

@@ -170,3 +170,34 @@ def test_a_broken_list_names_line_and_column(
     path.write_text(text)
     with pytest.raises(AlignError, match=where):
         list(read_file(path))
+
+
+def test_a_list_is_not_copied_for_each_of_its_rows(tmp_path: Path) -> None:
+    """A piece that is read is held as it is until all of its rows are gone through."""
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([{"a": number} for number in range(1000)], indent=1))
+    with path.open("rb") as stream:
+        text = json_files._Text(stream, path)
+        text.more()
+        whole, rows = text.rest, json_files._read_list(text)
+        for number in range(999):
+            row = next(rows)
+            assert isinstance(row, Row)
+            assert row.values == {"a": number}
+            assert text.rest is whole
+
+
+@pytest.mark.parametrize("piece", [1, 7, 1 << 16])
+def test_rows_of_a_list_do_not_depend_on_the_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int
+) -> None:
+    """A row that is too long among them, and white space of more than a piece between them."""
+    monkeypatch.setattr(json_files, "PIECE", piece)
+    monkeypatch.setattr(json_files, "MAX_CHARS", 40)
+    path = tmp_path / "rows.json"
+    long = json.dumps({"a": "]" * 30 + '\\"', "b": [1, {"c": "}" * 30}]})
+    path.write_text('[{"a": 1},' + " \n" * 20 + f'{long} , {{"a": 12}}\n,12345,{{"a": }}]')
+    rows, found = read_file(path), []
+    with pytest.raises(AlignError, match=r":22: .*Expecting value at column 14"):
+        found.extend(row.values if isinstance(row, Row) else row.where for row in rows)
+    assert found == [{"a": 1}, f"{path}:row 2", {"a": 12}, f"{path}:row 4"]

@@ -18,7 +18,7 @@ from align.data.packing import collate
 from align.model_sizes import count_parameters
 from align.models import Policy, load_policy, load_scalar_model, scalar_model_on
 from align.models.attention import WINDOW
-from align.models.dropout import PINNED
+from align.models.dropout import PINNED, switch_off_dropout
 from align.models.masks import window_of
 from align.models.policy import check_length
 from align.options import LoraOptions
@@ -137,6 +137,19 @@ def test_loading_draws_no_random_number(architecture: Make) -> None:
     policy_of(folder)
     assert random.getstate() == states[0]
     assert torch.equal(torch.get_rng_state(), states[1])
+
+
+def test_rates_are_set_to_0_and_other_numbers_stay() -> None:
+    layer = nn.Module()
+    rates = ("dropout", "attention_dropout", "layerdrop", "resid_pdrop", "drop_prob", "drop_path")
+    others = {"token_drop_threshold": 0.5, "drop_tokens_above": 2.0, "dropped": 7.0}
+    for name, value in {**dict.fromkeys(rates, 0.1), **others}.items():
+        setattr(layer, name, value)
+    layer.inner = nn.Dropout(0.1)
+    switch_off_dropout(layer)
+    assert {name: getattr(layer, name) for name in rates} == dict.fromkeys(rates, 0.0)
+    assert {name: getattr(layer, name) for name in others} == others
+    assert layer.inner.p == 0
 
 
 def test_lora_keeps_its_own_dropout(tiny: Path) -> None:
