@@ -3,7 +3,11 @@
 ``transformers`` renders in Jinja's immutable sandbox, which keeps a template from files and from
 Python, but not from looping for hours or from making a text of ten gigabytes. So each template
 renders conversations made up for the purpose in a child process first, whose processor time and
-memory the system bounds, and every later rendering has the same bounds in this process.
+memory the system bounds. Later renderings are bounded less firmly:
+
+- in the main thread a signal's handler stops them between two steps of the template;
+- in any thread, and inside one long call, `watchdog` kills the whole run after a minute;
+- memory is bounded in the main thread only.
 """
 
 from __future__ import annotations
@@ -20,6 +24,8 @@ from functools import cache
 from types import FrameType
 from typing import Any
 
+from align.data.watchdog import watched
+
 CPU_SECONDS = 2
 """Processor time of one rendering, and of all that a new template is tried on."""
 MEMORY = 2**29
@@ -30,7 +36,7 @@ PER_CHARACTER = 20
 """A rendered conversation has at most ``OWN_CHARACTERS`` and this many for each of its turns'."""
 
 _WALL_SECONDS = 60.0  # of the trial, on a machine that gives it no processor
-_OUT_OF_MEMORY, _TOO_LONG = 81, 82
+_PASSED = "passed"
 
 Turns = Sequence[Mapping[str, Any]]
 Render = Callable[[Turns, bool], str]
@@ -39,6 +45,10 @@ Render = Callable[[Turns, bool], str]
 
 class Unbounded(Exception):
     """A rendering that went past a bound; the text says which."""
+
+
+class Untried(Exception):
+    """A template about whose cost nothing is known, by no fault of its own; the text says why."""
 
 
 TIME = f"it takes more than {CPU_SECONDS} s of processor time"
@@ -51,12 +61,17 @@ def render_bounded(template: str, render: Render, turns: Turns, open_turn: bool)
 
     Raises:
         Unbounded: The template, or this rendering of it, goes past a bound.
+        Untried: The processes that bound it cannot be started here.
     """
     problem = trial(template, render)
     if problem:
         raise Unbounded(problem)
     try:
-        with _limited():
+        watch = watched()
+    except OSError as error:
+        raise Untried(str(error)) from error
+    try:
+        with watch, _limited():
             text = render(turns, open_turn)
     except MemoryError as error:
         raise Unbounded(SPACE) from error
@@ -75,7 +90,11 @@ _found: dict[str, str] = {}
 
 
 def trial(template: str, render: Render) -> str:
-    """What is wrong with a template's cost, or nothing; found once for each template."""
+    """Find what is wrong with a template's cost, once for each template; "" where nothing is.
+
+    Raises:
+        Untried: The child process cannot be started, or fails before it has rendered anything.
+    """
     if template not in _found:
         too_long = len(template) > TEMPLATE_CHARACTERS
         _found[template] = (
@@ -85,58 +104,100 @@ def trial(template: str, render: Render) -> str:
 
 
 def _tried(render: Render) -> str:
-    with warnings.catch_warnings():
-        # threads of torch may run: the child renders, and touches none of what they hold
-        warnings.simplefilter("ignore", DeprecationWarning)
-        child = os.fork()
-    if child == 0:
-        code = 1
+    try:
+        reader, writer = os.pipe()
+    except OSError as error:
+        raise Untried(str(error)) from error
+    try:
+        status = _wait(_started(render, writer))
+        os.set_blocking(reader, False)
         try:
-            code = _render_trials(render)
+            found = os.read(reader, 1000).decode()
+        except BlockingIOError:  # the child has ended without a word
+            found = ""
+    finally:
+        os.close(reader)
+        os.close(writer)
+    if found == _PASSED:
+        return ""
+    if found in (SPACE, LENGTH):
+        return found
+    if found:
+        raise Untried(found)
+    if status is None:
+        return f"it ends the process that tries it, or {TIME.removeprefix('it ')}"
+    if not os.WIFSIGNALED(status):
+        raise Untried(f"the child process ended with exit status {os.WEXITSTATUS(status)}")
+    number = os.WTERMSIG(status)
+    slow = number in (signal.SIGXCPU, signal.SIGKILL)
+    return TIME if slow else f"it ends the process with signal {number}"
+
+
+def _started(render: Render, writer: int) -> int:
+    """Process id of a child that writes `_PASSED`, or what is wrong, into the pipe."""
+    try:
+        with warnings.catch_warnings():
+            # threads of torch may run: the child renders, and touches none of what they hold
+            warnings.simplefilter("ignore", DeprecationWarning)
+            child = os.fork()
+    except OSError as error:
+        raise Untried(str(error)) from error
+    if child == 0:
+        try:
+            try:
+                found = _render_trials(render)
+            except BaseException as error:  # before the first rendering: nothing was tried
+                found = f"{type(error).__name__}: {error}"[:200]
+            os.write(writer, found.encode("utf-8", "replace"))
         finally:
-            os._exit(code)  # without the parent's exit handlers and unwritten output
-    status = _wait(child)
-    if os.WIFSIGNALED(status):
-        number = os.WTERMSIG(status)
-        slow = number in (signal.SIGXCPU, signal.SIGKILL)
-        return TIME if slow else f"it ends the process with signal {number}"
-    return {_OUT_OF_MEMORY: SPACE, _TOO_LONG: LENGTH}.get(os.WEXITSTATUS(status), "")
+            os._exit(0)  # without the parent's exit handlers and unwritten output
+    return child
 
 
-def _wait(child: int) -> int:
-    """Exit status of the child, killed after `_WALL_SECONDS`."""
+def _wait(child: int) -> int | None:
+    """Exit status of the child, killed after `_WALL_SECONDS`; None where SIGCHLD is ignored."""
     end, pause = time.monotonic() + _WALL_SECONDS, 0.001
     while True:
-        done, status = os.waitpid(child, os.WNOHANG)
+        try:
+            done, status = os.waitpid(child, os.WNOHANG)
+            if not done and time.monotonic() > end:
+                os.kill(child, signal.SIGKILL)
+                done, status = os.waitpid(child, 0)
+        except ChildProcessError:  # some launchers ignore SIGCHLD: the system keeps no status
+            return None
         if done:
             return status
-        if time.monotonic() > end:
-            os.kill(child, signal.SIGKILL)
-            return os.waitpid(child, 0)[1]
         time.sleep(pause)
         pause = min(2 * pause, 0.02)
 
 
-def _render_trials(render: Render) -> int:
-    """Exit code of the child."""
+def _render_trials(render: Render) -> str:
+    """Render all trials in the child: `_PASSED`, or the bound that was passed."""
     for number in (signal.SIGXCPU, signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)  # a run's own handlers save checkpoints
-    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS + 1))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _lower(resource.RLIMIT_CPU, CPU_SECONDS, CPU_SECONDS + 1)
+    _lower(resource.RLIMIT_CORE, 0, 0)
     held = _virtual_memory()
     if held:
-        resource.setrlimit(resource.RLIMIT_AS, (held + MEMORY, held + MEMORY))
+        _lower(resource.RLIMIT_AS, held + MEMORY, held + MEMORY)
     for turns in _trial_conversations():
         for open_turn in (False, True):
             try:
                 text = render(turns, open_turn)
             except MemoryError:
-                return _OUT_OF_MEMORY
+                return SPACE
             except Exception:  # a template may refuse turns: real rows that it refuses say so
                 continue
             if len(text) > _longest(turns):
-                return _TOO_LONG
-    return 0
+                return LENGTH
+    return _PASSED
+
+
+def _lower(kind: int, soft: int, hard: int) -> None:
+    """Set a limit, or keep the present one where it is lower."""
+    limits = zip((soft, hard), resource.getrlimit(kind), strict=True)
+    lowest = [new if now == resource.RLIM_INFINITY else min(new, now) for new, now in limits]
+    resource.setrlimit(kind, (lowest[0], lowest[1]))
 
 
 def _trial_conversations() -> Iterator[list[dict[str, str]]]:
@@ -173,20 +234,21 @@ def _virtual_memory() -> int:
 def _limited() -> Iterator[None]:
     """Raise `Unbounded` in what takes more than `CPU_SECONDS`, MemoryError beyond `MEMORY`.
 
-    Signals reach the main thread only, and other threads allocate while a model trains. So rows
-    that a stream's own thread renders have the trial's bound alone.
+    Handlers of signals run in the main thread only, and other threads allocate while a model
+    trains. So rows that a stream's own thread renders have the watchdog's bound alone.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     _install_stop()
+    _started_at[0] = time.thread_time()
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     held = _virtual_memory()
     # processor time: none passes while the machine sleeps, or gives it to others
     signal.setitimer(signal.ITIMER_VIRTUAL, CPU_SECONDS)
     if held and soft == resource.RLIM_INFINITY:
-        resource.setrlimit(resource.RLIMIT_AS, (held + MEMORY, hard))
+        _lower(resource.RLIMIT_AS, held + MEMORY, hard)
     try:
         yield
     finally:
@@ -194,11 +256,20 @@ def _limited() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
+_started_at = [0.0]
+"""Processor time of the main thread at which its present rendering began."""
+
+
 @cache
 def _install_stop() -> None:
     """Once, because installing a handler takes a tenth of the time that a rendering takes."""
 
     def stop(number: int, frame: FrameType | None) -> None:
+        # the timer counts all threads of the process, and those of OpenMP may spin
+        left = CPU_SECONDS - (time.thread_time() - _started_at[0])
+        if left > 0.01:
+            signal.setitimer(signal.ITIMER_VIRTUAL, left)
+            return
         raise Unbounded(TIME)
 
     signal.signal(signal.SIGVTALRM, stop)

@@ -1,6 +1,6 @@
-"""What a tokenizer and its chat template do to text: rendering turns, and where a turn ends.
+"""Rendering of turns by a tokenizer's chat template, and the tokens that end a turn.
 
-Any template will do that writes every turn's words. One that leaves some out is refused by name.
+A template has to write every turn's words. One that leaves some out is refused by name.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, TypeAlias
 
-from align.data.sandbox import Unbounded, render_bounded
+from align.data.sandbox import Unbounded, Untried, render_bounded
 from align.data.turns import ALLOWED, ROLES
 from align.types import AlignError, Message
 
@@ -69,7 +69,7 @@ def render(tokenizer: Tokenizer, turns: Sequence[Message], *, open_turn: bool = 
     for role in {t["role"] for t in turns} - set(ROLES):
         if not _names(template, role):
             raise AlignError(
-                f"role {role!r} is none that the chat template names; allowed: {ALLOWED}"
+                f"the chat template does not know the role {role!r}; allowed: {ALLOWED}"
             )
 
     def apply(turns: Sequence[Mapping[str, Any]], open_turn: bool) -> str:
@@ -85,6 +85,12 @@ def render(tokenizer: Tokenizer, turns: Sequence[Message], *, open_turn: bool = 
         raise AlignError(
             f"the chat template is refused: {error}; look at chat_template.jinja beside the "
             "tokenizer, and write or take another"
+        ) from error
+    except Untried as error:
+        raise AlignError(
+            f"the chat template could not be tried, so it is not used: {error}; templates are "
+            "tried and watched in processes of their own: free memory, or raise the limits of "
+            "this process (ulimit -a)"
         ) from error
     except Exception as error:  # a template may raise anything
         roles = ", ".join(t["role"] for t in turns) or "none"
@@ -116,12 +122,16 @@ def _squeezed(text: str) -> str:
     return "".join(text.split())
 
 
-def require_rendered(tokenizer: Tokenizer, turns: Sequence[Message], text: str) -> None:
+def require_rendered(
+    tokenizer: Tokenizer, turns: Sequence[Message], text: str, *, first: int = 0
+) -> None:
     """Refuse a template that leaves words of these turns out of their rendered ``text``.
 
-    Of an assistant's earlier turn the end has to be there: templates drop the thinking before it.
+    An assistant's earlier turn has to end there: templates drop the thinking before it. Turns
+    before ``first`` are known to be there.
     """
-    for i, turn in enumerate(turns):
+    for i in range(first, len(turns)):
+        turn = turns[i]
         said = turn["content"].strip()
         if turn["role"] == "assistant":
             said = said[-32:].strip()
@@ -147,13 +157,28 @@ def require_keys_rendered(tokenizer: Tokenizer, turns: Sequence[Message]) -> Non
     for i, turn in enumerate(turns):
         if len(turn) == 2:
             continue
+        before = turns[i - 1]["role"] if i else ""
         for key in _keys_of(turn):
+            # a template writes a key by its name and by where the turn stands, so one rendering
+            # shows it for all rows: two renderings for every key of every row would be quadratic
+            empty = not turn["content"].strip()
+            kind = (before, turn["role"], empty, key, type(turn[key]).__name__)
+            shown = _shown_keys(str(tokenizer.chat_template))
+            if kind in shown:
+                continue
             without = {k: v for k, v in turn.items() if k != key}
             if not _changes(tokenizer, turns[:i], turn, without, turns[i + 1 :]):
                 raise AlignError(
                     f"the chat template leaves out {key!r} of a turn of role {turn['role']!r}; "
                     "remove the key from the rows, or use a template that writes it"
                 )
+            shown.add(kind)
+
+
+@lru_cache(maxsize=16)
+def _shown_keys(template: str) -> set[tuple[str, str, bool, str, str]]:
+    """Kinds of keys that a template has been seen to write; the set grows as rows are checked."""
+    return set()
 
 
 def _keys_of(turn: Message) -> Iterator[str]:
@@ -242,7 +267,7 @@ def cut_at_end(tokenizer: Tokenizer, said: str, *, is_turn: bool = True) -> tupl
 
 @lru_cache(maxsize=16)
 def _closing(tokenizer: Tokenizer, template: str) -> str:
-    """What the template writes after the words of a conversation's last turn, an assistant's.
+    """Text that the template writes after the words of a conversation's last assistant turn.
 
     ``template`` is only a part of the cache's key: a tokenizer may be given another one later.
     """
@@ -265,7 +290,7 @@ def _turn_end(tokenizer: Tokenizer, template: str) -> int | None:
 
 @lru_cache(maxsize=16)
 def opening(tokenizer: Tokenizer, template: str) -> str:
-    """What the template opens the assistant's turn with, such as ``<|im_start|>assistant``."""
+    """Text that opens the assistant's turn, such as ``<|im_start|>assistant``."""
     turns = ({"role": "user", "content": PROBE},)
     asked, opened = render(tokenizer, turns), render(tokenizer, turns, open_turn=True)
     same = next((k for k, (a, b) in enumerate(zip(asked, opened, strict=False)) if a != b), None)
