@@ -1,4 +1,4 @@
-"""What a model is given before each assistant's turn, and the tokens with which it goes on.
+"""Prompt and tokens of each assistant turn of a conversation.
 
 The prompt's tokens are those of the rendered conversation up to the assistant's turn, as serving
 gives them. The turn's tokens are those that it has in the whole rendered conversation. Each turn
@@ -42,26 +42,35 @@ class Answer:
         prefix: What the model is given.
         said: What it says, through the end token where ``ended``.
         ended: False where the template writes no end token: EOS is appended.
+        prompt: The rendered prompt, which has the words of all earlier turns.
     """
 
     prefix: str
     said: str
     ended: bool
+    prompt: str = ""
 
 
-def answer_at(tokenizer: Tokenizer, turns: Sequence[Message], i: int) -> Answer:
-    """Turn ``i`` of a conversation against its own rendered prefix."""
+def answer_at(
+    tokenizer: Tokenizer, turns: Sequence[Message], i: int, *, checked: tuple[int, str] = (0, "")
+) -> Answer:
+    """Turn ``i`` of a conversation against its own rendered prefix.
+
+    ``checked`` is a number of turns and a text that has their words, as the prompt of an earlier
+    answer has: they are not looked for again in a prefix that begins with this text.
+    """
     before, turn = turns[:i], turns[i]
     whole = render(tokenizer, turns[: i + 1])
     if before:
-        prefix = render(tokenizer, before, open_turn=True)
-        require_rendered(tokenizer, before, prefix)
+        prompt = prefix = render(tokenizer, before, open_turn=True)
+        first = checked[0] if prefix.startswith(checked[1]) else 0
+        require_rendered(tokenizer, before, prefix, first=first)
     else:
-        prefix = _opening_of_first(tokenizer, turn, whole)
+        prompt, prefix = "", _opening_of_first(tokenizer, turn, whole)
     said = whole[len(prefix) :]
     if not (whole.startswith(prefix) and holds(said, turn["content"])):
         prefix, said = _rewritten(tokenizer, before, turn, prefix=prefix, whole=whole)
-    return Answer(prefix, *cut_at_end(tokenizer, said))
+    return Answer(prefix, *cut_at_end(tokenizer, said), prompt)
 
 
 def _rewritten(
@@ -94,7 +103,7 @@ def _rewritten(
 
 
 def _lead(prefix: str, head: str) -> str:
-    """What the template writes between a prompt and the words, where ``head`` begins otherwise.
+    """Text that the template writes between a prompt and the words, where ``head`` differs.
 
     Both end in what the template writes after the last question: that is where they are aligned.
     """
@@ -106,7 +115,7 @@ def _lead(prefix: str, head: str) -> str:
 
 
 def _opening_of_first(tokenizer: Tokenizer, turn: Message, whole: str) -> str:
-    """What stands before the words of a turn that no other precedes; nothing is an empty string."""
+    """Text before the words of a conversation's first turn; it may be empty."""
     try:
         header = opening(tokenizer, str(tokenizer.chat_template))
     except AlignError:  # a template that takes no single question may take this conversation
@@ -217,8 +226,10 @@ def encode_turns(
         )
     require_keys_rendered(tokenizer, turns[: trained[-1] + 1])
     made: list[_Sequence] = []
+    checked = (0, "")
     for i in trained:
-        answer = answer_at(tokenizer, turns, i)
+        answer = answer_at(tokenizer, turns, i, checked=checked)
+        checked = (i, answer.prompt)
         if not made or not made[-1].extended_to(tokenizer, answer.prefix):
             made.append(_Sequence(answer.prefix, encode_text(tokenizer, answer.prefix)))
         made[-1].say(tokenizer, answer)
@@ -249,7 +260,7 @@ def _uncounted(sequence: TokenSequence) -> int:
 
 
 def split_group(group: TokenGroup, max_tokens: int) -> list[TokenGroup]:
-    """The group in parts of at most ``max_tokens`` in all, or of one sequence, which may be longer.
+    """Split a group into parts of at most ``max_tokens`` in all, or of one longer sequence.
 
     A microbatch holds a whole group, so a long dialogue whose turns are sequences of their own
     would otherwise need memory for all of them at once.
@@ -268,4 +279,25 @@ def split_group(group: TokenGroup, max_tokens: int) -> list[TokenGroup]:
     return [
         TokenGroup(group.prefix_ids, tuple(part), id=f"{group.id}[{k}/{len(parts)}]")
         for k, part in enumerate(parts, start=1)
+    ]
+
+
+def cut_text(group: TokenGroup, max_tokens: int) -> list[TokenGroup]:
+    """Consecutive pieces of a plain text; each but the first continues the last token before it.
+
+    That one token of prefix is there so that no piece's first token goes unpredicted.
+    """
+    sequence = group.continuations[0]
+    ids, mask = sequence.input_ids, sequence.loss_mask
+    if len(ids) <= max_tokens:
+        return [group]
+    starts = [0, *range(max_tokens, len(ids), max_tokens - 1)]
+    stops = [*starts[1:], len(ids)]
+    return [
+        TokenGroup(
+            ids[max(start - 1, 0) : start],
+            (TokenSequence(ids[start:stop], mask[start:stop]),),
+            id=f"{group.id}[{start}:{stop}]",
+        )
+        for start, stop in zip(starts, stops, strict=True)
     ]

@@ -15,7 +15,7 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
-from align.data.answers import encode_after, encode_turns, group_of, split_group
+from align.data.answers import cut_text, encode_after, encode_turns, group_of, split_group
 from align.data.template import (
     OURS,
     Tokenizer,
@@ -277,7 +277,7 @@ def encode_some(
         try:
             group = encode_example(tokenizer, example, loss_on)
             if isinstance(example, SFTExample) and example.text is not None:
-                pieces = _cut(group, max_tokens)
+                pieces = cut_text(group, max_tokens)
                 groups += pieces
                 owners += [number] * len(pieces)
                 continue
@@ -323,27 +323,6 @@ def over_length(group: TokenGroup, max_tokens: int) -> str:
     else:
         what = f"prompt has {len_prompt} tokens and its longest answer {len_answer}"
     return f"{what}, more than data.max_tokens={max_tokens}; shorten it, raise data.max_tokens"
-
-
-def _cut(group: TokenGroup, max_tokens: int) -> list[TokenGroup]:
-    """Consecutive pieces; each but the first continues the last token of the one before.
-
-    That one token of prefix is there so that no piece's first token goes unpredicted.
-    """
-    sequence = group.continuations[0]
-    ids, mask = sequence.input_ids, sequence.loss_mask
-    if len(ids) <= max_tokens:
-        return [group]
-    starts = [0, *range(max_tokens, len(ids), max_tokens - 1)]
-    stops = [*starts[1:], len(ids)]
-    return [
-        TokenGroup(
-            ids[start - 1 : start] if start else _NOTHING,
-            (TokenSequence(ids[start:stop], mask[start:stop]),),
-            id=f"{group.id}[{start}:{stop}]",
-        )
-        for start, stop in zip(starts, stops, strict=True)
-    ]
 
 
 def _turns(completion: Text) -> tuple[Message, ...]:

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from align.data import answers
 from align.data.chat import (
     decode_response,
     encode_completion,
@@ -302,7 +303,7 @@ def test_roles_of_the_ecosystem_are_rendered(chatml, role) -> None:
 
 
 def test_an_invented_role_is_refused_with_its_place(chatml) -> None:
-    line = r"^d.jsonl:7: role 'banana' is none that the chat template names; allowed: system, dev"
+    line = r"^d.jsonl:7: the chat template does not know the role 'banana'; allowed: system, dev"
     with pytest.raises(AlignError, match=line):
         encode_examples(chatml, [dialogue("banana")], max_tokens=99)
 
@@ -334,3 +335,57 @@ def test_a_role_that_counts_in_front_only_is_rendered(make_tokenizer, chatml) ->
     tokenizer = make_tokenizer(template=first, eos="<|im_end|>")
     groups, _, _ = encode_examples(tokenizer, [dialogue("developer")], max_tokens=99)
     assert tokenizer.decode(groups[0].continuations[0].input_ids).startswith("a word")
+
+
+def test_long_dialogues_are_rendered_twice_a_turn(
+    make_tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A key is looked for once, and the words of a turn in one prompt."""
+    tokenizer = make_tokenizer(
+        template="{% for m in messages %}{{ m['role'] + ': ' + m.get('reasoning_content', '') }}"
+        "{{ m['content'] + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    turns = [
+        turn
+        for i in range(10)
+        for turn in (
+            {"role": "user", "content": f"question {i}"},
+            {"role": "assistant", "content": f"answer {i}", "reasoning_content": f"thought {i}"},
+        )
+    ]
+    encode_sft(tokenizer, SFTExample(messages=tuple(turns), id="a"))
+    rendered, firsts = [], []
+    require = answers.require_rendered
+    monkeypatch.setattr(
+        tokenizer, "apply_chat_template", _counted(tokenizer.apply_chat_template, rendered)
+    )
+
+    def checked(*args, first=0):
+        firsts.append(first)
+        require(*args, first=first)
+
+    monkeypatch.setattr(answers, "require_rendered", checked)
+    encode_sft(tokenizer, SFTExample(messages=tuple(turns), id="b"))
+    assert len(rendered) == 20
+    assert firsts == [0, *range(1, 18, 2)]
+
+
+def _counted(function, calls: list):
+    def call(*args, **options):
+        calls.append(args)
+        return function(*args, **options)
+
+    return call
+
+
+def test_a_template_that_forgets_earlier_turns_is_refused(make_tokenizer) -> None:
+    tokenizer = make_tokenizer(
+        template="{% for m in messages[-4:] %}{{ m['role'] + ': ' + m['content'] + eos_token }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    turns = [
+        {"role": role, "content": f"{role} {i}"} for i in range(4) for role in ("user", "assistant")
+    ]
+    with pytest.raises(AlignError, match="leaves out turns of role 'user'"):
+        encode_sft(tokenizer, SFTExample(messages=tuple(turns), id="a"))
