@@ -126,16 +126,16 @@ ONE_CALL = (
     ids=["one call", "one call in a thread", "loops in a thread"],
 )
 def test_a_bomb_that_no_signal_stops_ends_the_run(
-    chatml, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bomb: str, in_thread: bool
+    chatml, tmp_path: Path, bomb: str, in_thread: bool
 ) -> None:
     """One call of C, and a thread's loop: the trial has no conversation of three turns."""
-    monkeypatch.setattr(watchdog, "HANG_SECONDS", 0.5)
     chatml.chat_template = (
         f"{chatml.chat_template}{{% if messages|length == 3 %}}{bomb}{{% endif %}}"
     )
     assert len(encode_prompt(chatml, QUESTION))
 
     def work() -> None:
+        watchdog.HANG_SECONDS = 0.5  # of the child's own watchdog, which it starts when it renders
         answer = {"role": "assistant", "content": "Jesus."}
         turns = (*QUESTION, answer, *QUESTION)
         if in_thread:
@@ -151,12 +151,9 @@ def test_a_bomb_that_no_signal_stops_ends_the_run(
     assert "align: the run is ended: its chat template has rendered one conversation" in said
 
 
-def test_many_short_renderings_are_no_hang(
-    chatml, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(watchdog, "HANG_SECONDS", 0.2)
-
+def test_many_short_renderings_are_no_hang(chatml, tmp_path: Path) -> None:
     def work() -> str:
+        watchdog.HANG_SECONDS = 0.2
         end = time.monotonic() + 0.6
         while time.monotonic() < end:
             encode_prompt(chatml, QUESTION)
@@ -221,10 +218,10 @@ def test_time_of_other_threads_is_not_the_templates(monkeypatch: pytest.MonkeyPa
     busy = threading.Thread(target=hashlib.pbkdf2_hmac, args=("sha256", b"a", b"b", 900_000))
 
     def render(turns: object, open_turn: bool) -> str:
-        busy.start()  # without the interpreter's lock, as OpenMP's threads
         busy.join()
         return "text"
 
+    busy.start()  # without the interpreter's lock, as OpenMP's threads
     spent = time.process_time()
     assert sandbox.render_bounded("template", render, QUESTION, True) == "text"
     assert time.process_time() - spent > 0.1
