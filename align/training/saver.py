@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, cast
@@ -120,9 +120,10 @@ class Saver:
             self.run.begin()
             self.run.rewind({})
             return None
-        state = read_state(place)
-        self.run.require_rows(state, place)
-        self.run.resume()
+        with self._all_refuse():
+            state = read_state(place)
+            self.run.require_rows(state, place)
+            self.run.resume()
         for newer, problem in damaged.items() if self.run.is_main else ():
             aside = set_aside(newer)
             warn(f"resume: {problem}; kept as {aside.name}, going on from {place.name}")
@@ -135,6 +136,17 @@ class Saver:
         if self.run.is_main:
             say(f"{self.run.stage}: resumed from {place} ({state['step']} steps done)")
         return {**state, "place": place}
+
+    @contextmanager
+    def _all_refuse(self) -> Iterator[None]:
+        """Raise in all processes what one raises: the others would wait for it without end."""
+        refused: AlignError | None = None
+        try:
+            yield
+        except AlignError as error:
+            refused = error
+        if self._anywhere(refused is not None):
+            raise refused or AlignError("resume: another process refuses; its line says why")
 
     def _tell_of_little_room(self) -> None:
         """Say before hours of work that a checkpoint, which a stop asks for too, has no room."""
