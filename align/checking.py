@@ -89,7 +89,7 @@ def check(command: str, recipe: Any) -> Iterator[str]:
 
 
 def _only_elsewhere(recipe: Any) -> Iterator[str]:
-    """What a run of the recipe is refused for on this machine, though another may have it."""
+    """List what a run of the recipe is refused for on this machine, though another may have it."""
     import torch
 
     from align.models import backends, offload
@@ -113,11 +113,11 @@ def _only_elsewhere(recipe: Any) -> Iterator[str]:
 
 def _check_functions(recipe: Any, prompts: Sequence[PromptExample]) -> None:
     """A function's arguments have to be columns of the data, where they are not ours."""
-    from align.rewards import check_functions
+    from align.rewards import check_functions, columns_of
 
     for key in ("reward", "gold_reward"):
         if prompts and any(term.function for term in getattr(recipe, key, ())):
-            check_functions(key, getattr(recipe, key), prompts)
+            check_functions(key, getattr(recipe, key), columns_of(prompts))
 
 
 def _check_references(recipe: Any, examples: Sequence[Any]) -> None:
@@ -198,7 +198,7 @@ def _not_here(source: DataSource) -> str:
 
 
 def _notes(recipe: Any) -> Iterator[str]:
-    """What a folder holds beside the rows that are read; refuses to train on what is held out."""
+    """List what lies in a folder beside the rows; refuses to train on what is held out."""
     from align.data.held_out import notes_of, refuse_shared
     from align.models.locate import looks_like_hub_id
 

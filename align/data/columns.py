@@ -46,7 +46,7 @@ def read_row(
     source: str,
     unread: MutableMapping[str, None] | None = None,
 ) -> tuple[Example, ...] | Rated:
-    """What one row says: one example, of a ranking several, or a response with its score.
+    """Read one row: one example, of a ranking several, or a response with its score.
 
     Args:
         row: As read from the file.
@@ -68,9 +68,9 @@ def read_row(
     names = unread_columns(fields)
     if unread is not None:
         unread.update(dict.fromkeys(names))
-    if names and not isinstance(found, Rated):
-        return tuple(with_extras(example, fields, names) for example in found)
-    return found
+    if isinstance(found, Rated):
+        return found
+    return tuple(with_extras(example, fields) for example in found)
 
 
 def _read(fields: Fields, kind: Kind, source: str) -> tuple[Example, ...] | Rated:
@@ -89,7 +89,7 @@ def _read(fields: Fields, kind: Kind, source: str) -> tuple[Example, ...] | Rate
 
 
 def format_name(row: Row, kind: Kind, *, columns: Mapping[str, str]) -> str:
-    """What the row's format is called, by the same rules that it is read by."""
+    """Name the row's format, by the same rules that it is read by."""
     fields = fields_of(row, columns, kind)
     if kind == "preference":
         return listwise_format(fields) or pair_format(fields).name
@@ -114,7 +114,7 @@ def format_name(row: Row, kind: Kind, *, columns: Mapping[str, str]) -> str:
 
 
 def kind_of(row: Row, *, columns: Mapping[str, str]) -> Kind:
-    """What a row was most likely meant for, where nobody says.
+    """Guess the stage that a row was meant for, where nobody says.
 
     Raises:
         BadRow: It has no column that could tell, or is a judgement, which is no row to train on.

@@ -9,7 +9,7 @@ its row is refused; any other is an extra column, and its name is reported.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -68,11 +68,8 @@ def unread_columns(fields: Fields) -> list[str]:
     Raises:
         BadRow: One of them carries a meaning, or `data.columns` names it: it would have no effect.
     """
-    taken = {fields.renamed[name] for name in fields.used if name in fields.renamed}
     extra = []
-    for name, value in fields.values.items():
-        if name in fields.used or (name in taken and name not in fields.renamed):
-            continue
+    for name, value in _untouched(fields).items():
         problem = _problem(fields, name, value)
         if problem is not None:
             fields.bad(name, *problem)
@@ -83,6 +80,13 @@ def unread_columns(fields: Fields) -> list[str]:
             extra.append(name)
     hidden = (f"{name} (data.columns names another)" for name in fields.hidden)
     return [*extra, *hidden, *(f"turns[].{key}" for key in sorted(fields.left_out))]
+
+
+def _untouched(fields: Fields) -> dict[str, Any]:
+    """Columns of the row that its format did not read, blank ones too."""
+    taken = {fields.renamed[name] for name in fields.used if name in fields.renamed}
+    read = {*fields.used, *(name for name in taken if name not in fields.renamed)}
+    return {name: value for name, value in fields.values.items() if name not in read}
 
 
 def not_read(unread: Iterable[str]) -> str:
@@ -153,12 +157,15 @@ def _system(fields: Fields, turns: Sequence[Message]) -> tuple[Message, ...]:
     return ({"role": "system", "content": said[0]},) if said and not own else ()
 
 
-def with_extras(example: Read, fields: Fields, names: Collection[str]) -> Read:
-    """A prompt with the values of these unread columns, as JSON has them, for rewards."""
+def with_extras(example: Read, fields: Fields) -> Read:
+    """A prompt with the row's unread columns, as JSON has them, for rewards."""
     if not isinstance(example, PromptExample):
         return example
-    given = {name: fields.values[name] for name in names if name in fields.values}
     # dates and decimals as text; bytes say nothing to a reward
-    kept = {name: value for name, value in given.items() if not isinstance(value, bytes)}
+    kept = {k: v for k, v in _untouched(fields).items() if not isinstance(v, bytes)}
+    named = {*fields.used, *fields.renamed, *fields.renamed.values()}
+    kept |= dict.fromkeys(sorted(fields.null - named))
+    if not kept:
+        return example
     changed: dict[str, Any] = {"extra": json.loads(json.dumps(kept, default=str))}
     return replace(example, **changed)

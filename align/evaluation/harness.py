@@ -37,6 +37,7 @@ from align.rewards import (
     FunctionReward,
     build_reward,
     check_functions,
+    columns_of,
     load_function,
     needs_references,
     require_arguments,
@@ -73,8 +74,9 @@ def run(recipe: EvalRecipe) -> None:
     )
     prompts, pairs = _data(recipe, session, needs_prompts=bool(models))
     if prompts:  # now it is known which names are columns
-        check_functions("reward", recipe.reward, prompts)
-        check_functions("gold_reward", recipe.gold_reward, prompts)
+        columns = columns_of(prompts)
+        check_functions("reward", recipe.reward, columns)
+        check_functions("gold_reward", recipe.gold_reward, columns)
     say(f"eval: {len(models)} models on {len(prompts)} prompts -> {recipe.output_dir}")
     evaluation = _Evaluation(recipe, prompts, state.device)
     for name, model in models.items():
@@ -152,7 +154,7 @@ class _Evaluation:
         self.systems.append(system)
 
     def add_best_of_n(self, n: int) -> None:
-        """Of n samples of the reference the best by ``reward``, as if it were a model."""
+        """Add the best by ``reward`` of n samples of the reference, as if it were a model."""
         recipe, reference = self.recipe, self.reference
         if reference is None or self.reward is None or recipe.sampling is None:
             raise AlignError("best_of_n: needs reference_model, reward and sampling")

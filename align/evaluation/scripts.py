@@ -38,7 +38,7 @@ _WORDS = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+")
 
 
 def words(text: str) -> list[str]:
-    """What whitespace parts, and each letter of a script that is written without spaces."""
+    """Words between whitespace, and each letter of a script that is written without spaces."""
     return _WORDS.findall(text)
 
 

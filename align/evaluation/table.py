@@ -1,4 +1,4 @@
-"""What ``align eval`` prints."""
+"""Tables that ``align eval`` prints."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def significance(results: dict[str, Any]) -> str:
 
 
 def _of_many(results: dict[str, Any]) -> list[str]:
-    """What several verdicts together are worth: no p is corrected for their number."""
+    """Warn of several verdicts together: no p is corrected for their number."""
     count = len(results["comparisons"]) + len(results["win_rates"])
     if count < 2:
         return []

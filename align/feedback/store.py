@@ -1,4 +1,4 @@
-"""What people answered, in one SQLite file: every answer is on disk before the next pair is shown.
+"""Answers of people, in one SQLite file: every answer is on disk before the next pair is shown.
 
 A killed process loses nothing that it confirmed, and several annotators share one file. Answers are
 never deleted: an undone one is marked.
@@ -60,7 +60,7 @@ class Answer:
         return min(self.left, self.right), max(self.left, self.right)
 
     def outcome(self) -> float:
-        """What the lower-numbered response of the pair got."""
+        """Answer for the lower-numbered response of the pair."""
         left = {"left": 1.0, "right": 0.0, "tie": 0.5}[self.said]
         return left if self.left < self.right else 1 - left
 
@@ -91,7 +91,7 @@ class Store:
 
     @property
     def port(self) -> int | None:
-        """Where the file was last served, so that a page that is open finds it again."""
+        """Port that the file was last served at, so that a page that is open finds it again."""
         row = self._db.execute("SELECT value FROM meta WHERE key = 'port'").fetchone()
         return int(row[0]) if row else None
 

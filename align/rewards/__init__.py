@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from align.progress import warn
-from align.rewards.function import FunctionReward, load_function, require_arguments
+from align.progress import say, warn
+from align.rewards.arguments import filled_defaults
+from align.rewards.function import (
+    REWARD_ARGUMENTS,
+    FunctionReward,
+    load_function,
+    require_arguments,
+)
 from align.rewards.metric import MetricReward
 from align.rewards.weighted import WeightedReward
 from align.types import AlignError, PromptExample, RewardSource, RewardTerm
@@ -17,6 +23,7 @@ __all__ = [
     "WeightedReward",
     "build_reward",
     "check_functions",
+    "columns_of",
     "load_function",
     "needs_references",
     "require_arguments",
@@ -47,39 +54,72 @@ def build_reward(
 
 
 def check_functions(
-    key: str, terms: Sequence[RewardTerm], examples: Sequence[PromptExample] | None = None
+    key: str,
+    terms: Sequence[RewardTerm],
+    columns: Mapping[str, str | None] | None = None,
+    *,
+    quiet: bool = False,
 ) -> list[FunctionReward]:
     """The functions among the terms, imported; refused here where they cannot be called by name.
 
-    Called before data are read, without ``examples``, and again before models are loaded, which
-    takes minutes: only then is it known which names are columns.
+    Called before data are read, without ``columns``, and again with those of all rows before models
+    are loaded, which takes minutes. What a column gives to a parameter with a default is said then.
+
+    Args:
+        columns: See `columns_of`.
+        quiet: Says nothing, as on all processes but the main one.
     """
-    columns = None if examples is None else list(extra_columns(examples))
-    return [
-        require_arguments(
-            f"{key}.function", load_function(term.function, term.timeout), columns=columns
-        )
-        for term in terms
-        if term.function is not None
-    ]
+    found = []
+    for term in terms:
+        if term.function is None:
+            continue
+        source = load_function(term.function, term.timeout)
+        found.append(require_arguments(f"{key}.function", source, columns=columns))
+        filled = filled_defaults(source.function, {*(columns or ())} - {*REWARD_ARGUMENTS})
+        if filled and not quiet:
+            say(
+                f"{key}.function={source.name!r}: the data's columns replace the defaults of its "
+                f"parameters {', '.join(filled)}; rename a parameter that is not meant for a column"
+            )
+    return found
 
 
-def extra_columns(examples: Sequence[PromptExample]) -> dict[str, list[Any]]:
-    """Each extra column's values, None in rows without it."""
-    names = dict.fromkeys(name for example in examples for name in example.extra)
-    return {name: [example.extra.get(name) for example in examples] for name in names}
+def columns_of(examples: Iterable[PromptExample]) -> dict[str, str | None]:
+    """Name of each extra column -> id of the first row that lacks it, None where every row has it.
+
+    Taken over all rows of a run's data: those of one batch may lack a column that others have.
+    """
+    lacking: dict[str, str | None] = {}
+    first: str | None = None
+    for example in examples:
+        for name in example.extra:
+            lacking.setdefault(name, first)
+        for name, row in lacking.items():
+            if row is None and name not in example.extra:
+                lacking[name] = example.id
+        first = example.id if first is None else first
+    return lacking
 
 
 def score_responses(
-    source: RewardSource, examples: Sequence[PromptExample], responses: Sequence[str]
+    source: RewardSource,
+    examples: Sequence[PromptExample],
+    responses: Sequence[str],
+    columns: Iterable[str] | None = None,
 ) -> Sequence[float]:
-    """Each response's score; ``examples`` has its prompt, references and extra columns."""
-    columns = extra_columns(examples)
+    """Each response's score; ``examples`` has its prompt, references and extra columns.
+
+    Args:
+        columns: Names of the extra columns to give, None in a row without; those of ``examples``
+            where these are all rows of the data.
+    """
+    names = columns_of(examples) if columns is None else columns
+    values: dict[str, list[Any]] = {name: [e.extra.get(name) for e in examples] for name in names}
     return source(
         [e.prompt for e in examples],
         responses,
         [e.references for e in examples],
-        **({"columns": columns} if columns else {}),
+        **({"columns": values} if values else {}),
     )
 
 

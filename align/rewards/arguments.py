@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from align.nearest import nearest
@@ -18,6 +19,7 @@ MEANT = {
 _POSITIONAL_ONLY = inspect.Parameter.POSITIONAL_ONLY
 _VAR_POSITIONAL = inspect.Parameter.VAR_POSITIONAL
 _VAR_KEYWORD = inspect.Parameter.VAR_KEYWORD
+_REST = (_VAR_POSITIONAL, _VAR_KEYWORD)
 
 
 def call_by_name(function: Callable[..., Any], values: Mapping[str, Any]) -> Any:
@@ -47,7 +49,7 @@ def check_arguments(
     name: str,
     function: Callable[..., Any],
     arguments: Sequence[str],
-    columns: Sequence[str] | None = (),
+    columns: Mapping[str, str | None] | None = MappingProxyType({}),
 ) -> None:
     """Refuse a function that cannot be called by name with ``arguments`` and ``columns``.
 
@@ -55,12 +57,13 @@ def check_arguments(
         key: The recipe's key, such as ``reward.function``.
         name: ``module:function``.
         arguments: Names that are always given.
-        columns: Extra columns of the data; None where they are not known yet, which lets a name
-            pass that is like none of ``arguments``.
+        columns: Extra columns of the data, each with the id of the first row that lacks it, if one
+            does. None where they are not known yet, which lets a name pass that is like none of
+            ``arguments``.
 
     Raises:
         AlignError: A class, an async function or a generator; a parameter that nothing is given
-            for; no parameter at all.
+            for, or a column that not every row has; no parameter at all.
     """
     told = f"{key}={name!r}"
     if isinstance(function, type):
@@ -80,7 +83,14 @@ def check_arguments(
         if parameter.kind is _VAR_POSITIONAL and rest_alone:
             raise AlignError(f"{told}: takes {shown}, nothing is given to *{parameter.name}: "
                              f"it {cure}")  # fmt: skip
-        if parameter.name in allowed or parameter.kind in (_VAR_POSITIONAL, _VAR_KEYWORD):
+        row = None if parameter.name in arguments else (columns or {}).get(parameter.name)
+        is_needed = parameter.default is inspect.Parameter.empty and parameter.kind not in _REST
+        if row is not None and is_needed:
+            raise AlignError(
+                f"{told}: takes {shown}, and row {row} has no column {parameter.name}: add it to "
+                f"every row (null is given as None), or write `{parameter.name}=None`"
+            )
+        if parameter.name in allowed or parameter.kind in _REST:
             continue
         hint = _meant(parameter, arguments)
         if columns is None and (hint is None or hint == "references"):
@@ -92,8 +102,17 @@ def check_arguments(
             )
     if columns is None:
         return
-    if not any(p.name in allowed or p.kind in (_VAR_POSITIONAL, _VAR_KEYWORD) for p in parameters):
+    if not any(p.name in allowed or p.kind in _REST for p in parameters):
         raise AlignError(f"{told}: takes {shown}, none of what it is given: it {cure}")
+
+
+def filled_defaults(function: Callable[..., Any], columns: Container[str]) -> list[str]:
+    """Parameters whose default gives way to a column of the data."""
+    return [
+        p.name
+        for p in _parameters(function) or ()
+        if p.default is not inspect.Parameter.empty and p.name in columns
+    ]
 
 
 def _meant(parameter: inspect.Parameter, allowed: Sequence[str]) -> str | None:
@@ -117,7 +136,7 @@ def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter] | None:
 
 
 def _deferred(function: Callable[..., Any]) -> str | None:
-    """What a function is that returns before it has computed anything."""
+    """Name the kind of a function that returns before it has computed anything."""
     kinds = {
         "an async function": inspect.iscoroutinefunction,
         "an async generator": inspect.isasyncgenfunction,

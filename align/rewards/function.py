@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from numbers import Real
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from align.rewards.arguments import call_by_name, check_arguments
@@ -25,7 +26,7 @@ from align.types import AlignError, Columns, NonFiniteError, RewardFunction, Tex
 
 REWARD_ARGUMENTS = ("prompts", "responses", "references")
 LARGEST = 3.4028234e38
-"""Of float32, in which a rollout's scores are kept."""
+"""Limit of float32, in which a rollout's scores are kept."""
 
 
 @dataclass
@@ -47,11 +48,12 @@ class FunctionReward:
         columns: Columns | None = None,
     ) -> list[float]:
         given = {"prompts": prompts, "responses": responses, "references": references}
-        given = {**(columns or {}), **given}
+        # ours first: a function without a signature gets them by position
+        given |= {name: values for name, values in (columns or {}).items() if name not in given}
         return checked_scores(self.name, self.call(given), len(responses))
 
     def call(self, given: Mapping[str, Sequence[Any]]) -> Any:
-        """What the function returns of copies, so that nothing it changes reaches the run."""
+        """Call the function with copies, so that nothing it changes reaches the run."""
         copies = {name: copy.deepcopy(list(column)) for name, column in given.items()}
         return guarded(
             f"{self.kind} {self.name}",
@@ -114,13 +116,14 @@ def require_arguments(
     source: FunctionReward,
     arguments: Sequence[str] = REWARD_ARGUMENTS,
     *,
-    columns: Sequence[str] | None = (),
+    columns: Mapping[str, str | None] | None = MappingProxyType({}),
 ) -> FunctionReward:
     """Refuse a function that cannot be called with these by name, before anything is computed.
 
     Args:
-        columns: Extra columns of the data, which it may ask for too; None where the data have not
-            been read yet, so that a name may still turn out to be one.
+        columns: Extra columns of the data, which it may ask for too, each with the first row that
+            lacks it; None where the data have not been read yet, so that a name may still turn out
+            to be one.
     """
     check_arguments(key, source.name, source.function, arguments, columns)
     return source
@@ -157,7 +160,7 @@ def checked_scores(name: str, scores: object, count: int) -> list[float]:
 
 
 def _listed(scores: Any) -> list[Any] | None:
-    """What has one score for each response as a list; None where it is no such thing."""
+    """Scores as a list; None where they are no sequence, tensor or array."""
     if hasattr(scores, "tolist") and not isinstance(scores, type):
         scores = scores.detach() if hasattr(scores, "detach") else scores
         scores = scores.tolist()  # of an array without dimensions: a number
@@ -180,7 +183,7 @@ def _number(score: Any) -> float | None:
 
 
 def _kind(scores: Any) -> str:
-    """What was returned, for a message."""
+    """Name the type of what was returned, for a message."""
     if inspect.iscoroutine(scores):
         scores.close()  # else Python warns that nobody awaited it
         return "a coroutine"

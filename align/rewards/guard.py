@@ -34,7 +34,7 @@ _told: set[tuple[str, str]] = set()
 def guarded(
     name: str, call: Callable[[], Any], timeout: float | None = None, *, rows: int = 0
 ) -> Any:
-    """What ``call`` returns; whatever it raises is an AlignError that begins with ``name``.
+    """Result of ``call``; whatever it raises is an AlignError that begins with ``name``.
 
     It runs in a thread of its own, so that one that hangs ends the run with a line instead of
     holding it, and so that what torch keeps for each thread (gradients off, a default device) ends
@@ -53,13 +53,12 @@ def guarded(
 
     def run() -> None:
         try:
-            with _no_exit():
-                result = call()
-            done.put((result, None))
+            _here.process = os.getpid()
+            done.put((call(), None))
         except BaseException as error:  # SystemExit and GeneratorExit end no run as if it were done
             done.put((None, error))
 
-    with put_right(name):
+    with put_right(name), _no_exit():
         threading.Thread(target=run, daemon=True).start()
         try:
             result, error = done.get(timeout=timeout)
@@ -96,7 +95,7 @@ def put_right(name: str) -> Iterator[None]:
 
 @contextmanager
 def importing(name: str) -> Iterator[None]:
-    """The same for code that runs when a module is imported, in this thread."""
+    """Guard code that runs when a module is imported, in this thread."""
     with put_right(name), _no_exit():
         yield
 
@@ -167,7 +166,7 @@ STATE: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     ),
     "handlers of signals": (_handlers, _set_handlers),
 }
-"""What a change is called -> how it is read, and how it is written."""
+"""Name of a change -> how it is read, and how it is written."""
 
 
 def _read(read: Callable[[], Any]) -> Any:
@@ -224,6 +223,9 @@ class _Exited(BaseException):
 _inside: Counter[int] = Counter()
 """Process -> its calls that are in progress; a forked child has none of its own."""
 _lock = threading.Lock()
+_here = threading.local()
+"""``process`` is set in a function's own thread, whose ways out stay closed: one that hangs is left
+behind, and the rest of the process may end as it likes again."""
 
 
 @contextmanager
@@ -253,7 +255,8 @@ def _intercept() -> None:
 
 def _replacement(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
     def replaced(*arguments: Any, **named: Any) -> Any:
-        if _inside[os.getpid()] > 0:
+        process = os.getpid()
+        if _inside[process] > 0 or getattr(_here, "process", None) == process:
             raise _Exited(f"os.{name}({', '.join(map(repr, arguments))})"[:LONGEST_REASON])
         return real(*arguments, **named)
 

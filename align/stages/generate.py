@@ -18,7 +18,13 @@ from align.config import GenerateRecipe, PairsConfig
 from align.feedback.pairs import choose_pairs
 from align.models import load_policy
 from align.progress import Progress, say
-from align.rewards import build_reward, check_functions, score_responses, warn_of_constant
+from align.rewards import (
+    build_reward,
+    check_functions,
+    columns_of,
+    score_responses,
+    warn_of_constant,
+)
 from align.rewards.model import reward_model_loader
 from align.rollout.engine import require_engine, sample
 from align.rollout.experience import decode_rollout
@@ -47,7 +53,8 @@ def run(recipe: GenerateRecipe) -> None:
     session = open_session(recipe, "generate")
     every_prompt = replace(recipe.data, test_fraction=0.0)
     prompts, _ = load_data(session, every_prompt, "prompt", seed=recipe.seed)
-    check_functions("reward", recipe.reward, prompts.examples)
+    columns = columns_of(prompts.examples)
+    check_functions("reward", recipe.reward, columns, quiet=not session.run.is_main)
     accelerator = session.accelerator
     names = (recipe.model, *recipe.also)
     for other in recipe.also:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from torch import Tensor
@@ -22,7 +23,7 @@ from align.data.packing import longest_of
 from align.losses import adapt_kl_coef
 from align.models.policy import check_length
 from align.progress import Progress, change
-from align.rewards import check_functions, warn_of_constant
+from align.rewards import check_functions, columns_of, warn_of_constant
 from align.rollout.engine import require_engine
 from align.stages.common import (
     Session,
@@ -49,9 +50,8 @@ def run(recipe: PPORecipe) -> None:
     check_functions("reward", recipe.reward)
     session = open_session(recipe, "ppo")
     prompts, held_out = load_data(session, recipe.data, "prompt", seed=recipe.seed)
-    for split in (prompts, held_out):
-        if split.examples:
-            check_functions("reward", recipe.reward, split.examples)
+    columns = columns_of(chain(prompts.examples, held_out.examples))
+    check_functions("reward", recipe.reward, columns, quiet=not session.run.is_main)
     roles = load_roles(recipe, session)
     session.run.describe(
         start_weights=roles.weights,
@@ -62,7 +62,7 @@ def run(recipe: PPORecipe) -> None:
     for split in (prompts, held_out):  # not when the longest is sampled, hours later
         needed = longest_of(split.groups) + recipe.generation.max_new_tokens
         check_length(roles.actor, needed, "a prompt and its response may have")
-    stage = _PPO(recipe, session, roles, prompts, held_out)
+    stage = _PPO(recipe, session, roles, prompts, held_out, tuple(columns))
     before, after = stage.train()
     save_policy(roles.actor, session)
     if session.accelerator.is_main_process:
@@ -74,11 +74,17 @@ class _PPO:
     """The state that goes from iteration to iteration: the roles, the update, the coefficient."""
 
     def __init__(
-        self, recipe: PPORecipe, session: Session, roles: Roles, prompts: Split, held_out: Split
+        self,
+        recipe: PPORecipe,
+        session: Session,
+        roles: Roles,
+        prompts: Split,
+        held_out: Split,
+        columns: Sequence[str],
     ) -> None:
         self.recipe, self.session, self.roles = recipe, session, roles
         self.prompts, self.held_out = prompts, held_out
-        self.phases = Phases(recipe, session, roles)
+        self.phases = Phases(recipe, session, roles, columns)
         self.update = Update(recipe, session, roles)
         self.saver = Saver(
             session.run,

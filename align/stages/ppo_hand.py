@@ -1,4 +1,4 @@
-"""What a PPO iteration has in hand: enough to leave at any phase and to go on there, exactly.
+"""State of a PPO iteration: enough to leave at any phase and to go on there, exactly.
 
 The rollout with its scores, what was computed of it before the weights moved, and how many
 minibatches were trained on. Prompts are not in here: they are a function of the seed and the data.

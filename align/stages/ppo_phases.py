@@ -1,4 +1,4 @@
-"""What the phases of a PPO iteration do, one by one.
+"""The phases of a PPO iteration, one by one.
 
 Nothing here trains, and nothing is kept from one call to the next.
 """
@@ -34,10 +34,17 @@ from align.types import Experience, NonFiniteError, PromptExample, Rollout, Toke
 
 
 class Phases:
-    """The roles at work on a rollout."""
+    """The roles at work on a rollout.
 
-    def __init__(self, recipe: PPORecipe, session: Session, roles: Roles) -> None:
+    Attributes:
+        columns: Extra columns of all the run's prompts, which a reward is given in every call.
+    """
+
+    def __init__(
+        self, recipe: PPORecipe, session: Session, roles: Roles, columns: Sequence[str] = ()
+    ) -> None:
         self.recipe, self.session, self.roles = recipe, session, roles
+        self.columns = columns
         self.end_ids = policy_end_ids(roles.actor, session)
 
     def sample(self, split: Split, members: Sequence[int], *, seed: int) -> Rollout:
@@ -77,7 +84,8 @@ class Phases:
         failed: NonFiniteError | None = None
         try:
             if rows:
-                scores = score_responses(self.roles.reward, mine, [responses[r] for r in rows])
+                texts = [responses[r] for r in rows]
+                scores = score_responses(self.roles.reward, mine, texts, self.columns)
         except NonFiniteError as error:
             named = [rows[row] for row in error.rows]
             failed = error.having(rows=named, responses=[responses[row] for row in named])

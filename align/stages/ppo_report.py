@@ -1,4 +1,4 @@
-"""What PPO says of an iteration: the numbers of metrics.jsonl and the rows of samples.jsonl."""
+"""Report of a PPO iteration: the numbers of metrics.jsonl and the rows of samples.jsonl."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from align.types import Experience, PromptExample
 def describe(
     experience: Experience, scores: Tensor, *, kl_coef: float, samples_per_prompt: int
 ) -> dict[str, float]:
-    """What docs/metrics.md explains, of the rollout before the update.
+    """Compute the numbers that docs/metrics.md explains, of the rollout before the update.
 
     Args:
         scores: ``[B]`` as the reward gave them.
@@ -85,7 +85,7 @@ class Clock:
         self._marks.append(time.monotonic())
 
     def seconds(self, *, tokens: float) -> dict[str, float]:
-        """What metrics.jsonl says of time; ``tokens`` are the sampled ones."""
+        """Durations for metrics.jsonl; ``tokens`` are the sampled ones."""
         started, sampled, scored, updated = self._marks
         return {
             "seconds_sampling": sampled - started,

@@ -263,7 +263,7 @@ def test_prompts_keep_their_extra_columns_for_rewards(tmp_path) -> None:
     with Spool(tmp_path) as spool:
         for store in (None, spool):
             loaded = load_examples([DataSource(path=str(path))], kind="prompt", spool=store)
-            assert loaded.examples[0].extra == {"tests": ["f(1) == 2"], "level": 3}
+            assert loaded.examples[0].extra == {"tests": ["f(1) == 2"], "level": 3, "when": None}
             assert loaded.reports[0].unread == ("tests", "level")
 
 

@@ -14,6 +14,7 @@ from align.rewards import (
     FunctionReward,
     build_reward,
     check_functions,
+    columns_of,
     load_function,
     score_responses,
 )
@@ -201,7 +202,7 @@ def test_names_that_nothing_is_given_for_are_refused(
 ) -> None:
     write_module(folder, f"def f({arguments}):\n    raise SystemExit('it was called')\n")
     with pytest.raises(AlignError) as caught:
-        check_functions("reward", [RewardTerm(function="my_rewards:f")], [])
+        check_functions("reward", [RewardTerm(function="my_rewards:f")], {})
     assert str(caught.value).startswith(
         f"reward.function='my_rewards:f': takes ({arguments}), {what.partition(':')[0]}"
     )
@@ -213,16 +214,18 @@ def test_extra_columns_are_asked_for_by_name(folder: Path) -> None:
     rows = [{"tests": 4.0, "topic": "sea", "responses": "not ours"}, {"tests": 5.0}]
     examples = [PromptExample(id=str(n), prompt="p", extra=row) for n, row in enumerate(rows)]
     terms = [RewardTerm(function="my_rewards:f", weight=0.5)]
-    assert len(check_functions("reward", terms, examples)) == 1
+    columns = columns_of(examples)
+    assert columns == {"tests": None, "topic": "1", "responses": "1"}
+    assert len(check_functions("reward", terms, columns)) == 1
     reward = build_reward(terms, load_model=pytest.fail)
     # rest: prompts, references and topic
     assert score_responses(reward, examples, ["a", "b"]) == [2.0, 1.5]
     with pytest.raises(AlignError, match="nothing is given for tests"):
-        check_functions("reward", terms, examples[:0])
+        check_functions("reward", terms, {})
     check_functions("reward", terms)  # the data have not been read: it may be a column
     write_module(folder, "def f(test): ...\n", "others")
     with pytest.raises(AlignError) as caught:
-        check_functions("reward", [RewardTerm(function="others:f")], examples)
+        check_functions("reward", [RewardTerm(function="others:f")], columns)
     assert "may ask for prompts, responses, references and the data's columns tests, topic" in str(
         caught.value
     )
@@ -271,3 +274,62 @@ def test_a_function_works_on_copies(folder: Path) -> None:
     ) == [0.0, 0.0]
     assert prompts == [({"role": "user", "content": "q"},), "p"]
     assert (responses, references) == (["b", "a"], [("r",), ()])
+
+
+MIXED = [
+    PromptExample(id="d:1", prompt="p", extra={"topic": "sea"}),
+    PromptExample(id="d:2", prompt="p", extra={"topic": None, "answer": 2}),
+    PromptExample(id="d:3", prompt="p", extra={"topic": "ice"}),
+]
+
+
+@pytest.mark.parametrize("arguments", ["responses, answer", "answer, /, responses"])
+def test_a_column_that_a_function_needs_is_in_every_row(arguments: str, folder: Path) -> None:
+    write_module(folder, f"def f({arguments}): return [0.0] * len(responses)\n")
+    terms = [RewardTerm(function="my_rewards:f")]
+    for rows, first in ((MIXED, "d:1"), (MIXED[1:], "d:3")):
+        with pytest.raises(AlignError) as caught:
+            check_functions("reward", terms, columns_of(rows))
+        assert f"row {first} has no column answer: add it to every row" in str(caught.value)
+    check_functions("reward", terms, columns_of(MIXED[1:2]))
+
+
+def test_a_null_is_a_value(folder: Path) -> None:
+    write_module(folder, "def f(topic): return [float(t is None) for t in topic]\n")
+    terms = [RewardTerm(function="my_rewards:f")]
+    check_functions("reward", terms, columns_of(MIXED))
+    reward = build_reward(terms, load_model=pytest.fail)
+    assert score_responses(reward, MIXED, ["a", "b", "c"]) == [0.0, 1.0, 0.0]
+
+
+def test_a_batch_without_a_column_gives_none_where_other_rows_have_it(folder: Path) -> None:
+    write_module(folder, "def f(responses, answer=2): return [float(a is None) for a in answer]\n")
+    terms = [RewardTerm(function="my_rewards:f")]
+    names = columns_of(MIXED)
+    check_functions("reward", terms, names)
+    reward = build_reward(terms, load_model=pytest.fail)
+    assert score_responses(reward, MIXED[:1], ["a"], names) == [1.0]
+    assert score_responses(reward, MIXED[1:], ["a", "b"], names) == [0.0, 1.0]
+
+
+def test_a_column_in_the_place_of_a_default_is_said(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_module(
+        folder, "def f(responses, topic='x', answer=2, limit=3, references=()): return [0.0]\n"
+    )
+    terms = [RewardTerm(function="my_rewards:f")]
+    columns = {**columns_of(MIXED), "references": None}
+    check_functions("reward", terms, columns)
+    told = capsys.readouterr().out
+    assert told.count("\n") == 1
+    assert "columns replace the defaults of its parameters topic, answer; rename" in told
+    check_functions("reward", terms, columns, quiet=True)
+    check_functions("reward", terms)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_function_without_a_signature_gets_prompts_first(folder: Path) -> None:
+    write_module(folder, "def f(*given): return [float(given[1][0])]\n")
+    reward = build_reward([RewardTerm(function="my_rewards:f")], load_model=pytest.fail)
+    assert score_responses(reward, MIXED[:1], ["7"]) == [7.0]

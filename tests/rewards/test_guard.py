@@ -81,6 +81,29 @@ def test_outside_a_call_the_process_may_exit() -> None:
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 9
 
 
+def test_after_a_timeout_the_process_may_exit_and_the_hung_thread_may_not() -> None:
+    script = """
+        import os, threading
+        from align.rewards import FunctionReward
+        from align.types import AlignError
+        go, tried = threading.Event(), threading.Event()
+        def f(responses):
+            go.wait()
+            try:
+                os._exit(3)
+            finally:
+                tried.set()
+        try:
+            FunctionReward("f", f, timeout=.05)(["p"], ["r"], [()])
+        except AlignError:
+            go.set()
+            tried.wait(9)
+            os._exit(9)
+    """
+    run = [sys.executable, "-c", textwrap.dedent(script)]
+    assert subprocess.run(run, check=False).returncode == 9
+
+
 @pytest.mark.parametrize(
     ("what", "change", "read"),
     [

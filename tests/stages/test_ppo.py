@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers import (
     AutoTokenizer,
 )
 
-from align.config import EvalRecipe, RewardRecipe
+from align.config import EvalRecipe, PPORecipe, RewardRecipe
 from align.evaluation import harness
 from align.models import Policy, load_policy, load_scalar_model, load_tokenizer
 from align.models.policy import ScalarModel
@@ -108,20 +109,53 @@ def test_a_policy_that_trains_otherwise_than_it_samples_stops_the_run(
         return plain(self, batch, temperature=temperature * (1 + 1e-3 * self.training), **more)
 
     monkeypatch.setattr(Policy, "forward", otherwise)
-    with pytest.raises(AlignError, match=r"off from 1 by 0\.0\d+ \(first_ratio_error; in fp32 at"):
+    monkeypatch.setattr(torch.optim.AdamW, "step", pytest.fail)  # nothing has been changed by then
+    with pytest.raises(AlignError, match=r"off from 1 by 0\.0\d+ \(first_ratio_error; here, in"):
         run_ppo("run")
 
 
 def test_a_tie_between_experts_and_bf16_do_not_stop_it(tiny: Path) -> None:
     actor = load_policy(str(tiny), device=CPU, precision="fp32")
-    ppo_update.require_first_ratio(actor, 9e-5)
+    recipe = ratio_recipe()
+    ppo_update.require_first_ratio(actor, 9e-5, recipe)
     for error in (1.1e-4, float("nan")):
         with pytest.raises(AlignError, match="first_ratio_error"):
-            ppo_update.require_first_ratio(actor, error)
+            ppo_update.require_first_ratio(actor, error, recipe)
     actor.inner.config.num_experts = 4
-    ppo_update.require_first_ratio(actor, 1e-2)
+    ppo_update.require_first_ratio(actor, 1e-2, recipe)
     actor.inner.config.num_experts, actor.precision = None, "bf16"
-    ppo_update.require_first_ratio(actor, 0.2)
+    ppo_update.require_first_ratio(actor, 0.2, recipe)
+
+
+@pytest.mark.parametrize(
+    ("temperature", "layers", "limit"),
+    [(1.0, 8, 1e-4), (2.0, 1, 1e-4), (0.01, 2, 1e-2), (0.2, 24, 1.5e-3), (1.0, 32, 4e-4)],
+)
+def test_rounding_at_low_temperatures_and_in_deep_models_stops_nothing(
+    temperature: float, layers: int, limit: float, tiny: Path
+) -> None:
+    actor = load_policy(str(tiny), device=CPU, precision="fp32")
+    actor.inner.config.num_hidden_layers = layers
+    recipe = ratio_recipe(temperature=temperature)
+    ppo_update.require_first_ratio(actor, limit * 0.99, recipe)
+    with pytest.raises(AlignError, match="first_ratio_error"):
+        ppo_update.require_first_ratio(actor, limit * 1.01, recipe)
+
+
+def test_advice_on_the_ratio_is_not_in_force_already(tiny: Path) -> None:
+    actor = load_policy(str(tiny), device=CPU, precision="fp32")
+    for recipe, advice in (
+        (ratio_recipe(engine="vllm"), "try generation.engine=align and attention=segments, and "),
+        (replace(ratio_recipe(), attention="segments"), ""),
+    ):
+        with pytest.raises(AlignError) as caught:
+            ppo_update.require_first_ratio(actor, 1.0, recipe)
+        assert f"first step on; {advice}report it" in str(caught.value)
+
+
+def ratio_recipe(**generation: Any) -> PPORecipe:
+    recipe = PPORecipe(model="m", output_dir="o")
+    return replace(recipe, generation=replace(recipe.generation, **generation))
 
 
 def test_numbers_are_those_of_the_samples(run_ppo: RunPPO, read_jsonl: ReadJsonl) -> None:

@@ -1,4 +1,4 @@
-"""What the stages make of a user's reward function, good or bad."""
+"""A user's reward function, good or bad, in every stage that calls one."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ def swapped(references, responses, prompts):
     torch.set_grad_enabled(False)
     return [torch.tensor(float("moon" in r)) for r in sorted(responses)]
 def worth_of(worth): return worth
+def worth_or_9(worth=9): return [9.0 if w is None else w for w in worth]
 def constant(responses): return [2.0 for _ in responses]
 def exits(responses):
     import os
@@ -80,6 +81,28 @@ def test_columns_of_the_data_reach_the_function(
     samples = read_jsonl(folder / "samples.jsonl")
     assert len({s["score"] for s in samples}) == 8
     assert all(s["score"] == worth[s["prompt"]] for s in samples)
+
+
+def test_a_column_of_some_rows_alone(
+    run_ppo: RunPPO,
+    tmp_path: Path,
+    write_rows: Callable[..., Path],
+    demonstrations: list[dict[str, str]],
+    read_jsonl: Callable[[Path], list[dict[str, Any]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A batch without it calls the function as any other does; one that needs it is refused."""
+    rows: list[dict[str, Any]] = [{"prompt": r["prompt"]} for r in demonstrations]
+    rows[-1]["worth"] = 4.0
+    data = f"data.train={write_rows('some.jsonl', rows)}"
+    folder = run_ppo("run", "reward={function: tiny_rewards:worth_or_9}", data)
+    scores = {s["prompt"]: s["score"] for s in read_jsonl(folder / "samples.jsonl")}
+    assert dict.fromkeys(scores, 9.0) | {rows[-1]["prompt"]: 4.0} == {
+        **scores, rows[-1]["prompt"]: 4.0
+    }  # fmt: skip
+    monkeypatch.setattr(ppo, "load_roles", pytest.fail)
+    with pytest.raises(AlignError, match=r"row .*some\.jsonl:1 has no column worth"):
+        run_ppo("other", "reward={function: tiny_rewards:worth_of}", data)
 
 
 @pytest.mark.parametrize(
