@@ -222,6 +222,8 @@ DEPTH = 8
 """Deeper models round more, and have larger logits: the limit grows with their layers. Random
 models of 12 to 48 layers with logits of about 30 are off by .6e-4 to .8e-4."""
 
+SAFEST = ("generation.engine=align", "attention=segments")
+
 
 def largest_ratio_error(actor: Policy, temperature: float) -> float:
     """Bound of what rounding explains: logits are off, and are divided by the temperature."""
@@ -241,9 +243,9 @@ def require_first_ratio(actor: Policy, error: float, recipe: PPORecipe) -> None:
     experts = any(getattr(config, n, None) for n in EXPERTS)
     limit = largest_ratio_error(actor, recipe.generation.temperature)
     if actor.precision == "fp32" and not experts and not error <= limit:
-        others = {"generation.engine": recipe.generation.engine, "attention": recipe.attention}
-        best = {"generation.engine": "align", "attention": "segments"}
-        untried = [f"{key}={best[key]}" for key, value in others.items() if value != best[key]]
+        engine = recipe.generation.engine
+        in_force = (f"generation.engine={engine}", f"attention={recipe.attention}")
+        untried = [key for key in SAFEST if key not in in_force]
         advice = f"try {' and '.join(untried)}, and " if untried else ""
         raise AlignError(
             f"ppo: {actor.name} gives tokens other probabilities in training than when it sampled "
