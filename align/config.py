@@ -95,6 +95,9 @@ class RewardModelConfig:
     center_coef: float = 0.0
     # after training, scale the head so that scores on (at most 100) training pairs have variance 1
     normalize: bool = True
+    # append a decoder layer that starts as the mean over the sequence: a small backbone learns from
+    # far fewer pairs; not with lora, and only where the head is new
+    pooling_layer: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

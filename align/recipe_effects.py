@@ -16,6 +16,7 @@ from align.config import (
     GenerateRecipe,
     IterateRecipe,
     PPORecipe,
+    RewardRecipe,
     SFTRecipe,
 )
 from align.recipe_builder import KeyProblem
@@ -162,6 +163,12 @@ PPO: dict[str, Reason] = {
     "kl.horizon": _if(lambda r: not r.kl.adaptive, "has an effect with kl.adaptive=true only"),
     "kl.charge": _if(lambda r: r.kl.coef == 0, "has no effect with kl.coef=0: nothing is charged"),
 }
+REWARD_MODEL: dict[str, Reason] = {
+    "reward_model.pooling_layer": _if(
+        lambda r: r.lora is not None,
+        "cannot be trained with lora, which trains adapters and the head alone",
+    ),
+}
 GENERATE: dict[str, Reason] = {
     "data.test": lambda _: (
         "has no effect in generate, which samples from every prompt of data.train"
@@ -230,6 +237,7 @@ ITERATE: dict[str, Reason] = {
 RULES: tuple[tuple[type, dict[str, Reason]], ...] = (
     (CommonRecipe, COMMON),
     (PPORecipe, PPO),
+    (RewardRecipe, REWARD_MODEL),
     (GenerateRecipe, GENERATE),
     (EvalRecipe, EVAL),
     (IterateRecipe, ITERATE),

@@ -101,9 +101,11 @@ def _run(part: str, case: str, output: Path, deadline: float, *, small: bool) ->
         try:
             code = process.wait(timeout=limit)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
             code = None
+        finally:  # of Ctrl-C too: the case has a session of its own
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
     about["wall"] = round(time.monotonic() - started, 1)
     if code is None:
         return {**about, "status": "failed", "reason": f"not done after {limit:.0f} s"}

@@ -66,7 +66,7 @@ REFUSED: dict[str, Cases] = {
         **TRAINS,
         "train.keep_best": [*TRAINS["train.keep_best"], (["train.save_every=5"], "accuracy")],
     },
-    "rm": {**TRAINS, **NOT_SFT},
+    "rm": {**TRAINS, **NOT_SFT, "reward_model.pooling_layer": [(["lora.r=8"], "true")]},
     "dpo": {**TRAINS, **NOT_SFT},
     "ppo": {
         **NOT_SFT,

@@ -37,9 +37,7 @@ UNUSED: dict[str, str] = {
     "pyarrow": r"pyarrow/(tests|include|includes|src)/|flight|pyarrow/_?substrait\.|_s3|_cpp_tests"
     r"|encryption|_(azurefs|gcsfs|hdfs|orc)\.|\.px[di]$|\.pyx$|libarrow_python\w*\.so$|\.so\.\d+\.\d+\.\d+$",
     "pandas": r"/tests/|\.pyi$",
-    "scipy": r"/tests/|\.py[ix]$|\.px[di]$|special/cython_special|sparse/csgraph/_\w+\.cpython"
-    r"|scipy/(stats|io|signal|ndimage|interpolate|integrate|odr|cluster"
-    r"|datasets|fftpack|misc)/",
+    "scipy": r"/tests/|\.py[ix]$|\.px[di]$|scipy/(io|signal|odr|cluster|datasets|fftpack|misc)/",
 }
 """Package -> files of its wheel that are left out. Arrow's shared libraries are loaded by the name
 that ends in one number; its wheel has each three times."""

@@ -111,7 +111,8 @@ def _one_line(model: Packed) -> Iterator[None]:
 
 def _rows(model: Packed) -> tuple[TokenBatch, TokenBatch]:
     """Two sequences behind two prefixes, packed; and the second of them alone."""
-    vocabulary = len(model.inner.get_input_embeddings().weight)  # under peft's layer too
+    embeddings = model.inner.get_input_embeddings()
+    vocabulary = getattr(embeddings, "base_layer", embeddings).num_embeddings  # peft's layer
     tokens = torch.arange(8, device=model.device)[None] % vocabulary
     where = torch.tensor([[0, 1, 2, 3, 4, 3, 4, 5]], device=model.device)
     prefixes = Segment(0, 0, 2), Segment(0, 2, 3, 0, 2)

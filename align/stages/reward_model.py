@@ -24,8 +24,10 @@ from align.data.subset import pick
 from align.files import write_whole
 from align.losses import bradley_terry_loss
 from align.models import ScalarModel, load_scalar_model
+from align.models.backends import settle_backend
 from align.models.load import weights_hash
 from align.models.policy import batch_sequences
+from align.models.pooling import add_pooling_layer
 from align.models.router import router_loss
 from align.progress import change, say
 from align.stages.common import (
@@ -60,6 +62,8 @@ def run(recipe: RewardRecipe) -> None:
         base_model=recipe.base_model,
     )
     scalar.activation_offload = recipe.activation_offload
+    if recipe.reward_model.pooling_layer:
+        _add_pooling_layer(scalar, recipe)
     aux_coef = recipe.train.router_aux_coef
     use_router_loss(scalar, aux_coef, session)
     session.run.describe(start_weights=weights_hash(scalar.inner), **introduce(scalar, session))
@@ -115,6 +119,16 @@ def run(recipe: RewardRecipe) -> None:
     baseline = _accuracy_of_longer(test_groups, session)
     after, before = after | baseline, before | baseline
     session.run.finish(change(before, after), held_out=after)
+
+
+def _add_pooling_layer(scalar: ScalarModel, recipe: RewardRecipe) -> None:
+    if not scalar.fresh_head:
+        raise AlignError(
+            f"reward_model.pooling_layer: {scalar.name} is a reward model already, whose head was "
+            "trained without the new layer; leave it out, or start from a language model"
+        )
+    add_pooling_layer(scalar.inner, name=scalar.name)
+    settle_backend(scalar, recipe.attention)  # the longer model is tried as a loaded one is
 
 
 def _measure(

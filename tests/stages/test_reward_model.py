@@ -19,7 +19,7 @@ from align.rewards import FunctionReward
 from align.rewards.model import reward_model_loader
 from align.stages import reward_model
 from align.training import loop
-from align.types import DataSource, TokenGroup
+from align.types import AlignError, DataSource, TokenGroup
 
 CPU = torch.device("cpu")
 ReadJsonl = Callable[[Path], list[dict[str, Any]]]
@@ -270,3 +270,24 @@ def test_no_held_out_pairs(run_rm: RunRM) -> None:
     folder = run_rm("run", "data.test_fraction=0")
     assert "held_out_margins" not in read_stats(folder)
     assert json.loads((folder / "manifest.json").read_text())["held_out"] == {}
+
+
+def test_a_pooling_layer_is_trained_saved_and_read(run_rm: RunRM, preferences: list[Row]) -> None:
+    plain, pooled = run_rm("plain"), run_rm("pooled", "reward_model.pooling_layer=true")
+    layers = [
+        json.loads((folder / "model" / "config.json").read_text())["num_hidden_layers"]
+        for folder in (plain, pooled)
+    ]
+    assert layers == [2, 3]
+    row = (preferences[0]["prompt"], preferences[0]["chosen"])
+    loader = reward_model_loader(
+        CPU, precision="fp32", attention="auto", trust_remote_code=False, tokens_per_microbatch=512
+    )
+    found = loader(str(pooled / "model"))([row[0]], [row[1]], [()])
+    assert found[0] == pytest.approx(plain_scores(pooled / "model", [row])[0], abs=1e-4)
+
+
+def test_a_pooling_layer_needs_a_new_head(run_rm: RunRM) -> None:
+    first = run_rm("first")
+    with pytest.raises(AlignError, match=r"pooling_layer: .* is a reward model already"):
+        run_rm("second", f"model={first / 'model'}", "reward_model.pooling_layer=true")
