@@ -35,24 +35,24 @@ def add_pooling_layer(model: PreTrainedModel, *, name: str) -> None:
         AlignError: The architecture's layers are not of the form that can be copied.
     """
     config: Any = model.config.get_text_config()
-    layers = getattr(getattr(model, model.base_model_prefix), "layers", None)
+    layers: Any = getattr(getattr(model, model.base_model_prefix), "layers", None)
     kinds = list(getattr(config, "layer_types", None) or [])
-    full = [n for n, kind in enumerate(kinds) if kind == "full_attention"] if kinds else None
-    layer = None
-    if isinstance(layers, nn.ModuleList) and len(layers) and full != []:
+    full = [n for n, kind in enumerate(kinds) if kind == "full_attention"] if kinds else [-1]
+    layer: Any = None
+    if isinstance(layers, nn.ModuleList) and len(layers) and full:
         # a layer reads the model's configuration, which is one
         shared = {id(one): one for one in (config, model.config)}
-        layer = copy.deepcopy(layers[full[-1] if full else -1], shared)
-    attention = getattr(layer, "self_attn", None)
-    down = getattr(getattr(layer, "mlp", None), "down_proj", None)
-    parts = [getattr(attention, part, None) for part in PROJECTIONS]
-    if layer is None or not all(isinstance(part, nn.Linear) for part in (*parts, down)):
+        layer = copy.deepcopy(layers[full[-1]], shared)
+    attention: Any = getattr(layer, "self_attn", None)
+    down: Any = getattr(getattr(layer, "mlp", None), "down_proj", None)
+    q, k, v, o = (getattr(attention, part, None) for part in PROJECTIONS)
+    if not all(isinstance(part, nn.Linear) for part in (q, k, v, o, down)):
         raise AlignError(
             f"reward_model.pooling_layer: {name}: layers of {type(model).__name__} have no "
             f"self_attn with {', '.join(PROJECTIONS)} and mlp.down_proj to copy; leave it out"
         )
     attention.layer_idx = len(layers)
-    _start_as_mean(*parts, down, head_dim=attention.head_dim)  # type: ignore[arg-type]
+    _start_as_mean(q, v, o, down, head_dim=attention.head_dim)
     layers.append(layer)
     config.num_hidden_layers += 1
     if kinds:
@@ -61,7 +61,7 @@ def add_pooling_layer(model: PreTrainedModel, *, name: str) -> None:
 
 @torch.no_grad()
 def _start_as_mean(
-    q: nn.Linear, k: nn.Linear, v: nn.Linear, o: nn.Linear, down: nn.Linear, *, head_dim: int
+    q: nn.Linear, v: nn.Linear, o: nn.Linear, down: nn.Linear, *, head_dim: int
 ) -> None:
     for part in (q, v, o, down):
         if part.bias is not None:
