@@ -45,13 +45,14 @@ def add_pooling_layer(model: PreTrainedModel, *, name: str) -> None:
         layer = copy.deepcopy(layers[full[-1]], shared)
     attention: Any = getattr(layer, "self_attn", None)
     down: Any = getattr(getattr(layer, "mlp", None), "down_proj", None)
-    q, k, v, o = (getattr(attention, part, None) for part in PROJECTIONS)
-    if not all(isinstance(part, nn.Linear) for part in (q, k, v, o, down)):
+    parts: list[Any] = [getattr(attention, part, None) for part in PROJECTIONS]
+    if not all(isinstance(part, nn.Linear) for part in (*parts, down)):
         raise AlignError(
             f"reward_model.pooling_layer: {name}: layers of {type(model).__name__} have no "
             f"self_attn with {', '.join(PROJECTIONS)} and mlp.down_proj to copy; leave it out"
         )
     attention.layer_idx = len(layers)
+    q, _, v, o = parts
     _start_as_mean(q, v, o, down, head_dim=attention.head_dim)
     layers.append(layer)
     config.num_hidden_layers += 1
