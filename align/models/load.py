@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,13 @@ from align.models.locate import require_found, require_safe_on_hub
 from align.models.merging import merge
 from align.models.vocabulary import resize
 from align.types import AlignError
+
+LAYER = re.compile(r"(^|\.)(layers|h|blocks?)\.\d+\.")
+"""Part of a name of a decoder layer's weight."""
+BESIDE = re.compile(
+    r"inv_freq$|masked_bias$|\.attn\.bias$|\.attention\.bias$|(cos|sin)_cached$|vis|image|audio|mtp"
+)
+"""What checkpoints hold beside a decoder's weights: buffers that it computes anew, other towers."""
 
 
 def load_tokenizer(
@@ -314,11 +322,20 @@ def _settle(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTr
 
 
 def _complete(model: str, info: dict[str, Any], *, but: str = "") -> None:
-    """Refuse weights of which a part is missing: transformers would draw it at random."""
+    """Refuse weights of which a part is missing, or that the model's config has no place for:
+    transformers would draw the one at random and drop the other.
+    """
     missing = sorted(k for k in info["missing_keys"] if not (but and k.startswith(but)))
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise AlignError(
             f"model: {model}: its files lack {missing[0]}{more}, which would be random; "
             "fetch or save the model whole"
+        )
+    left = sorted(k for k in info["unexpected_keys"] if LAYER.search(k) and not BESIDE.search(k))
+    if left:
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        raise AlignError(
+            f"model: {model}: its files hold {left[0]}{more}, which would be left out, as its "
+            "config.json names no such layer; mend num_hidden_layers there, or save the model whole"
         )

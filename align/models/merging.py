@@ -171,14 +171,15 @@ def _untie(model: Any) -> None:
 
 
 def _tie_if_equal(model: Any) -> None:
-    """Tie embeddings that are equal again; else say in the config that they are two."""
+    """Tie embeddings that are equal again, and say in the config whether they are one.
+
+    peft says there that they are two as soon as an adapter holds one of them.
+    """
     import torch
 
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    if head.weight is embeddings.weight:
-        return
-    if torch.equal(head.weight, embeddings.weight):
+    equal = torch.equal(head.weight, embeddings.weight)
+    if equal:
         head.weight = embeddings.weight
-        return
     for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
-        config.tie_word_embeddings = False
+        config.tie_word_embeddings = equal

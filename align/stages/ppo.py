@@ -120,6 +120,7 @@ class _PPO:
                     kl=metrics.get("kl", math.nan),
                 )
                 self._look_and_save(iteration + 1)
+            self.guard.require_learnt()
             after = self._evaluate_and_log(total)
             if self.saver.take_best(after):
                 after = self.evaluate(total)
@@ -134,6 +135,7 @@ class _PPO:
         self.kl_coef, self.before = state["kl_coef"], state["before"]
         self.update.microbatches.tokens = state["tokens_per_microbatch"]
         self.guard.in_a_row = state["left_out_in_a_row"]
+        self.guard.learnt = state.get("learnt", True)
         return state["step"], load_in_hand(state["place"])
 
     def _look_and_save(self, done: int) -> None:
@@ -269,8 +271,7 @@ class _PPO:
     ) -> None:
         k = self.recipe.generation.samples_per_prompt
         ids = [examples[row // k].id for row in error.rows]
-        found = {error.what: error.value}
-        self.guard.accepts(step, found, ids, cure=error.cure, responses=error.responses)
+        self.guard.leave_out(step, error, ids)
 
     def _evaluate_and_log(self, done: int) -> dict[str, float]:
         found = self.evaluate(done)
@@ -283,6 +284,7 @@ class _PPO:
             "before": self.before,
             "tokens_per_microbatch": self.update.microbatches.tokens,
             "left_out_in_a_row": self.guard.in_a_row,
+            "learnt": self.guard.learnt,
         }
 
     def _stay_or_leave(self, now: Iteration) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from align.progress import warn
 from align.run_files import NONFINITE
 from align.run_folder import Run
-from align.types import AlignError
+from align.types import AlignError, NonFiniteError
 
 IN_A_ROW = 10
 """Steps left out one after another that end a run all the same: it no longer learns."""
@@ -26,6 +26,7 @@ class FiniteGuard:
         self.skipped = run.count(NONFINITE)
         # a run that is resumed goes on counting
         self.in_a_row = 0
+        self.learnt = False
 
     def accepts(
         self,
@@ -34,8 +35,6 @@ class FiniteGuard:
         ids: Sequence[str],
         *,
         learns: bool = True,
-        cure: str = "lower optim.lr",
-        responses: Sequence[str] = (),
     ) -> bool:
         """Whether all numbers are finite; if not, the step is written down, to be left out.
 
@@ -44,8 +43,6 @@ class FiniteGuard:
             numbers: What must be finite, such as ``loss`` and ``gradient``.
             ids: Rows that they were computed from.
             learns: Whether an optimizer step follows, which ends a row of steps left out.
-            cure: What may help.
-            responses: What was answered to each of ``ids``, where that is at fault.
 
         Raises:
             AlignError: ``on_nonfinite`` is stop, or too many steps in a row were left out.
@@ -53,10 +50,31 @@ class FiniteGuard:
         bad = [(what, value) for what, value in numbers.items() if not math.isfinite(value)]
         if bad:
             row = {"step": step, "what": bad[0][0], "value": str(bad[0][1]), "ids": list(ids)}
-            self._leave_out(row | ({"responses": list(responses)} if responses else {}), cure)
+            self._leave_out(row, "lower optim.lr")
         elif learns:
-            self.in_a_row = 0
+            self.in_a_row, self.learnt = 0, True
         return not bad
+
+    def leave_out(self, step: int, error: NonFiniteError, ids: Sequence[str]) -> None:
+        """Write down a step of which a part could not be computed on the rows ``ids``.
+
+        Raises:
+            AlignError: As in `accepts`; what is wrong with the number has been found before.
+        """
+        row = {"step": step, "what": error.what, "value": str(error.value), "ids": list(ids)}
+        if error.responses:
+            row["responses"] = list(error.responses)
+        if math.isfinite(error.value):
+            row["value"] += ", too large for float32,"
+        self._leave_out(row, error.cure)
+
+    def require_learnt(self) -> None:
+        """Refuse to call a run done of which each step was left out."""
+        if self.skipped and not self.learnt:
+            raise AlignError(
+                f"{self.run.stage}: all steps were left out (on_nonfinite=skip), so the model is "
+                f"as it was; look at the rows in {self.run.folder / NONFINITE}"
+            )
 
     def _leave_out(self, row: dict[str, Any], cure: str) -> None:
         self.run.append(NONFINITE, [row])

@@ -112,6 +112,7 @@ def train(
         stream.go_to(state["stream"])
     guard = FiniteGuard(run, on_nonfinite=train.on_nonfinite)
     guard.in_a_row = state.get("left_out_in_a_row", 0)
+    guard.learnt = state.get("learnt", bool(state))
     microbatches = Microbatches(
         state.get("tokens_per_microbatch", train.tokens_per_microbatch),
         num_processes=accelerator.num_processes,
@@ -128,6 +129,7 @@ def train(
             "before": before,
             "tokens_per_microbatch": microbatches.tokens,
             "left_out_in_a_row": guard.in_a_row,
+            "learnt": guard.learnt,
             **({} if stream is None else {"stream": stream.mark()}),
         }
 
@@ -165,6 +167,7 @@ def train(
                 saver.save(step, lasting(), held_out)
             if step < total:
                 saver.stay_or_leave(step, lasting())
+        guard.require_learnt()
         after = measured_now()
         if saver.take_best(after):
             after = evaluate()

@@ -164,6 +164,26 @@ def test_an_adapter_on_an_adapter(adapter: Make, tmp_path: Path) -> None:
     torch.testing.assert_close(model.eval()(input_ids=IDS).logits, want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("held", ["lm_head", "embed_tokens"])
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+def test_tied_embeddings_that_an_adapter_leaves_as_they_were_are_saved_whole(
+    held: str, tied: Path, tmp_path: Path
+) -> None:
+    base = AutoModelForCausalLM.from_pretrained(tied, dtype=torch.float32)
+    config = LoraConfig(
+        task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], modules_to_save=[held]
+    )
+    get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    policy = load_policy(str(tmp_path / "adapter"), device=CPU, precision="fp32")
+    policy.save(tmp_path / "saved", load_tokenizer(str(tied)))
+    again, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "saved", dtype=torch.float32, output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    plain = AutoModelForCausalLM.from_pretrained(tied, dtype=torch.float32)
+    torch.testing.assert_close(again(input_ids=IDS).logits, plain(input_ids=IDS).logits)
+
+
 # ---------------------------------------------------------------- one-label heads
 
 

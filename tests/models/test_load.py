@@ -217,6 +217,23 @@ def test_weights_of_which_a_part_is_missing(copy_of: Callable[[], Path]) -> None
             load(str(folder), tokenizer)
 
 
+def test_weights_of_which_a_part_would_be_left_out(copy_of: Callable[[], Path]) -> None:
+    folder = copy_of()
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)  # of old checkpoints
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    tokenizer = load_tokenizer(str(folder))
+    load_causal_lm(str(folder), tokenizer)
+    config = json.loads((folder / "config.json").read_text())
+    last = config["num_hidden_layers"] - 1
+    config["num_hidden_layers"] = last
+    config.pop("layer_types", None)
+    (folder / "config.json").write_text(json.dumps(config))
+    for load in (load_causal_lm, load_classifier):
+        with pytest.raises(AlignError, match=rf"files hold model\.layers\.{last}\..* left out"):
+            load(str(folder), tokenizer)
+
+
 def test_folder_without_a_model(tmp_path: Path) -> None:
     refuse(tmp_path, "no config.json")
 
