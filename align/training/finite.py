@@ -61,11 +61,11 @@ class FiniteGuard:
         Raises:
             AlignError: As in `accepts`; what is wrong with the number has been found before.
         """
-        row = {"step": step, "what": error.what, "value": str(error.value), "ids": list(ids)}
+        limit = ", too large for float32," if math.isfinite(error.value) else ""
+        value = f"{error.value}{limit}"
+        row = {"step": step, "what": error.what, "value": value, "ids": list(ids)}
         if error.responses:
             row["responses"] = list(error.responses)
-        if math.isfinite(error.value):
-            row["value"] += ", too large for float32,"
         self._leave_out(row, error.cure)
 
     def require_learnt(self) -> None:
