@@ -54,7 +54,13 @@ WRITERS = [
 ]
 # keys of dictionaries that are no logged numbers: arguments, manifest, checkpoints
 NO_NUMBERS = {
-    "stages/ppo.py": {"before", "left_out_in_a_row", "reference log-probability", "critic's value"},
+    "stages/ppo.py": {
+        "before",
+        "left_out_in_a_row",
+        "learnt",
+        "reference log-probability",
+        "critic's value",
+    },
     "training/finite.py": {"step", "what", "value", "ids"},
     "stages/ppo_update.py": {
         "actor",
@@ -68,7 +74,7 @@ NO_NUMBERS = {
         *("generate", "rm", "ppo", "dpo", "eval", "seed", "resume", "overwrite", "policy"),
         *("fixed", "refresh"),
     },
-    "training/loop.py": {"model", "before", "gradient", "left_out_in_a_row", "stream"},
+    "training/loop.py": {"model", "before", "gradient", "left_out_in_a_row", "learnt", "stream"},
     "run_folder.py": {
         *("stage", "run", "status", "seed", "command", "started", "versions", "hardware"),
         "recipe",
