@@ -8,6 +8,7 @@ what is shown here is what will be trained on.
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,11 @@ from align.data.template import Tokenizer
 from align.data.token_findings import Shown, counts, encode_all, of_template, of_tokens, show
 from align.data.turns import ALLOWED, ROLES
 from align.types import AlignError, DataSource, PreferencePair, SFTExample, SourceReport
+
+NO_VALUE = frozenset({"NA", "N/A", "NaN", "nan", "null", "NULL", "None"})
+"""What other readers of tables take for a missing value."""
+IN_TABLE = re.compile(r"\.(csv|tsv)(\.\w+)?:", re.IGNORECASE)
+"""Part of the id of a row of a table."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +156,10 @@ def _of_texts(examples: Sequence[Example]) -> Iterator[Finding]:
         text = "\n".join(texts_of(example))
         for name in oddities(text):
             odd[name].append(example.id)
+        if IN_TABLE.search(example.id) and NO_VALUE.intersection(texts_of(example)):
+            odd["a cell of NA, NaN, null or None alone, which is read as that word"].append(
+                example.id
+            )
         written = script(text)
         if written:
             scripts[written].append(example.id)

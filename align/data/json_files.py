@@ -32,7 +32,6 @@ PIECE = 1 << 16
 LIMIT = 4 * MAX_CHARS
 """Bytes of a line that is decoded: UTF-8 takes four a character at most."""
 MEND = "mend the line"
-DECODER = json.JSONDecoder()
 SPACE = re.compile(r"\s+")
 
 
@@ -43,6 +42,7 @@ def read_lines(stream: IO[bytes], path: Path, *, listed: bool = False) -> Iterat
         listed: The file is called ``.json``, which may hold one object that is no row.
     """
     refuse_shape(stream, path, listed=listed)
+    decoder = _Decoder()
     for number, raw in enumerate(_lines(stream), start=1):
         where = f"{path}:{number}"
         if raw is None:
@@ -54,13 +54,36 @@ def read_lines(stream: IO[bytes], path: Path, *, listed: bool = False) -> Iterat
                 yield too_long(where)
             elif line.strip():
                 # without its end, which json would blame where a row breaks off inside a string
-                yield object_row(json.loads(line.rstrip("\r\n")), where)
+                value = decoder.decode(line.rstrip("\r\n"))
+                yield decoder.key_twice(where) or object_row(value, where)
         except UnicodeDecodeError as error:
             yield not_utf8(where, f"byte 0x{raw[error.start]:02x} at column {error.start + 1}")
         except json.JSONDecodeError as error:
             yield BadRow(where, "row", "malformed JSON", f"{_at(error)}: {_remedy(line)}")
         except (ValueError, RecursionError) as error:  # a number of thousands of digits, nesting
             yield BadRow(where, "row", "malformed JSON", f"{one_line(error)}: {MEND}")
+
+
+class _Decoder(json.JSONDecoder):
+    """Notes the keys that an object has twice: of their values, json keeps the last alone."""
+
+    def __init__(self) -> None:
+        self.twice: list[str] = []
+        super().__init__(object_pairs_hook=self._object)
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            names = [name for name, _ in pairs]
+            self.twice.append(next(name for name in names if names.count(name) > 1))
+        return values
+
+    def key_twice(self, where: str) -> BadRow | None:
+        """The value decoded last as a bad row, if an object of it has a key twice."""
+        if not self.twice:
+            return None
+        name, self.twice = self.twice[0], []
+        return BadRow(where, "row", f"has the key {name!r} twice", "rename or remove one of them")
 
 
 def _lines(stream: IO[bytes]) -> Iterator[bytes | None]:
@@ -115,6 +138,7 @@ class _Text:
         self.path = path
         self.rest, self.at = "", 0
         self.line, self.column = 1, 1
+        self.values = _Decoder()
         self._stream = stream
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
 
@@ -172,7 +196,8 @@ def _read_list(text: _Text) -> Iterator[Row | BadRow]:
                 _skip_item(text)
                 yield too_long(where)
             else:
-                yield _row_of_list(found[0], text.path, where, number)
+                row = _row_of_list(found[0], text.path, where, number)
+                yield text.values.key_twice(where) or row
             sign = text.next_sign()
             if sign not in (",", "]"):
                 raise text.error("Expecting ',' delimiter")
@@ -197,7 +222,8 @@ def _item(text: _Text) -> tuple[Any] | None:
     """The value at the text's beginning, which is gone through; None if it is too long."""
     while True:
         try:
-            value, end = DECODER.raw_decode(text.rest, text.at)
+            text.values.twice = []  # of a piece that broke off
+            value, end = text.values.raw_decode(text.rest, text.at)
             size = end - text.at
             # a number may go on behind what was read
             if end < len(text.rest) or not text.more():

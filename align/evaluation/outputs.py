@@ -24,6 +24,7 @@ from align.models.lora import merged
 from align.models.policy import batch_sequences
 from align.nearest import did_you_mean
 from align.options import GenerationOptions, LoraOptions
+from align.progress import warn
 from align.rollout.engine import sample
 from align.rollout.experience import decode_rollout, over_rollout, rollout_groups
 from align.types import AlignError, PromptExample, Rollout
@@ -270,6 +271,9 @@ def read_outputs(path: str, examples: Sequence[PromptExample]) -> Outputs:
             f"{missing[0].id}: {_key(missing[0].prompt)[:60]}...; `prompt` has to be word for word "
             "that of `data`, and `data` may not have more prompts than were answered"
         )
+    left = len(answers.keys() - {_key(e.prompt) for e in examples})
+    if left:
+        warn(f"{path}: {left} of {len(answers)} responses are to prompts that are not evaluated")
     return Outputs([answers[_key(e.prompt)] for e in examples])
 
 

@@ -38,6 +38,8 @@ from align.stages.data import Split, load_data
 from align.training.distributed import gather_in_order, my_share
 from align.types import AlignError, PromptExample
 
+FEW = "fewer than two finished samples"
+UNFINISHED = "ended by itself with a text; raise generation.max_new_tokens"
 Answer: TypeAlias = tuple[str, bool]
 """A sampled text, and whether it ended by itself."""
 
@@ -76,7 +78,7 @@ def run(recipe: GenerateRecipe) -> None:
     if recipe.pairs is not None:
         pairs, left_out = make_pairs(rows, len(writers), recipe.pairs)
         if not pairs:
-            raise AlignError(f"no pairs can be made of {len(rows)} samples: {left_out}")
+            raise AlignError(f"no pairs can be made of {len(rows)} samples: {_why(left_out)}")
         session.run.write_rows("pairs.jsonl", pairs)
         session.run.describe(pairs=len(pairs), left_out=left_out)
         report.append(["pairs", str(len(pairs))])
@@ -84,6 +86,8 @@ def run(recipe: GenerateRecipe) -> None:
             say(f"  left out {count} pairs: {reason}")
     if recipe.best_of_n:
         best = best_of_n(rows, len(writers))
+        if not best:
+            raise AlignError(f"best_of_n: none of {len(rows)} samples {UNFINISHED}")
         session.run.write_rows("best.jsonl", best)
         report.append([f"best of {len(writers)}", str(len(best))])
     session.run.finish(report)
@@ -161,6 +165,12 @@ def _score(
     return rows
 
 
+def _why(left_out: dict[str, int]) -> str:
+    """Reasons with their counts, and the cure of the one that a short limit makes."""
+    told = ", ".join(f"{reason} ({count})" for reason, count in left_out.items())
+    return f"{told}; raise generation.max_new_tokens" if FEW in left_out else told
+
+
 def best_of_n(rows: Sequence[dict[str, Any]], samples_per_prompt: int) -> list[dict[str, Any]]:
     """Each prompt with its best finished sample: what `align sft` reads (rejection sampling).
 
@@ -190,7 +200,7 @@ def make_pairs(
         samples = rows[start : start + samples_per_prompt]
         usable = [r for r in samples if r["finished"] and r["response"].strip()]
         if len(usable) < 2:
-            left_out.update(["fewer than two finished samples"])
+            left_out.update([FEW])
             continue
         chosen_rejected, reasons = choose_pairs(
             [row["response"] for row in usable],

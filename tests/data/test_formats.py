@@ -105,6 +105,19 @@ def test_malformed_json_on_line_7_names_line_7_and_the_rest_is_read(tmp_path) ->
     assert rows[8] == Row({"text": "x"}, f"{path}:9")
 
 
+@pytest.mark.parametrize("name", ["d.jsonl", "d.json"])
+def test_a_key_twice_spoils_its_row_only(tmp_path, name: str) -> None:
+    path = tmp_path / name
+    rows = ['{"prompt": "a"}', '{"prompt": "a", "prompt": "b"}', '{"m": [{"r": 1, "r": 2}]}']
+    rows = [*rows, '{"prompt": "c"}']
+    path.write_text("\n".join(rows) if name == "d.jsonl" else f"[{', '.join(rows)}]")
+    first, top, inner, last = read(path)
+    assert isinstance(first, Row)
+    assert isinstance(last, Row)
+    assert "row: has the key 'prompt' twice; rename or remove one of them" in str(top)
+    assert "row: has the key 'r' twice" in str(inner)
+
+
 def test_a_row_that_breaks_off_inside_a_string_is_said_to(tmp_path) -> None:
     path = tmp_path / "d.jsonl"
     path.write_text('{"text": "x"}\n{"text": "and th\n')

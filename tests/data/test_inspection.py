@@ -40,6 +40,16 @@ def test_clean_pairs_have_one_note_about_their_lengths(tmp_path) -> None:
     assert found.worst() == "note"
 
 
+def test_cells_that_other_readers_take_for_missing_are_counted(tmp_path) -> None:
+    rows = [("a", "b"), ("c", "NA"), ("d", "null"), ("None of them", "e NA")]
+    table = tmp_path / "d.csv"
+    table.write_text("prompt,completion\n" + "".join(f"{p},{c}\n" for p, c in rows))
+    what = "a cell of NA, NaN, null or None alone, which is read as that word"
+    assert levels(inspect([DataSource(path=str(table))]))[what] == ("warning", 2)
+    lines = [{"prompt": p, "completion": c} for p, c in rows]
+    assert what not in levels(inspect([write(tmp_path / "d.jsonl", lines)]))
+
+
 def test_contradictions_duplicates_and_bad_rows(tmp_path) -> None:
     rows = [
         *CLEAN,

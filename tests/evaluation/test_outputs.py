@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from align.evaluation.outputs import read_outputs
-from align.types import AlignError
+from align.types import AlignError, PromptExample
 
 
 @pytest.fixture
@@ -32,6 +34,16 @@ def test_a_missing_file(path: Path) -> None:
 def test_a_file_in_another_encoding(path: Path) -> None:
     path.write_bytes(b'{"response": "\xff"}')
     assert refusal(path).endswith("not UTF-8 (invalid start byte); save it as UTF-8")
+
+
+def test_responses_to_other_prompts_are_counted(path: Path, capsys: Any) -> None:
+    rows = [{"prompt": p, "response": p.upper()} for p in ("a", "b", "c")]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    examples = [PromptExample(id="1", prompt="b")]
+    assert read_outputs(str(path), examples).responses == ["B"]
+    assert "2 of 3 responses are to prompts that are not evaluated" in capsys.readouterr().err
+    read_outputs(str(path), [PromptExample(id=p, prompt=p) for p in "abc"])
+    assert not capsys.readouterr().err
 
 
 def test_a_folder(path: Path) -> None:

@@ -217,6 +217,21 @@ def test_no_pair_at_all_says_why(run_generate: RunGenerate) -> None:
         run_generate("run", "pairs.min_margin=101")
 
 
+@pytest.mark.parametrize(
+    ("option", "match"),
+    [
+        ("pairs.min_margin=1", r"48 samples: fewer than two finished samples \(12\); raise gen"),
+        ("best_of_n=true", r"best_of_n: none of 48 samples ended .*; raise generation.max_new_tok"),
+    ],
+)
+def test_samples_that_are_all_cut_off_are_an_error(
+    option: str, match: str, run_generate: RunGenerate, tmp_path: Path
+) -> None:
+    with pytest.raises(AlignError, match=match):
+        run_generate("run", option, "generation.max_new_tokens=1")
+    assert not (tmp_path / "run" / "best.jsonl").exists()
+
+
 def test_pairs_need_a_reward(run_generate: RunGenerate, tmp_path: Path) -> None:
     with pytest.raises(AlignError, match="reward"):
         run_generate("run", "pairs.min_margin=1", "reward=[]")
