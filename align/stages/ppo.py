@@ -120,7 +120,6 @@ class _PPO:
                     kl=metrics.get("kl", math.nan),
                 )
                 self._look_and_save(iteration + 1)
-            self.guard.require_learnt()
             after = self._evaluate_and_log(total)
             if self.saver.take_best(after):
                 after = self.evaluate(total)

@@ -68,14 +68,6 @@ class FiniteGuard:
             row["responses"] = list(error.responses)
         self._leave_out(row, error.cure)
 
-    def require_learnt(self) -> None:
-        """Refuse to call a run done of which each step was left out."""
-        if self.skipped and not self.learnt:
-            raise AlignError(
-                f"{self.run.stage}: all steps were left out (on_nonfinite=skip), so the model is "
-                f"as it was; look at the rows in {self.run.folder / NONFINITE}"
-            )
-
     def _leave_out(self, row: dict[str, Any], cure: str) -> None:
         self.run.append(NONFINITE, [row])
         self.skipped += 1

@@ -83,19 +83,13 @@ def plain_scores(model: Path, rows: Sequence[Row], key: str = "response") -> lis
     return scores
 
 
-@pytest.mark.parametrize(
-    ("option", "match"),
-    [
-        ("on_nonfinite=stop", r"the score became 1e\+39, too large for float32, on .*mend reward"),
-        ("on_nonfinite=skip", r"ppo: all steps were left out .*nonfinite\.jsonl"),
-    ],
-)
 def test_a_score_beyond_float32_is_no_finished_run(
-    option: str, match: str, run_ppo: RunPPO, read_jsonl: ReadJsonl, tmp_path: Path
+    run_ppo: RunPPO, read_jsonl: ReadJsonl, tmp_path: Path
 ) -> None:
     reward = "reward={function: tiny_rewards:beyond_float32}"
+    match = r"the score became 1e\+39, too large for float32, on .*mend reward"
     with pytest.raises(AlignError, match=match):
-        run_ppo("run", reward, option, "data.test_fraction=0", "ppo.iterations=2")
+        run_ppo("run", reward, "on_nonfinite=stop", "data.test_fraction=0", "ppo.iterations=2")
     rows = read_jsonl(tmp_path / "run" / "nonfinite.jsonl")
     assert all(row["what"] == "score" and row["responses"] for row in rows)
     assert not (tmp_path / "run" / "model").exists()
