@@ -134,7 +134,6 @@ class _PPO:
         self.kl_coef, self.before = state["kl_coef"], state["before"]
         self.update.microbatches.tokens = state["tokens_per_microbatch"]
         self.guard.in_a_row = state["left_out_in_a_row"]
-        self.guard.learnt = state.get("learnt", True)
         return state["step"], load_in_hand(state["place"])
 
     def _look_and_save(self, done: int) -> None:
@@ -283,7 +282,6 @@ class _PPO:
             "before": self.before,
             "tokens_per_microbatch": self.update.microbatches.tokens,
             "left_out_in_a_row": self.guard.in_a_row,
-            "learnt": self.guard.learnt,
         }
 
     def _stay_or_leave(self, now: Iteration) -> None:

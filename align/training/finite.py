@@ -26,7 +26,6 @@ class FiniteGuard:
         self.skipped = run.count(NONFINITE)
         # a run that is resumed goes on counting
         self.in_a_row = 0
-        self.learnt = False
 
     def accepts(
         self,
@@ -52,7 +51,7 @@ class FiniteGuard:
             row = {"step": step, "what": bad[0][0], "value": str(bad[0][1]), "ids": list(ids)}
             self._leave_out(row, "lower optim.lr")
         elif learns:
-            self.in_a_row, self.learnt = 0, True
+            self.in_a_row = 0
         return not bad
 
     def leave_out(self, step: int, error: NonFiniteError, ids: Sequence[str]) -> None:

@@ -112,7 +112,6 @@ def train(
         stream.go_to(state["stream"])
     guard = FiniteGuard(run, on_nonfinite=train.on_nonfinite)
     guard.in_a_row = state.get("left_out_in_a_row", 0)
-    guard.learnt = state.get("learnt", bool(state))
     microbatches = Microbatches(
         state.get("tokens_per_microbatch", train.tokens_per_microbatch),
         num_processes=accelerator.num_processes,
@@ -129,7 +128,6 @@ def train(
             "before": before,
             "tokens_per_microbatch": microbatches.tokens,
             "left_out_in_a_row": guard.in_a_row,
-            "learnt": guard.learnt,
             **({} if stream is None else {"stream": stream.mark()}),
         }
 

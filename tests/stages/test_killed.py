@@ -38,9 +38,9 @@ KILLS = {
     "after the last minibatch": ("align.stages.ppo:sample_rows", 3, "before"),
     "between its samples and its numbers": ("align.stages.ppo:adapt_kl_coef", 3, "before"),
     "in the middle of a save": (CHECKPOINT + "_save_tensors", 8, "before"),
-    "before a save is renamed": (CHECKPOINT + "move_into_place", 3, "before"),
+    "before a save is renamed": (CHECKPOINT + "replace_folder", 3, "before"),
     "after its last evaluation": ("align.training.saver:Saver.take_best", 1, "before"),
-    "after a save": (CHECKPOINT + "move_into_place", 3, "after"),
+    "after a save": (CHECKPOINT + "replace_folder", 3, "after"),
 }
 SIGNALS = {
     "after sampling": (PPO + "sample", 2, "after", signal.SIGTERM),
