@@ -149,8 +149,9 @@ def _read_as_the_run(source: DataSource, data: DataConfig, kind: Kind) -> tuple[
     sources = with_columns((source,), data.columns)
     loaded = load_examples(sources, kind=kind, on_bad_row=data.on_bad_row)
     dropped = sum(sum(report.dropped.values()) for report in loaded.reports)
-    note = f", {dropped:,} bad ones left out" if dropped else ""
-    note += not_read(name for report in loaded.reports for name in report.unread)
+    note = f", {dropped:,} left out" if dropped else ""
+    unread = (name for report in loaded.reports for name in report.unread)
+    note += not_read(unread, (report.noted for report in loaded.reports))
     return loaded.examples, f"{source.path}: {len(loaded.examples):,} rows{note}"
 
 
@@ -173,8 +174,8 @@ def _read_beginning(source: DataSource, data: DataConfig, kind: Kind) -> tuple[S
     if counts.num_read < SAMPLED:
         require_some(counts, source, kind)
     bad = counts.bad.reasons.total()
-    note = f", {bad:,} bad ones left out" if bad else ""
-    note += not_read(counts.unread)
+    note = f", {bad:,} left out" if bad else ""
+    note += not_read(counts.unread, [counts.noted.reasons])
     whole = "" if counts.num_read < SAMPLED else "; what is behind them is read by the run alone"
     return examples, f"{source.path}: streamed; read here: {counts.num_read:,} rows{note}{whole}"
 
@@ -185,6 +186,7 @@ def _not_here(source: DataSource) -> str:
     Raises:
         AlignError: It will not be there later either.
     """
+    from align.data.formats import as_a_list
     from align.models.locate import looks_like_hub_id
 
     path = Path(source.path)
@@ -192,6 +194,9 @@ def _not_here(source: DataSource) -> str:
         return ""
     if looks_like_hub_id(source.path):
         return f"{source.path} [{source.split}]: a hub data set"
+    listed = as_a_list(source.path)
+    if listed:
+        raise AlignError(f"data: {source.path}: no such file or folder; {listed}")
     if path.parent.is_dir():
         raise AlignError(f"data: {path}: no such file or folder{did_you_mean(path)}")
     return f"{source.path}: not there yet, nor is its folder"

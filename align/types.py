@@ -140,7 +140,7 @@ class PromptExample:
 class SourceReport:
     """What became of one file's rows: ``rows_read == rows_kept + sum(dropped.values())``.
 
-    ``unread`` are columns that the format does not read.
+    ``unread`` are columns that the format does not read; ``noted`` counts odd rows that are used.
     """
 
     path: str
@@ -150,6 +150,8 @@ class SourceReport:
     dropped: Mapping[str, int]
     first_dropped: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
+    noted: Mapping[str, int] = field(default_factory=dict)
+    first_noted: tuple[str, ...] = ()
 
 
 # ---------------------------------------------------------------- tokens on the host
@@ -299,9 +301,6 @@ class Experience:
     advantages: Float[Tensor, "batch response"]
     returns: Float[Tensor, "batch response"]
     scores: Float[Tensor, " batch"]
-
-
-# ---------------------------------------------------------------- rewards
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from align.data.columns import RANK, is_judgement
 from align.data.fields import NEEDED, Kind
 from align.data.formats import BadRow
 from align.data.naming import KIND_NAMES, flags, other_kind, overrides
+from align.data.rows import LeftOut
 
 NUM_SHOWN = 5
 """Bad rows that a report tells in full."""
@@ -17,7 +18,10 @@ NUM_SHOWN = 5
 
 @dataclass
 class BadRows:
-    """Bad rows by reason, and the first of them in full: of each reason one at least."""
+    """Bad rows by reason, and the first of them in full: of each reason one at least.
+
+    Rows that are left out without being bad have a reason and are not told in full.
+    """
 
     reasons: Counter[str] = field(default_factory=Counter)
     first: list[str] = field(default_factory=list)
@@ -25,6 +29,8 @@ class BadRows:
     def add(self, row: BadRow) -> None:
         reason = f"{row.field}: {row.reason}"
         self.reasons[reason] += 1
+        if isinstance(row, LeftOut):
+            return
         if len(self.first) < NUM_SHOWN or self.reasons[reason] == 1:
             self.first.append(str(row))
 
@@ -36,7 +42,9 @@ class BadRows:
 def no_row(path: str, bad: BadRows, kind: Kind, columns: Sequence[str]) -> str:
     """Why nothing of ``path`` can be used; ``columns`` are those that it has."""
     if not bad.first:
-        return f"{path}: no row in it; give a file with rows"
+        left_out = ", ".join(bad.reasons)
+        found = f"none of {bad.reasons.total()} rows is used: {left_out}" if left_out else ""
+        return f"{path}: {found or 'no row in it'}; give a file with rows"
     if kind != "prompt" and is_judgement(columns):
         return f"{path}: holds judgements, which no stage trains on; {RANK}"
     # a name of `data.columns` that is wrong says so itself

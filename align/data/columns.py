@@ -6,15 +6,17 @@ Which format a row is in is decided by its columns alone. Preference rows are ``
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from typing import TypeAlias
 
-from align.data.fields import Fields, Kind, fields_of
+from align.data.comparisons import JUDGEMENT, comparison_of
+from align.data.fields import Fields, Kind, Turns, fields_of
 from align.data.formats import BadRow, Row
 from align.data.naming import every_way
 from align.data.pairs import (
     NAMED_SETS,
     PairFormat,
+    against_scores,
     alpaca,
     alpaca_answer,
     chosen_rejected,
@@ -32,6 +34,7 @@ from align.data.rankings import (
 )
 from align.data.references import reference_of, references_of
 from align.data.turn_keys import TRAIN
+from align.data.turns import ALLOWED, ROLES
 from align.data.unread import completed, unread_columns, with_extras
 from align.types import PreferencePair, PromptExample, SFTExample, Text
 
@@ -45,6 +48,7 @@ def read_row(
     columns: Mapping[str, str],
     source: str,
     unread: MutableMapping[str, None] | None = None,
+    note: Callable[[BadRow], None] | None = None,
 ) -> tuple[Example, ...] | Rated:
     """Read one row: one example, of a ranking several, or a response with its score.
 
@@ -54,6 +58,7 @@ def read_row(
         columns: Our field -> the file's column; ``info.post`` and ``texts.0`` reach inside.
         source: Name of the data set, kept with a pair.
         unread: Takes the names of the row's columns that its format does not read.
+        note: Takes a remark on a row that is read all the same.
 
     Raises:
         BadRow: A field is missing, empty or of the wrong type, the pair is no preference, or a
@@ -70,6 +75,9 @@ def read_row(
         unread.update(dict.fromkeys(names))
     if isinstance(found, Rated):
         return found
+    remark = against_scores(fields) if kind == "preference" else None
+    if note is not None and remark is not None:
+        note(remark)
     return tuple(with_extras(example, fields) for example in found)
 
 
@@ -126,6 +134,8 @@ def kind_of(row: Row, *, columns: Mapping[str, str]) -> Kind:
     fields = fields_of(row, columns, "preference")
     if {"chosen", "summaries", "human_ref_A", "answer_0"} & names or listwise_format(fields):
         return "preference"
+    if comparison_of(sorted(names)):
+        return "preference"
     learnt = {"completion", "messages", "conversations", "text"} & names
     if learnt or ("instruction" in names and alpaca_answer(fields)):
         return "sft"
@@ -139,9 +149,10 @@ def kind_of(row: Row, *, columns: Mapping[str, str]) -> Kind:
 RANK = "`align data rank FILE --pairs pairs.jsonl` makes pairs of them"
 
 
-def is_judgement(names: Container[str]) -> bool:
+def is_judgement(names: Iterable[str]) -> bool:
     """Whether the columns are what `align data rank` reads and no stage does."""
-    compared = all(name in names for name in ("a", "b", "winner"))
+    names = set(names)
+    compared = {JUDGEMENT.a, JUDGEMENT.b, JUDGEMENT.verdict} <= names
     ranked = "ranking" in names and "responses" not in names
     return (compared or ranked) and "chosen" not in names
 
@@ -151,7 +162,7 @@ def _sft(fields: Fields) -> SFTExample:
         if name in fields:
             messages = fields.turns(name)
             if not any(t["role"] == "assistant" and TRAIN not in t for t in messages):
-                fields.bad(name, "no assistant turn to learn from")
+                fields.bad(name, "no assistant turn to learn from", _roles_to_mend(messages))
             return SFTExample(id=fields.where, messages=messages)
     if "instruction" in fields and "prompt" not in fields:
         answer = fields.string(alpaca_answer(fields) or "output")
@@ -163,6 +174,14 @@ def _sft(fields: Fields) -> SFTExample:
     if "text" in fields:
         return SFTExample(id=fields.where, text=fields.string("text"))
     raise fields.missing("messages")
+
+
+def _roles_to_mend(messages: Turns) -> str:
+    """Advice on a conversation in which nobody's words are learnt."""
+    strange = sorted({turn["role"] for turn in messages} - set(ROLES))
+    if strange:
+        return f"nobody knows the role {', '.join(map(repr, strange))}; allowed: {ALLOWED}"
+    return "mend the row"
 
 
 def _prompt(fields: Fields) -> PromptExample:

@@ -28,9 +28,17 @@ def convert(example: Example, target: str) -> RowOut:
     try:
         return writers[target](example)
     except _CannotSay as error:
-        raise AlignError(
-            f"{example.id}: {error}; use --to messages, or leave the row out"
-        ) from None
+        able = [f"--to {name}" for name, write in writers.items() if _can_say(write, example)]
+        use = f"use {' or '.join(able)}, or " if able else ""
+        raise AlignError(f"{example.id}: {error}; {use}leave the row out") from None
+
+
+def _can_say(write: Callable[[Any], RowOut], example: Example) -> bool:
+    try:
+        write(example)
+    except _CannotSay:
+        return False
+    return True
 
 
 class _CannotSay(ValueError):

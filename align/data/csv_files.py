@@ -1,4 +1,8 @@
-"""CSV and TSV files -> rows. A cell with nothing in it is null; no cell is ever cut or guessed."""
+"""CSV and TSV files -> rows. A cell with nothing in it is null; no cell is ever cut or guessed.
+
+Spreadsheets export more than they show: lines of separators alone, and columns without a name
+behind the last one. Both are passed over as long as nothing is in them.
+"""
 
 from __future__ import annotations
 
@@ -19,20 +23,23 @@ CUT_OFF = "breaks off inside a quoted cell"
 
 
 def read_csv(stream: IO[bytes], path: Path, separator: str) -> Iterator[Row | BadRow]:
-    """Rows under the names of the first line."""
+    """Rows under the names of the first line that has any."""
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
     csv.field_size_limit(2**31 - 1)  # `_Table` bounds them
     table = _Table(text, separator)
     records = _records(table, path)
-    _, header = next(records, (1, []))
+    at, header = next((record for record in records if not _is_blank(record[1])), (1, []))
     if header is None:
-        raise AlignError(f"{path}:1: its header is longer than {MAX_CHARS:,} characters")
-    _check_header(header, path, separator)
+        raise AlignError(f"{path}:{at}: its header is longer than {MAX_CHARS:,} characters")
+    _check_header(header, path, at, separator)
+    # a column without a name is called as pandas calls it; behind the last name there is none
+    names = [name if name.strip() else f"Unnamed: {i}" for i, name in enumerate(header)]
+    num_named = max((i for i, name in enumerate(header, start=1) if name.strip()), default=0)
     for line, cells in records:
         where = f"{path}:{line}"
         if cells is None:
             yield too_long(where)
-        elif not cells:
+        elif _is_blank(cells):
             continue
         elif isinstance(cells, str):
             advice = "the file is cut off there, or the cell lacks its last quote: mend the line"
@@ -45,11 +52,20 @@ def read_csv(stream: IO[bytes], path: Path, separator: str) -> Iterator[Row | Ba
                 f"{NAMES[separator]}, or mend a line that is cut off"
             )
             yield BadRow(where, "row", "wrong number of cells", advice)
+        elif not _is_blank(cells[num_named:]):
+            shown = next(cell for cell in cells[num_named:] if cell.strip())
+            advice = f"{shown!r:.40}: quote the {NAMES[separator]} of the line, or name the column"
+            yield BadRow(where, "row", "a cell behind the last column that has a name", advice)
         elif any("\udc80" <= c <= "\udcff" for c in "".join(cells)):
             yield not_utf8(where, "a byte that no character has")
         else:
             values = (cell if cell.strip() else None for cell in cells)
-            yield Row(dict(zip(header, values, strict=True)), where)
+            yield Row(dict(zip(names[:num_named], values, strict=False)), where)
+
+
+def _is_blank(cells: list[str] | str | None) -> bool:
+    """Whether a record has no cell with anything in it; one that is too long or cut off has."""
+    return isinstance(cells, list) and not any(cell.strip() for cell in cells)
 
 
 class _TooLong(Exception):
@@ -169,15 +185,15 @@ def _hides_rows(record: list[str], num_cells: int, separator: str) -> bool:
     return False
 
 
-def _check_header(header: Any, path: Path, separator: str) -> None:
+def _check_header(header: Any, path: Path, line: int, separator: str) -> None:
     if isinstance(header, str):
-        raise _stray_quote(path, 1, "unexpected end of data")
+        raise _stray_quote(path, line, "unexpected end of data")
     other = next((s for s in ";\t," if len(header) == 1 and s in header[0]), None)
     if other:
         raise AlignError(
-            f"{path}:1: its cells are separated by {NAMES[other]}, not by {NAMES[separator]}; save "
-            "it with commas (.csv) or tabs (.tsv)"
+            f"{path}:{line}: its cells are separated by {NAMES[other]}, not by {NAMES[separator]}; "
+            "save it with commas (.csv) or tabs (.tsv)"
         )
-    if len(set(header)) < len(header):
-        twice = next(name for name in header if header.count(name) > 1)
-        raise AlignError(f"{path}:1: two columns are called {twice!r}; rename one of them")
+    twice = next((name for name in header if name.strip() and header.count(name) > 1), None)
+    if twice:
+        raise AlignError(f"{path}:{line}: two columns are called {twice!r}; rename one of them")

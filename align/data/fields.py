@@ -31,7 +31,7 @@ NAMES = (
     "source_text", "subset", "instruction", "input", "context", "output", "history", "system",
     "system_prompt", "system_message", "labels", "human_ref_A", "human_ref_B", "summaries",
     "choice", "info", "question", "answer_0", "answer_1", "score_0", "score_1", "targets",
-    "target_scores", "tools", "images", "videos", "audios",
+    "target_scores", "tools", "images", "videos", "audios", "response_a", "response_b", "winner",
 )  # fmt: skip
 """All names that a format has: what ``columns`` may say."""
 _PROMPTS = ("prompt", "instruction")

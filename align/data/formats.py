@@ -96,7 +96,16 @@ def choice_of(source: DataSource) -> Choice | None:
     is_hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", source.path) and not path.parent.is_dir()
     if is_hub_name and not path.name.endswith(SUFFIXES):
         return None
-    raise AlignError(f"{source.path}: no such file or folder; {_what_there_is(path)}")
+    advice = as_a_list(source.path) or _what_there_is(path)
+    raise AlignError(f"{source.path}: no such file or folder; {advice}")
+
+
+def as_a_list(path: str) -> str:
+    """How to give several sources, where the path is several with commas between them."""
+    paths = [part.strip() for part in path.split(",")]
+    if len(paths) < 2 or not any(Path(part).expanduser().exists() for part in paths if part):
+        return ""
+    return f"several sources are a list: 'data=[{','.join(paths)}]'"
 
 
 def _no_data_file(path: Path) -> AlignError:

@@ -23,6 +23,7 @@ from align.data.lengths import longer_wins
 from align.data.naming import UNKNOWN, mapping
 from align.data.oddities import oddities, script
 from align.data.preferences import load_examples, prompt_key
+from align.data.rows import TIE
 from align.data.template import Tokenizer
 from align.data.token_findings import Shown, counts, encode_all, of_template, of_tokens, show
 from align.data.turns import ALLOWED, ROLES
@@ -127,9 +128,18 @@ def first_row(source: DataSource) -> Row:
 def _of_reports(reports: Sequence[SourceReport]) -> Iterator[Finding]:
     for report in reports:
         for reason, count in report.dropped.items():
+            if reason.endswith(TIE):
+                yield Finding("note", f"left out: {reason}", count, "no pair can be made of them")
+                continue
             places = tuple(p for p in report.first_dropped if f" {reason};" in p)
             advice = "the loader stops at it, or leaves it out with data.on_bad_row=skip"
             yield Finding("error", f"bad rows: {reason}", count, advice, places)
+        for reason, count in report.noted.items():
+            places = tuple(p for p in report.first_noted if f" {reason};" in p)
+            advice = "make sure which answer is the better one; nothing is trained on the scores"
+            yield Finding(
+                "warning", f"rows at odds with themselves: {reason}", count, advice, places
+            )
 
 
 def _of_answers(sources: Sequence[DataSource]) -> Iterator[Finding]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable
 
+from align.data.comparisons import comparison_of, side_by_side
 from align.data.fields import Kind
 
 ASKED: dict[Kind, tuple[str, ...]] = {
@@ -22,6 +24,11 @@ _USUAL = {
     "rejected": ("bad", "worse", "dispreferred", "loser", "lose", "negative", "worst"),
     "completion": ("response", "answer", "output", "target", "reply", "reference", "summary"),
 }
+_OPPOSITES = {
+    "winner": "loser", "win": "lose", "better": "worse", "best": "worst",
+    "preferred": "dispreferred",
+}  # fmt: skip
+"""Names that hold an answer where their opposite is there too, and else may say which one won."""
 _DIALOGUES = ("conversation", "dialogue", "dialog", "chat", "turns")
 
 
@@ -32,9 +39,11 @@ def mapping(kind: Kind, columns: Iterable[str]) -> dict[str, str]:
     dialogue = next((there[name] for name in _DIALOGUES if name in there), None)
     if dialogue and kind == "sft" and "messages" not in exact:
         return {"messages": dialogue}
+    asked = ("prompt",) if kind == "preference" and comparison_of(exact) else ASKED[kind]
+    may_be = {name for name in there if _OPPOSITES.get(name, name) in there}
     return {
-        ours: next((there[name] for name in (ours, *_USUAL[ours]) if name in there), UNKNOWN)
-        for ours in ASKED[kind]
+        ours: next((there[name] for name in (ours, *_USUAL[ours]) if name in may_be), UNKNOWN)
+        for ours in asked
         if ours not in exact
     }
 
@@ -42,9 +51,23 @@ def mapping(kind: Kind, columns: Iterable[str]) -> dict[str, str]:
 def other_kind(kind: Kind, columns: Iterable[str]) -> str:
     """What rows with these columns are instead, and which commands read them, or nothing."""
     names = set(columns)
+    answers = side_by_side(sorted(names))
+    if kind == "preference" and answers and not comparison_of(sorted(names)):
+        return (
+            f"{answers[0]} and {answers[1]} are two answers side by side, and no column says which "
+            "won: add `winner`, with a, b or tie"
+        )
+    if kind == "sft" and comparison_of(sorted(names)):
+        return "they are comparisons of two answers, which `align rm` and `align dpo` read"
     if kind != "preference" and {"chosen", "rejected"} <= names:
         return "they are pairs, which `align rm` and `align dpo` read"
-    if kind == "preference" and {"completion", "messages", "conversations", "text"} & names:
+    learnt = {"completion", "messages", "conversations", "text"} & names
+    if kind == "preference" and learnt and {"label", "kto_tag"} & names:
+        return (
+            "they are answers with a label each (KTO), and there is no KTO: `align sft` with "
+            "data.on_bad_row=skip learns those whose label is true"
+        )
+    if kind == "preference" and learnt:
         return "they are SFT rows, which `align sft` reads"
     beside = {"references", "source_text", "id"}
     if kind != "prompt" and "prompt" in names and names <= {"prompt"} | beside:
@@ -54,7 +77,7 @@ def other_kind(kind: Kind, columns: Iterable[str]) -> str:
 
 def flags(kind: Kind, columns: Iterable[str]) -> str:
     """``prompt=question chosen=good rejected=NAME``, as ``align data --columns`` takes it."""
-    return " ".join(f"{ours}={theirs}" for ours, theirs in mapping(kind, columns).items())
+    return shlex.join(f"{ours}={theirs}" for ours, theirs in mapping(kind, columns).items())
 
 
 def overrides(kind: Kind, columns: Iterable[str]) -> str:

@@ -5,11 +5,14 @@ Rows from which pairs have yet to be made (rankings, ratings) are ``rankings.py`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
+from align.data.comparisons import Comparison, comparison_of, verdict_of
 from align.data.fields import Fields, Turns
+from align.data.rows import TIE, BadRow, LeftOut
 from align.data.turn_keys import TRAIN, is_list
 from align.data.turns import is_hh, read_hh, split_shared, without_prompt
 from align.types import Message, PreferencePair, Text
@@ -43,6 +46,33 @@ def read_pair(fields: Fields, source: str) -> PreferencePair:
         margin=fields.number("margin") if "margin" in fields else None,
         source=_part(fields, source),
     )
+
+
+_SCORES = tuple(
+    pair
+    for word in ("score", "rating", "reward")
+    for pair in (
+        (f"chosen_{word}", f"rejected_{word}"),
+        (f"chosen-{word}", f"rejected-{word}"),
+        (f"{word}_chosen", f"{word}_rejected"),
+    )
+)
+"""Columns that say how good the answers of a pair are; nothing is trained on them."""
+
+
+def against_scores(fields: Fields) -> BadRow | None:
+    """A remark on a pair whose rejected answer has the higher score; None where scores agree."""
+    for chosen, rejected in _SCORES:
+        try:
+            scores = [float(fields.values[name]) for name in (chosen, rejected)]
+        except (KeyError, TypeError, ValueError, OverflowError):
+            continue
+        if all(map(math.isfinite, scores)) and scores[0] < scores[1]:
+            advice = (
+                f"{scores[0]:g} against {scores[1]:g}: make sure which answer is the better one"
+            )
+            return BadRow(fields.where, chosen, f"below {rejected}", advice)
+    return None
 
 
 def _part(fields: Fields, source: str) -> str:
@@ -177,13 +207,31 @@ def _webgpt(fields: Fields) -> Sides:
     """WebGPT comparisons: the answer with the higher of ``score_0`` and ``score_1`` is better."""
     scores = [fields.number(f"score_{i}") for i in (0, 1)]
     if scores[0] == scores[1]:
-        fields.bad("score_0", "is the same as score_1, a tie", "remove the row")
+        raise LeftOut(fields.where, "score_0", TIE, "it is the same as score_1")
     asked = fields.get("question")
     if isinstance(asked, Mapping):
         asked = asked.get("full_text", "")
     better = int(scores[1] > scores[0])
     answers = [fields.string(f"answer_{i}") for i in (better, 1 - better)]
     return fields.string("question", asked), answers[0], answers[1]
+
+
+def _compared(fields: Fields) -> Sides:
+    """Two answers and which of them won, however their columns are called."""
+    found = _comparison(fields)
+    assert found is not None  # `holds` has said so
+    won = verdict_of(fields, found)
+    if won == "tie":
+        raise LeftOut(fields.where, found.verdict, TIE, "it is left out")
+    names = {"chosen": found.a, "rejected": found.b}
+    if won == "b":
+        names = {"chosen": found.b, "rejected": found.a}
+    answers = {ours: fields.get(theirs) for ours, theirs in names.items()}
+    try:
+        return chosen_rejected(replace(fields, values={**fields.values, **answers}))
+    except BadRow as error:
+        name = names.get(error.field, error.field)
+        raise BadRow(error.where, name, error.reason, error.advice) from None
 
 
 def _hhh(fields: Fields) -> Sides:
@@ -246,11 +294,21 @@ def _is_text_then_turns(fields: Fields) -> bool:
     return isinstance(prompt, str) and is_list(chosen)
 
 
+def _comparison(fields: Fields) -> Comparison | None:
+    """Columns of two answers and a verdict, which may be null in this row."""
+    return comparison_of((*fields.values, *sorted(fields.null)))
+
+
+def _is_comparison(fields: Fields) -> bool:
+    return "chosen" not in fields and _comparison(fields) is not None
+
+
 NAMED_SETS = (
     PairFormat("Stanford Human Preferences", _has("human_ref_A", without="chosen"), _shp),
     PairFormat("summarize-from-feedback", _has("summaries", without="chosen"), _summaries),
     PairFormat("HHH alignment", _has("input", "targets", without="chosen"), _hhh),
     PairFormat("BIG-bench HHH", _has("input", "target_scores", without="chosen"), _hhh),
+    PairFormat("two answers and which won", _is_comparison, _compared),
     PairFormat("WebGPT comparisons", _has("answer_0", without="chosen"), _webgpt),
 )
 """Sets whose prompt has columns of its own too."""

@@ -11,7 +11,7 @@ import random
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -25,6 +25,11 @@ from align.data.subset import Lazy
 from align.types import AlignError, DataSource, SFTExample, SourceReport, Text
 
 OnBadRow: TypeAlias = Literal["stop", "skip"]
+NEEDS_TWO = "a pair needs two answers to one prompt, with different scores"
+NO_KTO = (
+    f"{NEEDS_TWO}; there is no KTO: `align sft` with data.on_bad_row=skip learns from the answers "
+    "whose label is true"
+)
 AnyExample = TypeVar("AnyExample", bound=Example)
 
 
@@ -113,7 +118,10 @@ def load_examples(
             raise AlignError(f"{source.path}: weight is {source.weight}, must be above 0")
         for path, sha256, rows in _open(source):
             unread: dict[str, None] = {}
-            kept, bad, columns = _read(rows, source, kind, on_bad_row, _Units(store), unread)
+            noted = BadRows()
+            kept, bad, columns = _read(
+                rows, source, kind, on_bad_row, _Units(store), unread=unread, note=noted.add
+            )
             if not kept.num_rows:
                 raise AlignError(no_row(path, bad, kind, columns))
             num_kept, num_used = sum(kept.num_rows), 0
@@ -138,6 +146,8 @@ def load_examples(
                     dropped=dropped,
                     first_dropped=tuple(bad.first),
                     unread=tuple(unread),
+                    noted=dict(noted.reasons),
+                    first_noted=tuple(noted.first),
                 )
             )
     return Loaded(tuple(examples) if spool is None else examples, tuple(reports))
@@ -204,9 +214,9 @@ def _read(
     kind: Kind,
     on_bad_row: OnBadRow,
     kept: _Units,
-    unread: dict[str, None],
+    **remarks: Any,
 ) -> tuple[_Units, BadRows, list[str]]:
-    """What is used, what is not, and the file's columns; ``unread`` takes those not read.
+    """What is used, what is not, and the file's columns; ``remarks`` are options of `read_row`.
 
     To stop takes a row that can be used, before the bad one or after it: leaving bad rows out is no
     way out for a file that has no other.
@@ -219,7 +229,7 @@ def _read(
             if isinstance(row, BadRow):
                 raise row
             columns |= dict.fromkeys(map(str, row.values))
-            found = read_row(row, kind, columns=source.columns, source=source.path, unread=unread)
+            found = read_row(row, kind, columns=source.columns, source=source.path, **remarks)
             if isinstance(found, Rated):
                 text = _text_key(found.prompt).encode("utf-8", "surrogatepass")
                 prompt = hashlib.sha256(text).digest()
@@ -237,10 +247,10 @@ def _read(
         if pairs:
             kept.add(pairs, len(same_prompt))
         else:  # as good as any row; there is nothing to compare it with
-            advice = "a pair needs two scores of one prompt"
             reason = "nothing rated otherwise to compare with"
             for row in same_prompt:
-                bad.add(BadRow(row.id, "score", reason, advice))
+                advice = NO_KTO if row.by == "label" else NEEDS_TWO
+                bad.add(BadRow(row.id, row.by, reason, advice))
     return kept, bad, list(columns)
 
 

@@ -32,6 +32,8 @@ class Rated:
     response: Text
     score: float
     source: str = ""
+    # name of the column that has it
+    by: str = "score"
 
 
 def listwise_format(fields: Fields) -> str | None:
@@ -75,7 +77,7 @@ def read_rating(fields: Fields, source: str) -> Rated:
     name = _first(fields, "response", "completion") or "response"
     by = _first(fields, "score", "rating", "label") or "score"
     prompt, (response,) = matched(fields, given_prompt(fields) or fields.text("prompt"), name)
-    return Rated(fields.where, prompt, response, fields.label(by), source)
+    return Rated(fields.where, prompt, response, fields.label(by), source, by)
 
 
 def pairs_of(rated: Sequence[Rated]) -> tuple[PreferencePair, ...]:

@@ -27,6 +27,14 @@ class BadRow(Exception):
         self.where, self.field, self.reason, self.advice = where, field, reason, advice
 
 
+class LeftOut(BadRow):
+    """A row that is as it should be and gives no example, a tie: counted, and no reason to stop."""
+
+
+TIE = "a tie, which prefers neither"
+"""Reason of rows that are left out."""
+
+
 class Unreadable(Exception):
     """A file whose bytes are no rows."""
 

@@ -32,6 +32,7 @@ class SourceCounts:
         left_out: By the source's weight.
         columns: Of the rows, as long as none could be used.
         unread: Columns that the rows' format does not read.
+        noted: Remarks on rows that are used.
     """
 
     path: str
@@ -41,6 +42,7 @@ class SourceCounts:
     bad: BadRows = field(default_factory=BadRows)
     columns: dict[str, None] = field(default_factory=dict)
     unread: dict[str, None] = field(default_factory=dict)
+    noted: BadRows = field(default_factory=BadRows)
 
     @property
     def num_good(self) -> int:
@@ -57,6 +59,8 @@ class SourceCounts:
             "left_out_by_weight": self.left_out,
             "first_dropped": list(self.bad.first),
             "unread": list(self.unread),
+            "noted": dict(self.noted.reasons),
+            "first_noted": list(self.noted.first),
         }
 
     @classmethod
@@ -65,6 +69,8 @@ class SourceCounts:
         left_out = report["left_out_by_weight"]
         counted = cls(report["path"], report["rows_read"], report["rows_kept"], left_out, bad)
         counted.unread |= dict.fromkeys(report.get("unread", ()))
+        noted = Counter(report.get("noted", {}))
+        counted.noted = BadRows(noted, list(report.get("first_noted", ())))
         return counted
 
 
@@ -123,7 +129,12 @@ def examples_of(
         if not counts.num_good:
             counts.columns |= dict.fromkeys(map(str, row.values))
         found = read_row(
-            row, kind, columns=source.columns, source=source.path, unread=counts.unread
+            row,
+            kind,
+            columns=source.columns,
+            source=source.path,
+            unread=counts.unread,
+            note=counts.noted.add,
         )
     except BadRow as error:
         counts.bad.add(error)

@@ -29,7 +29,10 @@ ROLES = (
 )  # fmt: skip
 """Who may speak whatever the chat template says; others may where the template names them."""
 
-_ALIASES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
+_ALIASES = {
+    "human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant",
+    "ai": "assistant",
+}  # fmt: skip
 _COMMON = ("system", "developer", "user", "assistant", "human")
 _NEAR = 0.8
 """Likeness from which on a role is a misspelt one: a template's own names are further off."""
@@ -148,8 +151,8 @@ def _text_parts(parts: Sequence[Any]) -> str:
 
 
 AS_A_LIST = (
-    "give the list itself, in JSONL or Parquet (a CSV has no lists; of pandas: "
-    'df.to_json(path, orient="records", lines=True))'
+    "give the list itself, in JSONL or Parquet (a CSV has no lists); with pandas, of JSON text: "
+    'df[NAME] = df[NAME].map(json.loads), then df.to_json(path, orient="records", lines=True)'
 )
 _SPEAKERS = "|".join((*ROLES, *_ALIASES))
 _WRITTEN_ROLE = re.compile(rf"""['"](?:role|from)['"]\s*:\s*['"](?:{_SPEAKERS})['"]""")

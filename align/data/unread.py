@@ -9,7 +9,8 @@ its row is refused; any other is an extra column, and its name is reported.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -89,12 +90,16 @@ def _untouched(fields: Fields) -> dict[str, Any]:
     return {name: value for name, value in fields.values.items() if name not in read}
 
 
-def not_read(unread: Iterable[str]) -> str:
-    """The end of a line about data: which of their columns go nowhere; nothing where all do."""
+def not_read(unread: Iterable[str], noted: Iterable[Mapping[str, int]] = ()) -> str:
+    """The end of a line about data: rows with a remark, and columns that are not read."""
+    counts: Counter[str] = Counter()
+    for reasons in noted:
+        counts.update(reasons)
+    remarks = "".join(f"; {count:,} rows: {reason}" for reason, count in counts.items())
     names = list(dict.fromkeys(unread))
     shown = ", ".join(names[:MOST_SHOWN])
     more = f" and {len(names) - MOST_SHOWN} more" if len(names) > MOST_SHOWN else ""
-    return f"; columns not read: {shown}{more}" if names else ""
+    return f"{remarks}; columns not read: {shown}{more}" if names else remarks
 
 
 def _problem(fields: Fields, name: str, value: Any) -> tuple[str, str] | None:

@@ -2,8 +2,9 @@
 
 A comparison is ``{"prompt", "a", "b", "winner": "a" | "b" | "tie"}``, capitals or not, with
 ``annotator`` and the names ``model_a`` and ``model_b`` where there are any; ``align label`` writes
-such rows. A ranking is ``{"prompt", "ranking": [best, ..., worst]}``, with ``annotator``. Without
-``prompt`` the texts are themselves the names of what is ranked (models, players).
+such rows. An arena's columns (``response_a``, ``response_b``, ...) are found by ``comparison_of``.
+A ranking is ``{"prompt", "ranking": [best, ..., worst]}``, with ``annotator``. Without ``prompt``
+the texts are themselves the names of what is ranked (models, players).
 """
 
 from __future__ import annotations
@@ -14,13 +15,12 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
+from align.data.comparisons import JUDGEMENT, comparison_of, verdict_of
 from align.data.fields import Fields
 from align.data.formats import BadRow, Row, read_source
 from align.data.unread import unread_columns
 from align.feedback.ranking import Comparison
 from align.types import AlignError, DataSource, Text
-
-OUTCOMES = {"a": 1.0, "b": 0.0, "tie": 0.5}
 
 
 @dataclass(frozen=True)
@@ -87,20 +87,21 @@ def _judgement(row: Row, fields: Fields) -> Judgement:
         if models and len(models) != len(items):
             fields.bad("models", f"{len(models)} names for {len(items)} items")
         return Judgement(row.where, prompt, items, annotator=annotator, models=models)
-    for name in ("winner", "a", "b"):
+    is_ours = JUDGEMENT.a in fields and JUDGEMENT.b in fields
+    found = JUDGEMENT if is_ours else comparison_of(row.values) or JUDGEMENT
+    for name in (found.verdict, found.a, found.b):
         if name not in fields:
             there = ", ".join(map(str, fields.values)) or "none"
-            fields.bad(name, "missing", f"a judgement has a, b, winner, or ranking; there: {there}")
-    said = fields.get("winner")
-    winner = said.lower() if isinstance(said, str) else None
-    if winner not in OUTCOMES:
-        fields.bad("winner", "not one of a, b, tie", f"it is {said!r:.40}")
-    items = (fields.string("a"), fields.string("b"))
+            wanted = "a judgement has a, b, winner (or response_a, response_b, winner), or ranking"
+            fields.bad(name, "missing", f"{wanted}; there: {there}")
+    winner = verdict_of(fields, found)
+    items = (fields.string(found.a), fields.string(found.b))
     models = ()
     if "model_a" in fields and "model_b" in fields:
         models = (fields.string("model_a"), fields.string("model_b"))
     if items[0] == items[1] and not models:
-        fields.bad("b", "the same as a", "nothing can be learnt from it; remove the row")
+        advice = "nothing can be learnt from it; remove the row"
+        fields.bad(found.b, f"the same as {found.a}", advice)
     if winner == "b":
         items, models = items[::-1], models[::-1]
     return Judgement(row.where, prompt, items, winner == "tie", annotator, models)

@@ -94,8 +94,10 @@ def load_data(
     session.run.describe(**manifest)
     _require_for_each_process(session, groups["train"], groups["test"])
     if session.run.is_main:
-        unread = [name for side in SIDES for report in reports[side] for name in report.unread]
-        _tell(reports["train"], facts["dropped"]["train"], manifest, unread)
+        every = [report for side in SIDES for report in reports[side]]
+        unread = [name for report in every for name in report.unread]
+        remarks = not_read(unread, (report.noted for report in every))
+        _tell(reports["train"], facts["dropped"]["train"], manifest, remarks)
     session.run.trace_rows(groups["train"].rows)
     train_rows, test_rows = (
         Split(
@@ -260,12 +262,11 @@ def _tell(
     reports: Sequence[SourceReport],
     dropped: dict[str, int],
     facts: dict[str, Any],
-    unread: Sequence[str],
+    remarks: str,
 ) -> None:
     say(
         f"  data: {facts['train_rows']} rows ({facts['train_tokens']} tokens), "
-        f"{facts['test_rows']} more held out"
-        f"{not_read(unread)}"
+        f"{facts['test_rows']} more held out{remarks}"
     )
     if facts["test_rows_trained_on"]:
         say(

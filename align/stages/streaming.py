@@ -72,10 +72,12 @@ def open_stream(
     places = [place for source in sources for place in _places(source)]
     session.run.describe(data={"train": places, "test": list(held_out.reports)})
     if session.run.is_main:
-        unread = (name for counts in first.counts.sources for name in counts.unread)
+        sources_read = first.counts.sources
+        unread = (name for counts in sources_read for name in counts.unread)
+        remarks = not_read(unread, (counts.noted.reasons for counts in sources_read))
         say(
             f"  data: streamed; {first.counts.rows} rows in the first window "
-            f"({first.counts.tokens} tokens), {held_out.rows} more held out{not_read(unread)}"
+            f"({first.counts.tokens} tokens), {held_out.rows} more held out{remarks}"
         )
         _say_dropped(first.counts)
     stream.each_window(_Teller(session.run, held_out))

@@ -129,3 +129,15 @@ def test_prompts_come_back() -> None:
 
 def test_all_kinds_have_targets() -> None:
     assert set(TARGETS) == {PreferencePair, SFTExample, PromptExample}
+
+
+def test_a_row_is_told_the_formats_that_can_say_it() -> None:
+    """Never the one that was asked for."""
+    plain = SFTExample(id="f:1", text="words")
+    for target in ("messages", "strings", "sharegpt", "alpaca"):
+        with pytest.raises(AlignError) as caught:
+            convert(plain, target)
+        assert str(caught.value).endswith("no prompt; use --to text, or leave the row out")
+    question = SFTExample(id="f:1", messages=(turn("user", "q"),))
+    with pytest.raises(AlignError, match="use --to messages or --to sharegpt, or leave"):
+        convert(question, "alpaca")

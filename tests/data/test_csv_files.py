@@ -69,3 +69,48 @@ def test_a_quote_inside_a_cell_is_text(tmp_path: Path) -> None:
         {"a": '5" disk', "b": '3" disk'},
         {"a": "1", "b": "2"},
     ]
+
+
+@pytest.mark.parametrize("name", ["d.csv", "d.tsv"])
+def test_what_a_spreadsheet_exports_around_the_table_is_passed_over(
+    tmp_path: Path, name: str
+) -> None:
+    """Columns without a name behind the last one, and lines of separators, with nothing in them."""
+    path = tmp_path / name
+    text = "\n,,,\nprompt,completion,, \na,b,, \n,,,\nc,d,,\n,,,\n,,,\n"
+    path.write_text(text.replace(",", "\t") if name == "d.tsv" else text)
+    assert list(read_file(path)) == [
+        Row({"prompt": "a", "completion": "b"}, f"{path}:4"),
+        Row({"prompt": "c", "completion": "d"}, f"{path}:6"),
+    ]
+
+
+def test_a_cell_behind_the_last_named_column_is_a_bad_row(tmp_path: Path) -> None:
+    """An unquoted comma would else shift a text's end out of the table without a word."""
+    path = tmp_path / "d.csv"
+    path.write_text('prompt,completion,,\na,b,,\nq,"yes", and no,\n')
+    good, bad = read_file(path)
+    assert good == Row({"prompt": "a", "completion": "b"}, f"{path}:2")
+    assert str(bad) == (
+        f"{path}:3: row: a cell behind the last column that has a name; "
+        "' and no': quote the commas of the line, or name the column"
+    )
+
+
+def test_the_index_that_pandas_writes_is_a_column_that_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "d.csv"
+    path.write_text(",prompt,completion,\n0,a,b,\n1,c,d,\n")
+    loaded = load_examples([DataSource(path=str(path))], kind="sft")
+    assert [report.unread for report in loaded.reports] == [("Unnamed: 0",)]
+    assert len(loaded.examples) == 2
+    path.write_text(",,prompt,completion\n0,7,a,b\n")
+    (row,) = read_file(path)
+    assert isinstance(row, Row)
+    assert row.values == {"Unnamed: 0": "0", "Unnamed: 1": "7", "prompt": "a", "completion": "b"}
+
+
+def test_columns_of_one_name_are_refused_where_the_header_is(tmp_path: Path) -> None:
+    path = tmp_path / "d.csv"
+    path.write_text("\n,\na,a\n1,2\n")
+    with pytest.raises(AlignError, match=r"d.csv:3: two columns are called 'a'; rename one"):
+        list(read_file(path))

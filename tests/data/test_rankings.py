@@ -106,5 +106,9 @@ def test_webgpt_comparisons(tmp_path) -> None:
         "score_1": 0.5,
     }
     assert pairs(load(tmp_path / "w.jsonl", [row])) == [("Why?", "better", "worse", None)]
-    with pytest.raises(AlignError, match="score_0: is the same as score_1, a tie"):
-        load(tmp_path / "w.jsonl", [{**row, "score_0": 0.5}])
+    tie = {**row, "score_0": 0.5}
+    loaded = load(tmp_path / "w.jsonl", [tie, row, tie])
+    assert loaded.reports[0].dropped == {"score_0: a tie, which prefers neither": 2}
+    assert loaded.reports[0].first_dropped == ()
+    with pytest.raises(AlignError, match="none of 2 rows is used: score_0: a tie, which prefers"):
+        load(tmp_path / "w.jsonl", [tie, tie])

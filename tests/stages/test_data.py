@@ -90,6 +90,19 @@ def test_the_line_about_the_data_names_columns_that_are_not_read(
         assert manifest["data"]["train"][0]["unread"] == ["topic", "id"]
 
 
+def test_the_line_about_the_data_counts_pairs_whose_scores_contradict_them(
+    load: Callable[..., Any], write_rows: Callable[..., Path], preferences: list[Row], capsys: Any
+) -> None:
+    scores = [{"chosen_score": n % 3, "rejected_score": 1} for n in range(len(preferences))]
+    rows = write_rows("p.jsonl", [{**a, **b} for a, b in zip(preferences, scores, strict=True)])
+    for _ in range(2):  # the second time from the cache
+        _, _, manifest = load("preference", rows)
+        line = next(t for t in capsys.readouterr().out.splitlines() if t.startswith("  data: "))
+        assert f" more held out; {len(scores) // 3} rows: chosen_score: below rejected_" in line
+        found = manifest["data"]["train"][0]
+        assert found["noted"] == {"chosen_score: below rejected_score": len(scores) // 3}
+
+
 def test_a_second_run_reads_nothing_and_is_the_same(
     load: Callable[..., Any], pairs: Path, reads: list[str], cache: Path
 ) -> None:
