@@ -20,7 +20,8 @@ Message: TypeAlias = Mapping[str, Any]
 """One turn of a conversation: ``role`` and ``content``, both strings, and what else it has.
 
 Other keys (``name``, ``tool_calls``, ``reasoning_content``, ...) go to the chat template as they
-are. ``train`` is ours: False = not trained on, absent = trained; no template ever gets it.
+are. ``train`` is ours: False = not trained on, absent = trained; no template ever gets it. So is
+``tools`` of the first turn, which templates are given beside the turns.
 """
 
 Text: TypeAlias = str | tuple[Message, ...]

@@ -7,9 +7,11 @@ a refusal with the row's place, never left out.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeAlias, TypeVar
 
 from align.data.columns import Example
+from align.data.turn_keys import TOOLS
 from align.types import AlignError, Message, PreferencePair, PromptExample, SFTExample, Text
 
 RowOut: TypeAlias = dict[str, Any]
@@ -26,19 +28,33 @@ def convert(example: Example, target: str) -> RowOut:
     if target not in writers:
         raise AlignError(f"--to {target}: not for these rows; allowed: {', '.join(writers)}")
     try:
-        return writers[target](example)
+        return _written(target, example)
     except _CannotSay as error:
-        able = [f"--to {name}" for name, write in writers.items() if _can_say(write, example)]
+        able = [f"--to {name}" for name in writers if _can_say(name, example)]
         use = f"use {' or '.join(able)}, or " if able else ""
         raise AlignError(f"{example.id}: {error}; {use}leave the row out") from None
 
 
-def _can_say(write: Callable[[Any], RowOut], example: Example) -> bool:
+def _can_say(target: str, example: Example) -> bool:
     try:
-        write(example)
+        _written(target, example)
     except _CannotSay:
         return False
     return True
+
+
+def _written(target: str, example: Example) -> RowOut:
+    """The row, with the tools of the first turn as a column, which is where others look for it."""
+    write = TARGETS[type(example)][target]
+    where = "messages" if getattr(example, "messages", None) is not None else "prompt"
+    turns: Text | None = getattr(example, where)
+    if turns is None or isinstance(turns, str) or TOOLS not in turns[0]:
+        return write(example)
+    if target in ("strings", "hh"):
+        raise _CannotSay(f"{target} has no place for tools")
+    first = {key: value for key, value in turns[0].items() if key != TOOLS}
+    changed: dict[str, Any] = {where: (first, *turns[1:])}
+    return {**write(replace(example, **changed)), TOOLS: turns[0][TOOLS]}
 
 
 class _CannotSay(ValueError):

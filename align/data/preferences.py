@@ -7,6 +7,7 @@ memory are then a few numbers of each, so that weights, rated rows and the split
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from align.data.formats import BadRow, Row, file_sha256, find_parts, read_hub
 from align.data.rankings import Rated, pairs_of
 from align.data.spool import Spool, Store
 from align.data.subset import Lazy
+from align.data.turn_keys import TOOLS
 from align.types import AlignError, DataSource, SFTExample, SourceReport, Text
 
 OnBadRow: TypeAlias = Literal["stop", "skip"]
@@ -199,6 +201,12 @@ def _text_key(text: Text) -> str:
     return "\n\n".join(f"{m['role']}: {m['content'].strip()}" for m in text)
 
 
+def _tools_key(prompt: Text) -> str:
+    """What tells two questions of the same words apart: the tools that may be called."""
+    tools = prompt[0].get(TOOLS) if isinstance(prompt, tuple) else None
+    return json.dumps(tools) if tools else ""
+
+
 def _open(source: DataSource) -> Iterator[tuple[str, str | None, Iterator[Row | BadRow]]]:
     """(path, sha256, rows) of what is read of each file of a source."""
     parts = find_parts(source)
@@ -231,7 +239,8 @@ def _read(
             columns |= dict.fromkeys(map(str, row.values))
             found = read_row(row, kind, columns=source.columns, source=source.path, **remarks)
             if isinstance(found, Rated):
-                text = _text_key(found.prompt).encode("utf-8", "surrogatepass")
+                asked = _text_key(found.prompt) + _tools_key(found.prompt)
+                text = asked.encode("utf-8", "surrogatepass")
                 prompt = hashlib.sha256(text).digest()
                 rated.setdefault(prompt, []).append(len(kept.store))
                 kept.store.append(found)

@@ -200,7 +200,7 @@ def _lower(kind: int, soft: int, hard: int) -> None:
     resource.setrlimit(kind, (lowest[0], lowest[1]))
 
 
-def _trial_conversations() -> Iterator[list[dict[str, str]]]:
+def _trial_conversations() -> Iterator[list[dict[str, Any]]]:
     user = {"role": "user", "content": "What is ice?"}
     assistant = {"role": "assistant", "content": "<think>\nEasy.\n</think>\n\nFrozen water."}
     system = {"role": "system", "content": "Be short."}
@@ -210,6 +210,9 @@ def _trial_conversations() -> Iterator[list[dict[str, str]]]:
     yield [user, assistant] * 12
     long = {"role": "user", "content": "What is ice, and what is snow? " * 200}
     yield [system, long, assistant, long]
+    parameters = {"type": "object", "properties": {"city": {"type": "string"}}}
+    tool = {"name": "weather", "description": "The weather.", "parameters": parameters}
+    yield [{**user, "tools": [{"type": "function", "function": tool}]}, assistant]
 
 
 _statm: tuple[int, int] = (0, -1)

@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import Any, TypeAlias
 
 from align.data.sandbox import Unbounded, Untried, render_bounded
+from align.data.turn_keys import TOOLS
 from align.data.turns import ALLOWED, ROLES
 from align.types import AlignError, Message
 
@@ -59,7 +60,10 @@ def eos_id(tokenizer: Tokenizer) -> int:
 
 
 def render(tokenizer: Tokenizer, turns: Sequence[Message], *, open_turn: bool = False) -> str:
-    """The turns as the template writes them; ``open_turn`` begins the assistant's next one."""
+    """The turns as the template writes them; ``open_turn`` begins the assistant's next one.
+
+    Tools of the first turn are given to the template beside the turns.
+    """
     if not tokenizer.chat_template:
         raise AlignError(
             "the tokenizer has no chat template but the data are turns; put chat_template.jinja "
@@ -73,8 +77,12 @@ def render(tokenizer: Tokenizer, turns: Sequence[Message], *, open_turn: bool = 
             )
 
     def apply(turns: Sequence[Mapping[str, Any]], open_turn: bool) -> str:
+        first = {key: value for key, value in turns[0].items() if key != TOOLS}
         found = tokenizer.apply_chat_template(
-            list(turns), tokenize=False, add_generation_prompt=open_turn
+            [first, *turns[1:]],
+            tools=turns[0].get(TOOLS),
+            tokenize=False,
+            add_generation_prompt=open_turn,
         )
         return str(found)
 
@@ -168,11 +176,20 @@ def require_keys_rendered(tokenizer: Tokenizer, turns: Sequence[Message]) -> Non
                 continue
             without = {k: v for k, v in turn.items() if k != key}
             if not _changes(tokenizer, turns[:i], turn, without, turns[i + 1 :]):
-                raise AlignError(
-                    f"the chat template leaves out {key!r} of a turn of role {turn['role']!r}; "
-                    "remove the key from the rows, or use a template that writes it"
-                )
+                raise _key_left_out(key, turn["role"], is_first=not i)
             shown.add(kind)
+
+
+def _key_left_out(key: str, role: str, *, is_first: bool) -> AlignError:
+    if key == TOOLS and is_first:
+        return AlignError(
+            "the chat template writes no tools, but the rows have some; write them into the system "
+            "turn, remove the column tools, or use a template that writes them"
+        )
+    return AlignError(
+        f"the chat template leaves out {key!r} of a turn of role {role!r}; "
+        "remove the key from the rows, or use a template that writes it"
+    )
 
 
 @lru_cache(maxsize=16)
@@ -198,16 +215,20 @@ def _changes(
     rest: Sequence[Message],
 ) -> bool:
     """Whether the rendering of a conversation up to a turn differs without one of its keys."""
-    for following in ((), rest):  # some templates refuse a conversation that ends in this turn
+    changes = True  # if both are refused, so is the row itself, with the template's reason
+    # some templates refuse a conversation that ends in this turn, or write tools further on
+    for following in ((), rest):
         try:
             shown = render(tokenizer, (*before, turn, *following))
         except AlignError:
             continue
         try:
-            return shown != render(tokenizer, (*before, without, *following))
+            changes = shown != render(tokenizer, (*before, without, *following))
         except AlignError:
             return True  # the template cannot do without it
-    return True  # the row itself is refused, with the template's reason
+        if changes:
+            return True
+    return changes
 
 
 # ---------------------------------------------------------------- where a turn ends

@@ -15,6 +15,9 @@ from typing import Any, TypeGuard
 TRAIN = "train"
 """Our key of an assistant's turn that is not trained on: ``"train": False``. Absent = trained."""
 
+TOOLS = "tools"
+"""Our key of a conversation's first turn: the tools that a template is given beside the turns."""
+
 _MARKS = ("weight", "loss_weight", "loss_scale", "train", "training", "trainable", "loss")
 """How OpenAI's format, Axolotl and ms-swift call it."""
 _SAYING = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
@@ -85,7 +88,7 @@ def keys_of_turn(turn: Mapping[str, Any], role: str, left_out: set[str]) -> dict
         elif key in NOTES:
             left_out.add(key)
         else:
-            kept[key] = _tool_calls(value) if key == "tool_calls" else _as_json(key, value)
+            kept[key] = _tool_calls(value) if key == "tool_calls" else json_value(key, value)
     return kept
 
 
@@ -121,10 +124,10 @@ def _tool_calls(calls: Any) -> list[Any]:
                 raise NotTurns("a tool call whose arguments are no JSON", advice) from None
             function = {**function, "arguments": arguments}
         found.append({**call, "function": function} if "function" in call else function)
-    return [_as_json("tool_calls", call) for call in found]
+    return [json_value("tool_calls", call) for call in found]
 
 
-def _as_json(key: str, value: Any) -> Any:
+def json_value(key: str, value: Any) -> Any:
     """The value as JSON has it, so that it stays the same on its way through the token cache."""
     try:
         text = json.dumps(value, ensure_ascii=False)

@@ -12,7 +12,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from align.data.tool_turns import standard_calls, tools_of
 from align.data.turn_keys import (
+    TOOLS,
     TRAIN,
     NotTurns,
     has_content,
@@ -58,7 +60,10 @@ def read_turns(value: Any, left_out: set[str] | None = None) -> tuple[Message, .
     if not turns:
         raise NotTurns("empty")
     left_out = set() if left_out is None else left_out
-    return tuple(_read_turn(t, left_out) for t in turns)
+    found = tuple(_read_turn(t, left_out) for t in standard_calls(turns))
+    if TOOLS in found[0]:  # as our own files of prompts have them
+        return ({**found[0], TOOLS: tools_of(found[0][TOOLS])}, *found[1:])
+    return found
 
 
 def _read_turn(turn: Any, left_out: set[str]) -> Message:

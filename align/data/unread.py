@@ -16,14 +16,16 @@ from typing import Any, TypeVar
 
 from align.data.fields import Fields
 from align.data.rankings import Rated
-from align.data.turn_keys import TRAIN, has_content
+from align.data.tool_turns import tools_of
+from align.data.turn_keys import TOOLS, TRAIN, NotTurns, has_content
 from align.types import Message, PreferencePair, PromptExample, SFTExample, Text
 
 Read = TypeVar("Read", bound=SFTExample | PreferencePair | PromptExample | Rated)
 
 SYSTEM = ("system", "system_prompt", "system_message")
 _MEDIA = ("images", "image", "videos", "video", "audios", "audio")
-_TOOLS = ("tools", "functions", "function_call", "tool_calls")
+_CALLS = ("functions", "function_call", "tool_calls")
+_BESIDE_STRINGS = "beside a prompt that is a string, which no chat template is put around"
 _THOUGHTS = ("thinking", "thinking_content", "reasoning", "reasoning_content")
 
 MOST_SHOWN = 12
@@ -33,16 +35,21 @@ MEANING: dict[str, tuple[str, str]] = {
     **dict.fromkeys(
         SYSTEM,
         (
-            "beside a prompt that is a string, which no chat template is put around",
+            _BESIDE_STRINGS,
             'write the prompt as turns: [{"role": "system", "content": ...}, {"role": "user", '
             '"content": ...}], or have it read as the instruction of a conversation: '
             "data.columns.instruction=COLUMN",
         ),
     ),
     **dict.fromkeys(_MEDIA, ("not supported", "only text is: remove the row")),
+    TOOLS: (
+        _BESIDE_STRINGS,
+        "write the prompt as turns, have it read as the instruction of a conversation "
+        f"(data.columns.instruction=COLUMN), or {_REMOVE}",
+    ),
     **dict.fromkeys(
-        _TOOLS,
-        ("not supported", f"write tools into the system turn, calls into turns, or {_REMOVE}"),
+        _CALLS,
+        ("not supported", f"give a column tools, write calls into turns, or {_REMOVE}"),
     ),
     "history": ("not read in this format", "write the conversation as turns: messages, or prompt"),
     "chat_template_kwargs": ("not supported", _REMOVE),
@@ -132,12 +139,13 @@ _WEIGHT = "give data.train[].weight to a file of such rows, or remove the column
 
 
 def completed(example: Read, fields: Fields) -> Read:
-    """The example with the row's system text as its first turn; a prompt of strings stays as it is.
+    """The example with the row's system text and tools; a prompt of strings stays as it is.
 
+    The system text becomes the first turn. Tools are kept in the first turn, whichever it is.
     Marks of turns that are not trained on are taken out of prompts, of which nothing is.
 
     Raises:
-        BadRow: The conversation has another system turn already.
+        BadRow: The conversation has another system text or other tools already.
     """
     where = "prompt"
     if isinstance(example, SFTExample) and example.messages is not None:
@@ -145,7 +153,10 @@ def completed(example: Read, fields: Fields) -> Read:
     turns: Text | None = getattr(example, where)
     if turns is None or isinstance(turns, str):
         return example
-    whole = (*_system(fields, turns), *turns)
+    tools, bare = _tools(fields, turns)
+    whole = (*_system(fields, bare), *bare)
+    if tools:
+        whole = ({**whole[0], TOOLS: tools}, *whole[1:])
     if where == "prompt":
         whole = tuple({key: turn[key] for key in turn if key != TRAIN} for turn in whole)
     changed: dict[str, Any] = {where: whole}
@@ -162,6 +173,25 @@ def _system(fields: Fields, turns: Sequence[Message]) -> tuple[Message, ...]:
     return ({"role": "system", "content": said[0]},) if said and not own else ()
 
 
+def _tools(
+    fields: Fields, turns: tuple[Message, ...]
+) -> tuple[list[Any] | None, tuple[Message, ...]]:
+    """The tools of the row's column, or of its first turn, and the turns without them."""
+    own, value = turns[0].get(TOOLS), fields.values.get(TOOLS)
+    if own:
+        turns = ({key: turns[0][key] for key in turns[0] if key != TOOLS}, *turns[1:])
+    if not has_content(value):
+        return own, turns
+    fields.used.add(TOOLS)
+    try:
+        tools = tools_of(value)
+    except NotTurns as error:
+        fields.bad(TOOLS, str(error), error.advice)
+    if own and own != tools:
+        fields.bad(TOOLS, "differ from those of the first turn", "keep one of them")
+    return tools, turns
+
+
 def with_extras(example: Read, fields: Fields) -> Read:
     """A prompt with the row's unread columns, as JSON has them, for rewards."""
     if not isinstance(example, PromptExample):
@@ -170,6 +200,8 @@ def with_extras(example: Read, fields: Fields) -> Read:
     kept = {k: v for k, v in _untouched(fields).items() if not isinstance(v, bytes)}
     named = {*fields.used, *fields.renamed, *fields.renamed.values()}
     kept |= dict.fromkeys(sorted(fields.null - named))
+    if isinstance(example.prompt, tuple) and TOOLS in example.prompt[0]:
+        kept[TOOLS] = example.prompt[0][TOOLS]
     if not kept:
         return example
     changed: dict[str, Any] = {"extra": json.loads(json.dumps(kept, default=str))}

@@ -31,6 +31,35 @@ QWEN25 = (
 )
 """Writes a system text of its own where there is none."""
 
+_CALLS = (
+    "{% for c in m.tool_calls %}<tool_call>\n"
+    "{{ {'name': c.function.name, 'arguments': c.function.arguments} | tojson }}\n</tool_call>"
+    "{% endfor %}"
+)
+HERMES = (
+    "{% if tools %}<|im_start|>system\n{% if messages[0]['role'] == 'system' %}"
+    "{{ messages[0]['content'] }}\n\n{% endif %}# Tools\n"
+    "{% for t in tools %}{{ t | tojson }}\n{% endfor %}<|im_end|>\n{% endif %}"
+    + _EACH
+    + "{% if not (tools and loop.first and m['role'] == 'system') %}"
+    + _TAGGED.replace("<|im_end|>", _CALLS + "<|im_end|>")
+    + "{% endif %}"
+    + _END
+    + _prompt(_ASSISTANT)
+)
+"""Tools in the system turn, calls as tags in the words, as Qwen 2.5 writes them."""
+
+MISTRAL_TOOLS = (
+    "{% set n = namespace(last=-1) %}{% for m in messages %}{% if m['role'] == 'user' %}"
+    "{% set n.last = loop.index0 %}{% endif %}{% endfor %}<s>"
+    + _EACH
+    + "{% if m['role'] == 'user' %}{% if tools and loop.index0 == n.last %}"
+    "[TOOLS]{{ tools | tojson }}[/TOOLS]{% endif %}[INST]{{ m['content'] }}[/INST]"
+    "{% elif m['role'] == 'system' %}{{ m['content'] }}\n\n{% else %}{{ m['content'] }}</s>{% endif %}"
+    + _END
+)
+"""Tools before the last question, wherever that is."""
+
 QWEN3 = (
     "{% set n = namespace(last=-1) %}{% for m in messages %}{% if m['role'] == 'user' %}"
     "{% set n.last = loop.index0 %}{% endif %}{% endfor %}"

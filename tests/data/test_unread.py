@@ -134,7 +134,6 @@ def test_two_system_texts_have_to_agree() -> None:
         ("image", {"path": "a.png", "bytes": None}),
         ("videos", ["a.mp4"]),
         ("audios", ["a.wav"]),
-        ("tools", '[{"name": "weather"}]'),
         ("functions", [{"name": "weather"}]),
         ("function_call", {"name": "weather", "arguments": "{}"}),
         ("chat_template_kwargs", {"enable_thinking": False}),
