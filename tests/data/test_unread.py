@@ -320,8 +320,9 @@ def test_the_page_names_every_column_with_a_meaning() -> None:
 
 @pytest.mark.parametrize("kind", ["sft", "preference", "prompt"])
 def test_every_column_of_the_pages_examples_is_read(kind) -> None:
-    (block,) = re.findall(rf"^```jsonl {kind}\n(.*?)^```", PAGE, re.M | re.S)
-    for line in block.splitlines():
+    lines = "".join(re.findall(rf"^```jsonl {kind}\n(.*?)^```", PAGE, re.M | re.S)).splitlines()
+    assert len(lines) > 5
+    for line in lines:
         unread: dict[str, None] = {}
         read(kind, json.loads(line), unread)
         assert list(unread) == [], line
