@@ -27,14 +27,14 @@ RUNS  := runs/$(SUITE)
 
 SMOLLM2 := models/smollm2-135m-instruct
 
-.PHONY: help venv bundle base smollm2 sft pairs rm ppo dpo eval test oracles fuzz check bench format clean-runs again
+.PHONY: help venv bundle base smollm2 sft pairs rm ppo dpo eval report test oracles fuzz check bench format clean-runs again
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
 help:
 	@sed -n 's/^#   //p' Makefile
-	@echo "targets: venv bundle base sft pairs rm ppo dpo eval sentiment smollm2 test oracles fuzz check bench format clean-runs"
+	@echo "targets: venv bundle base sft pairs rm ppo dpo eval report sentiment smollm2 test oracles fuzz check bench format clean-runs"
 	@echo "order:   sft, pairs, rm, ppo; dpo after pairs; eval after all (SUITE=$(SUITE))"
 
 # ---------------------------------------------------------------- environment
@@ -108,6 +108,10 @@ $(DPO): recipes/$(SUITE)/dpo.yaml $(SFT) $(PAIRS) $(call again,dpo) | $(STAMP)
 $(EVAL): recipes/$(SUITE)/eval.yaml $(SFT) $(RM) $(PPO) $(DPO) $(call again,eval) | $(STAMP)
 	$(call align,eval,eval)
 	@touch -c $@
+
+# one page over the suite's runs, those that there are
+report: | $(STAMP)
+	$(VENV)/bin/align report $(RUNS) --output $(RUNS)/report.html
 
 # the shipped base model of the tiny suite, made again from shipped text
 base: $(STAMP)

@@ -20,15 +20,15 @@ from pathlib import Path
 from typing import NoReturn
 
 from align import __version__
+from align.base.console import complain, say, say_traceback
+from align.base.suggest import nearest
 from align.commands import data, doctor, label
-from align.console import complain, say, say_traceback
-from align.nearest import nearest
 
-# command -> (recipe class in align.config, module:function, what --help says)
+# command -> (recipe class in align.config.keys, module:function, what --help says)
 STAGES: dict[str, tuple[str, str, str]] = {
     "sft": ("SFTRecipe", "align.stages.sft:run", "fine-tune on demonstrations"),
     "rm": ("RewardRecipe", "align.stages.reward_model:run", "train a reward model on pairs"),
-    "ppo": ("PPORecipe", "align.stages.ppo:run", "optimise a reward by PPO"),
+    "ppo": ("PPORecipe", "align.stages.ppo.run:run", "optimise a reward by PPO"),
     "dpo": ("DPORecipe", "align.stages.dpo:run", "optimise preference pairs by DPO"),
     "eval": ("EvalRecipe", "align.evaluation.harness:run", "BLEU, chrF, reward, KL of checkpoints"),
     "generate": ("GenerateRecipe", "align.stages.generate:run", "sample, score and pair responses"),
@@ -225,21 +225,22 @@ def _keep_freed_memory() -> None:
 
 
 def run_stage(args: argparse.Namespace) -> None:
-    from align import config, threads
-    from align.recipes_io import load_recipe
+    from align.base import threads
+    from align.config import keys as config
+    from align.config.load import load_recipe
 
     load = threads.read_load()
     classes = {command: getattr(config, name) for command, (name, _, _) in STAGES.items()}
     recipe = load_recipe(classes[args.command], args.recipe, args.overrides, others=classes)
     threads.choose_wait_policy(load, os.environ)
-    from align.run_files import supervise
+    from align.run.files import supervise
 
     module, function = STAGES[args.command][1].split(":")
     supervise(getattr(importlib.import_module(module), function), recipe)
 
 
 def run_ls(args: argparse.Namespace) -> None:
-    from align.recipes_io import first_comment, shipped_recipes
+    from align.config.load import first_comment, shipped_recipes
     from align.types import AlignError
 
     found = {n: p for n, p in shipped_recipes().items() if args.pattern in n}
@@ -253,8 +254,8 @@ def run_ls(args: argparse.Namespace) -> None:
 
 
 def run_cp(args: argparse.Namespace) -> None:
-    from align.files import require_writable, write_whole
-    from align.recipes_io import find_recipe
+    from align.base.files import require_writable, write_whole
+    from align.config.load import find_recipe
     from align.types import AlignError
 
     source = find_recipe(args.name)
@@ -281,18 +282,18 @@ def run_report(args: argparse.Namespace) -> None:
 
 
 def run_sweep(args: argparse.Namespace) -> None:
-    from align import threads
+    from align.base import threads
 
     threads.choose_wait_policy(threads.read_load(), os.environ)
-    from align.sweep import sweep
+    from align.commands.sweep import sweep
 
     sweep(args.stage, STAGES, args.recipe, args.overrides, over=args.over, evaluate=args.eval)
 
 
 def run_check(args: argparse.Namespace) -> None:
-    from align import config
-    from align.checking import check
-    from align.recipes_io import load_recipe, stage_of
+    from align.commands.check import check
+    from align.config import keys as config
+    from align.config.load import load_recipe, stage_of
     from align.types import AlignError
 
     if args.recipe in STAGES and args.overrides and "=" not in args.overrides[0]:

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from align import cli
-from align.run_folder import Run
+from align.run.folder import Run
 from benchmarks.measure import Clock, Job, main
 
 COMMANDS = {"sft": "sft", "rm": "rm", "dpo": "dpo", "dpo_cached": "dpo", "ppo": "ppo"}

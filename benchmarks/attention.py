@@ -13,7 +13,7 @@ from statistics import median
 import torch
 from torch.nn import functional as F
 
-from align.models import products
+from align.models.attention import cpu as products
 from align.models.precision import has_fast_bf16
 
 HEADS, KV_HEADS, SIZE = 9, 3, 64

@@ -93,7 +93,7 @@ def kernels(folder: Path, small: bool) -> dict[str, Any]:
     ``segments`` in float32 is the truth; its own error in bf16 is what a kernel is measured by.
     """
     from align.models import load_policy
-    from align.models.backends import candidates
+    from align.models.attention.choose import candidates
 
     worst: dict[str, Any] = {}
     for family in FAMILIES:
@@ -128,7 +128,7 @@ def kernels(folder: Path, small: bool) -> dict[str, Any]:
 
 
 def _loss_and_gradient(policy: Any) -> tuple[float, torch.Tensor]:
-    from align.data.packing import pack
+    from align.data.tokens.packing import pack
     from benchmarks.gpu_rows import groups
 
     policy.train()
@@ -276,8 +276,8 @@ def _against_products(place: Path, name: str, tokens: int, speed: float) -> dict
 
 def sample(place: Path, small: bool) -> dict[str, Any]:
     """Tokens/s of the one sampler that every stage draws from; random weights seldom end."""
+    from align.config.options import GenerationOptions
     from align.models import load_policy
-    from align.options import GenerationOptions
     from align.rollout.engine import sample as draw
 
     policy = load_policy(str(place / "model"), device=DEVICE, frozen=True)

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from align.data.chat import encode_examples
+from align.data.loader import load_examples
 from align.data.order import epoch_order, minibatches
-from align.data.preferences import load_examples
+from align.data.tokens.chat import encode_examples
 from align.models import load_tokenizer
 from align.models.load import load_causal_lm, load_classifier
 from align.types import DataSource

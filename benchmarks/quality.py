@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from align.config import SFTRecipe
-from align.recipes_io import load_recipe
+from align.config.keys import SFTRecipe
+from align.config.load import load_recipe
 from benchmarks.run import ROOT, peer_environment, run_logged
 
 PEER = "trl-1.16.0"

@@ -20,8 +20,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from align.base.progress import say, table
 from align.evaluation.verdict import outcome
-from align.progress import say, table
 from tools.trust import Trust
 
 ROOT = Path(__file__).parents[1]

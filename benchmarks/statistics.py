@@ -20,14 +20,14 @@ from itertools import combinations
 
 import numpy as np
 
-from align.evaluation.agreement import calibration_error_by_chance, expected_calibration_error
-from align.evaluation.bleu import corpus_ci95, corpus_scorer
-from align.evaluation.compare import Comparison, compare_statistics, compare_values
-from align.evaluation.intervals import (
+from align.base.intervals import (
     Interval,
     mean_ci95,
     share_ci95,
 )
+from align.evaluation.agreement import calibration_error_by_chance, expected_calibration_error
+from align.evaluation.bleu import corpus_ci95, corpus_scorer
+from align.evaluation.compare import Comparison, compare_statistics, compare_values
 from align.evaluation.wins import (
     length_controlled_difference,
     length_controlled_win_rate,

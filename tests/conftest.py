@@ -215,8 +215,8 @@ def tiny_sft(
     tiny: Path, demonstrations: list[dict[str, str]], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """The tiny model after a few steps on the demonstrations: its responses end, and vary."""
-    from align.config import DataConfig, SFTRecipe
-    from align.options import OptimOptions, TrainOptions
+    from align.config.keys import DataConfig, SFTRecipe
+    from align.config.options import OptimOptions, TrainOptions
     from align.stages import sft
     from align.types import DataSource
 
@@ -264,7 +264,7 @@ def write_rows(tmp_path: Path) -> Callable[[str, Sequence[Mapping[str, Any]]], P
 @pytest.fixture
 def make_recipe(tmp_path: Path) -> LoadRecipe:
     """``make_recipe(SFTRecipe, tree, "a.b=c", ...)``: through YAML and the loader, as shipped."""
-    from align.recipes_io import load_recipe
+    from align.config.load import load_recipe
 
     def make(cls: type[R], tree: Mapping[str, Any], *overrides: str) -> R:
         path = tmp_path / "recipe.yaml"
@@ -338,7 +338,7 @@ def fake_vllm(monkeypatch: pytest.MonkeyPatch) -> Any:
     """``import vllm`` finds a stand-in, and no engine runs yet; its ``LLM`` is returned."""
     import sys
 
-    from align.rollout import vllm_engine
+    from align.rollout import vllm as vllm_engine
     from tests import fake_vllm
 
     made = fake_vllm.module()

@@ -15,9 +15,11 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from align import checking, cli
-from align.checking import check
-from align.config import (
+from align import cli
+from align.commands import check as checking
+from align.commands.check import check
+from align.commands.check_memory import HOLES, largest_microbatch, training_bytes
+from align.config.keys import (
     DataConfig,
     DPOConfig,
     DPORecipe,
@@ -26,10 +28,9 @@ from align.config import (
     SFTRecipe,
     TrainOptions,
 )
-from align.memory import HOLES, largest_microbatch, training_bytes
-from align.model_sizes import Size, count_parameters
+from align.config.options import GenerationOptions, LoraOptions
 from align.models.locate import looks_like_hub_id
-from align.options import GenerationOptions, LoraOptions
+from align.models.sizes import Size, count_parameters
 from align.types import DataSource, RewardTerm
 
 # embedding and head 2 x 256 x 64; a layer: q, k, v, o 4 x 64 x 64, gate, up, down 3 x 64 x 128,
@@ -351,7 +352,7 @@ def test_hub_ids(name: str, hub: bool) -> None:
     ],
 )
 def test_the_stage_of_a_recipe(tmp_path: Path, file: str, text: str, command: str) -> None:
-    from align.recipes_io import stage_of
+    from align.config.load import stage_of
 
     path = tmp_path / file
     path.write_text("output_dir: o\n" + text)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from align import cli, recipes_io
+from align import cli
+from align.config import load as recipes_io
 from align.types import AlignError
 
 BASE = "model: m\noutput_dir: o\n"
@@ -127,7 +128,7 @@ def test_what_is_no_override_is_not_taken_for_one(capsys, left: list[str]) -> No
 def test_every_stage_exists() -> None:
     import importlib
 
-    from align import config
+    from align.config import keys as config
 
     for recipe_class, target, _ in cli.STAGES.values():
         module, function = target.split(":")

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from align.base.console import one_line, printable, say
+from align.base.progress import table
 from align.cli import main
-from align.console import one_line, printable, say
-from align.progress import table
 
 PACKAGE = Path(__file__).parents[1] / "align"
 # colour, title, hyperlink, bell, C1's CSI, right-to-left override, delete, backspace

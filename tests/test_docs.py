@@ -17,16 +17,17 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from align import cli, config
-from align.data.packing import collate
-from align.data.preferences import load_examples
-from align.doctor_rules import LIMITS
+from align import cli
+from align.config import keys as config
+from align.config.checks import METRIC_NAMES
+from align.config.load import find_recipe, load_recipe, shipped_recipes
+from align.data.loader import load_examples
+from align.data.tokens.packing import collate
 from align.evaluation.compare import Comparison
 from align.evaluation.wins import EqualLength, WinRate
 from align.losses.dpo import LOSSES
-from align.recipe_checks import METRIC_NAMES
-from align.recipes_io import find_recipe, load_recipe, shipped_recipes
 from align.rewards import load_function
+from align.run.doctor_rules import LIMITS
 from align.types import DataSource, TokenGroup, TokenSequence
 
 ROOT = Path(__file__).parents[1]
@@ -45,23 +46,24 @@ def blocks(page: Path, language: str) -> list[str]:
 
 WRITERS = [
     "stages/router.py",
-    *(f"stages/{n}.py" for n in ("sft", "reward_model", "dpo", "ppo", "ppo_update", "generate")),
-    *("stages/ppo_phases.py", "stages/ppo_report.py", "training/finite.py"),
+    *(f"stages/{n}.py" for n in ("sft", "reward_model", "dpo", "generate")),
+    *(f"stages/ppo/{n}.py" for n in ("run", "update", "rollouts", "metrics")),
+    "training/finite.py",
     "stages/iterate.py",
     "training/loop.py",
-    "run_folder.py",
-    *(f"evaluation/{n}.py" for n in ("harness", "measure", "systems", "agreement", "reward_model")),
+    "run/folder.py",
+    *(f"evaluation/{n}.py" for n in ("harness", "measure", "systems", "agreement", "reward")),
 ]
 # keys of dictionaries that are no logged numbers: arguments, manifest, checkpoints
 NO_NUMBERS = {
-    "stages/ppo.py": {
+    "stages/ppo/run.py": {
         "before",
         "left_out_in_a_row",
         "reference log-probability",
         "critic's value",
     },
     "training/finite.py": {"step", "what", "value", "ids"},
-    "stages/ppo_update.py": {
+    "stages/ppo/update.py": {
         "actor",
         "critic",
         "clip_range",
@@ -73,8 +75,8 @@ NO_NUMBERS = {
         *("generate", "rm", "ppo", "dpo", "eval", "seed", "resume", "overwrite", "policy"),
         *("fixed", "refresh"),
     },
-    "training/loop.py": {"model", "before", "gradient", "left_out_in_a_row", "learnt", "stream"},
-    "run_folder.py": {
+    "training/loop.py": {"model", "before", "gradient", "left_out_in_a_row", "stream"},
+    "run/folder.py": {
         *("stage", "run", "status", "seed", "command", "started", "versions", "hardware"),
         "recipe",
     },

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from align.base.files import read_logged
 from align.cli import main
-from align.doctor import closing_lines, diagnose
-from align.doctor_rules import FEWEST, LIMITS, Finding
-from align.files import read_logged
+from align.run.doctor import closing_lines, diagnose
+from align.run.doctor_rules import FEWEST, LIMITS, Finding
 from tools.trust import Trust
 
 ROOT = Path(__file__).parents[1]
@@ -245,7 +245,7 @@ def test_a_short_run_is_not_said_to_be_well_and_unjudged_at_once() -> None:
 @pytest.fixture
 def logged_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., Path]:
     """A run folder into which those rows were logged one by one, as a stage does."""
-    from align.run_folder import Run
+    from align.run.folder import Run
 
     def log(stage: str, found: list[dict[str, Any]]) -> Path:
         run = Run(stage, str(tmp_path / "run"), config_yaml="model: m", seed=0)

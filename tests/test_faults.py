@@ -25,11 +25,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from align.cli import main
+from align.config.options import GenerationOptions
 from align.models import load_policy
-from align.options import GenerationOptions
 from align.rollout.sampler import sample
-from align.run_folder import Run
-from align.stages import ppo_update, sft
+from align.run.folder import Run
+from align.stages import sft
+from align.stages.ppo import update as ppo_update
 from align.training.saver import Saver
 from align.types import NonFiniteError
 from tools.trust import Trust

@@ -16,9 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from align.cli import main
-from align.console import LONGEST_ERROR, bounded
-from align.files import (
+from align.base.console import LONGEST_ERROR, bounded
+from align.base.files import (
     read_json,
     read_logged,
     read_metrics,
@@ -28,7 +27,8 @@ from align.files import (
     write_whole,
     writing,
 )
-from align.folders import whole_folder
+from align.base.folders import whole_folder
+from align.cli import main
 from align.types import AlignError
 
 
@@ -296,8 +296,8 @@ def test_a_terminal_that_is_gone_does_not_end_a_run() -> None:
     """EIO is what a terminal gives that was closed."""
     code = """
 import os, pty, sys
-from align.console import say
-from align.progress import warn
+from align.base.console import say
+from align.base.progress import warn
 parent, child = pty.openpty()
 os.dup2(child, 1); os.dup2(child, 2); os.close(child); os.close(parent)
 say("a"); warn("b")
@@ -323,17 +323,17 @@ def test_a_report_is_not_half_written(tmp_path: Path, capsys: pytest.CaptureFixt
 PACKAGE = Path(__file__).parents[1] / "align"
 ELSEWHERE = {
     # inside a folder that is renamed into its place as a whole
-    "checksums.py": {"write_text"},
+    "base/checksums.py": {"write_text"},
     "training/checkpoint.py": {"write_text"},
     "models/policy.py": {"write_text"},
     "models/lora.py": {"write_text"},
-    "data/token_cache.py": {"write_text"},
+    "data/tokens/cache.py": {"write_text"},
     # a stream of a number, and a temporary folder
     "rewards/guard.py": {"open"},
-    "rollout/vllm_engine.py": {"open"},
+    "rollout/vllm.py": {"open"},
     # the helper itself, and rows at the end of a file
-    "files.py": {"open"},
-    "growing.py": {"open"},
+    "base/files.py": {"open"},
+    "base/growing.py": {"open"},
 }
 
 

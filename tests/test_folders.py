@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from align import files, folders
-from align.folders import whole_folder
+from align.base import files, folders
+from align.base.folders import whole_folder
 from align.models import gguf
 from align.types import AlignError
 

@@ -9,7 +9,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
-from align import hub
+from align.base import hub
 from align.models import load_tokenizer
 from align.models.locate import in_the_cache, require_found
 from align.types import AlignError

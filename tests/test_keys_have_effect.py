@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from align import config
 from align.cli import STAGES
-from align.recipe_builder import dotted_keys
-from align.recipe_effects import RULES
-from align.recipes_io import load_recipe, shipped_recipes, stage_of
+from align.config import keys as config
+from align.config.build import dotted_keys
+from align.config.effects import RULES
+from align.config.load import load_recipe, shipped_recipes, stage_of
 from align.types import AlignError
 
 CLASSES: dict[str, type] = {name: getattr(config, kind) for name, (kind, _, _) in STAGES.items()}

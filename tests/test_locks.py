@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from align import locks
-from align.run_files import close, status_of, write_manifest
-from align.run_folder import Run
+from align.base import locks
+from align.run.files import close, status_of, write_manifest
+from align.run.folder import Run
 from align.types import AlignError
 
 HOLD = """

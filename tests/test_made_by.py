@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from align.base.how_to_make import RESULTS, SHIPPED, SUITES, TARGETS, made_by
 from align.cli import main
-from align.made_by import RESULTS, SHIPPED, SUITES, TARGETS, made_by
-from align.recipes_io import shipped_recipes
+from align.config.load import shipped_recipes
 
 CLONE = Path(__file__).parents[1]
 

@@ -9,8 +9,8 @@ import yaml
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
-from align.config import RewardRecipe, SFTRecipe
-from align.model_card import model_card
+from align.config.keys import RewardRecipe, SFTRecipe
+from align.run.card import model_card
 from align.stages import reward_model, sft
 
 

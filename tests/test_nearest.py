@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from align.nearest import did_you_mean, nearest, nearest_path
+from align.base.suggest import did_you_mean, nearest, nearest_path
 
 
 def test_the_likeliest_name_or_none() -> None:

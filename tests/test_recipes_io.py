@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from align import config, recipes_io
-from align.config import (
+from align.config import keys as config
+from align.config import load as recipes_io
+from align.config.keys import (
     DPORecipe,
     EvalRecipe,
     GenerateRecipe,
@@ -19,8 +20,8 @@ from align.config import (
     PPORecipe,
     SFTRecipe,
 )
-from align.recipe_ranges import RANGES
-from align.recipes_io import find_recipe, first_comment, load_recipe, to_yaml
+from align.config.load import find_recipe, first_comment, load_recipe, to_yaml
+from align.config.ranges import RANGES
 from align.types import AlignError, DataSource, RewardTerm
 
 BASE = "model: m\noutput_dir: o\n"

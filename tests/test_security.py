@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from align.cli import QUIET, main
-from align.data.template import render
+from align.data.tokens.template import render
 from align.models import load_policy, load_scalar_model, load_tokenizer
 from align.types import AlignError
 from tools.trust import Trust
@@ -66,7 +66,7 @@ def test_modules_are_imported_by_name_for_commands_and_named_rewards_only() -> N
         if "import_module(" in path.read_text(encoding="utf-8")
     }
     # the command's own stages, from a table in the code
-    assert importing == {"cli.py", "sweep.py", "rewards/function.py"}
+    assert importing == {"cli.py", "commands/sweep.py", "rewards/function.py"}
     naming = {
         str(path.relative_to(PACKAGE))
         for path in PACKAGE.rglob("*.py")

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from align import cli
+from align.commands.sweep import grid
 from align.stages import dpo
-from align.sweep import grid
 from align.types import AlignError
 
 

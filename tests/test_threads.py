@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from align import threads
-from align.threads import Load, busy_processors, choose_wait_policy, read_load
+from align.base import threads
+from align.base.threads import Load, busy_processors, choose_wait_policy, read_load
 
 
 def test_own_work_is_not_somebody_elses() -> None:
@@ -61,7 +61,7 @@ def test_a_busy_process_is_seen() -> None:
 
 def test_the_choice_comes_before_torch() -> None:
     code = (
-        "import sys, align.threads as t\n"
+        "import sys, align.base.threads as t\n"
         "t.choose_wait_policy = lambda *_: sys.exit(9 if 'torch' in sys.modules else 7)\n"
         "from align.cli import main\n"
         "main(['sft', 'tiny/sft'])\n"

@@ -2,7 +2,7 @@
 
     python tools/make_recipe_docs.py
 
-Meanings are the comments above the fields in align/config.py and align/options.py (or the
+Meanings are the comments above the fields in align/config/keys.py and options.py (or the
 `Attributes` of a docstring in align/types.py). A test fails when the page is out of date.
 """
 
@@ -19,10 +19,10 @@ from typing import Any, get_args, get_type_hints
 PAGE = Path(__file__).parents[1] / "docs" / "recipe-keys.md"
 sys.path.insert(0, str(PAGE.parents[1]))
 
-from align import config  # noqa: E402
 from align.cli import STAGES  # noqa: E402
-from align.config import CommonRecipe  # noqa: E402
-from align.recipe_ranges import RANGES  # noqa: E402
+from align.config import keys as config  # noqa: E402
+from align.config.keys import CommonRecipe  # noqa: E402
+from align.config.ranges import RANGES  # noqa: E402
 from align.types import DataSource, RewardTerm  # noqa: E402
 
 HEAD = """\

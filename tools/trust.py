@@ -14,7 +14,7 @@ import json
 import os
 from pathlib import Path
 
-from align.locks import waiting_for
+from align.base.locks import waiting_for
 
 FOLDER = Path(__file__).parents[1] / "docs" / "trust"
 

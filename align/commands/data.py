@@ -9,14 +9,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from align.base.console import say
+from align.base.files import require_writable
 from align.commands import rank, trace
 from align.commands.files import write_rows
-from align.console import say
-from align.files import require_writable
 from align.types import AlignError, DataSource
 
 if TYPE_CHECKING:
-    from align.data.inspection import Inspection
+    from align.data.inspect.check import Inspection
 
 EPILOG = """\
   align data check pairs.jsonl --model runs/tiny/sft/model --test held_out.jsonl
@@ -80,8 +80,8 @@ def sources(files: Sequence[str], columns: Sequence[str]) -> tuple[DataSource, .
 
 
 def run_check(args: argparse.Namespace) -> int:
-    from align.data.columns import is_judgement
-    from align.data.inspection import first_row, inspect
+    from align.data.formats.columns import is_judgement
+    from align.data.inspect.check import first_row, inspect
     from align.feedback.checking import inspect_judgements
 
     tokenizer = None
@@ -115,9 +115,9 @@ def _report(found: Inspection, args: argparse.Namespace) -> int:
 
 
 def run_convert(args: argparse.Namespace) -> None:
-    from align.data.convert import convert
-    from align.data.inspection import kind_of_sources
-    from align.data.preferences import load_examples
+    from align.data.inspect.check import kind_of_sources
+    from align.data.inspect.convert import convert
+    from align.data.loader import load_examples
 
     output = Path(args.output)
     if output.suffix != ".jsonl":

@@ -5,11 +5,11 @@ from __future__ import annotations
 from rich.console import Console
 from rich.text import Text
 
-from align.console import printable
-from align.data.findings import Finding
-from align.data.inspection import Inspection
-from align.data.token_findings import Shown
-from align.data.unread import not_read
+from align.base.console import printable
+from align.data.formats.unread import not_read
+from align.data.inspect.check import Inspection
+from align.data.inspect.findings import Finding
+from align.data.tokens.findings import Shown
 
 COLOURS = {"error": "bold red", "warning": "yellow", "note": "cyan"}
 TRAINED, SEEN = "black on green", "dim"

@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from align.console import say
-from align.nearest import did_you_mean
+from align.base.console import say
+from align.base.suggest import did_you_mean
 from align.types import AlignError
 
 SHOWN = 6
@@ -24,10 +24,10 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from align.doctor import closing_lines, diagnose
-    from align.doctor_rules import RULES
-    from align.files import read_metrics, reading
-    from align.run_files import read_manifest, status_of
+    from align.base.files import read_metrics, reading
+    from align.run.doctor import closing_lines, diagnose
+    from align.run.doctor_rules import RULES
+    from align.run.files import read_manifest, status_of
 
     folder = Path(args.folder)
     _require_run(folder)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from align.files import write_whole
+from align.base.files import write_whole
 
 
 def write_rows(path: Path, rows: Sequence[object]) -> None:

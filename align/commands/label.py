@@ -10,10 +10,10 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
+from align.base.console import say
+from align.base.files import require_writable
+from align.base.progress import warn
 from align.commands.files import write_rows
-from align.console import say
-from align.files import require_writable
-from align.progress import warn
 from align.types import AlignError, DataSource
 
 HOST = "127.0.0.1"
@@ -74,9 +74,9 @@ def run(args: argparse.Namespace) -> None:
 
 def read_responses(file: str) -> Iterator[tuple[Any, str, str | None]]:
     """(prompt, text, model) of every response of a file."""
-    from align.data.fields import Fields
-    from align.data.formats import BadRow, Row, read_source
-    from align.data.unread import unread_columns
+    from align.data.formats.fields import Fields
+    from align.data.formats.rows import BadRow, Row, read_source
+    from align.data.formats.unread import unread_columns
 
     for row in read_source(DataSource(path=file)):
         try:

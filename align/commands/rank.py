@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from align.base.console import say
+from align.base.files import require_writable
+from align.base.progress import table
 from align.commands.files import write_rows
-from align.console import say
-from align.files import require_writable
-from align.progress import table
 from align.types import AlignError
 
 

@@ -7,10 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from align.console import say
-from align.files import load_text, read_logged, reading
-from align.progress import warn
-from align.run_files import MANIFEST, NONFINITE, read_manifest
+from align.base.console import say
+from align.base.files import load_text, read_logged, reading
+from align.base.progress import warn
+from align.run.files import MANIFEST, NONFINITE, read_manifest
 from align.types import AlignError
 
 

@@ -12,12 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from align.data.bad_rows import BadRows, no_row
-from align.data.columns import Example, read_row
-from align.data.fields import Kind
-from align.data.formats import BadRow, Row
-from align.data.preferences import OnBadRow
-from align.data.rankings import Rated
+from align.data.formats.columns import Example, read_row
+from align.data.formats.fields import Kind
+from align.data.formats.rankings import Rated
+from align.data.formats.rows import BadRow, Row
+from align.data.loader import OnBadRow
+from align.data.readers.bad_rows import BadRows, no_row
 from align.types import AlignError, DataSource
 
 PATIENCE = 1000

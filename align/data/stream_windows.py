@@ -12,14 +12,14 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from align.data.chat import LossOn, encode_some
-from align.data.columns import Example
-from align.data.fields import Kind, check_names
-from align.data.formats import BadRow, Row
-from align.data.preferences import OnBadRow, is_held_out
-from align.data.source_rows import PassRows, Place
+from align.data.formats.columns import Example
+from align.data.formats.fields import Kind, check_names
+from align.data.formats.rows import BadRow, Row
+from align.data.loader import OnBadRow, is_held_out
+from align.data.readers.source_rows import PassRows, Place
 from align.data.stream_counts import Counts, SourceCounts, examples_of, require_some
-from align.data.template import Tokenizer
+from align.data.tokens.chat import LossOn, encode_some
+from align.data.tokens.template import Tokenizer
 from align.types import AlignError, DataSource, TokenGroup
 
 Mark: TypeAlias = Mapping[str, Any]

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from align.data.lengths import longer_wins
+from align.base.intervals import share_ci95
+from align.data.tokens.lengths import longer_wins
 from align.evaluation.compare import compare_values
-from align.evaluation.intervals import share_ci95
 
 NUM_BINS = 10
 

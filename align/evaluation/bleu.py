@@ -13,7 +13,7 @@ import numpy as np
 from sacrebleu.metrics import BLEU, CHRF, TER
 from sacrebleu.metrics.base import Metric
 
-from align.evaluation.intervals import DEFAULT_SEED, Interval, bootstrap_rows, percentiles
+from align.base.intervals import DEFAULT_SEED, Interval, bootstrap_rows, percentiles
 from align.types import AlignError
 
 

@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from align.checksums import load_tensors, save_tensors
-from align.files import AGAIN, BROKEN, reason, writing
+from align.base.checksums import load_tensors, save_tensors
+from align.base.files import AGAIN, BROKEN, reason, writing
+from align.base.progress import warn
+from align.config.options import GenerationOptions
 from align.models import Policy
 from align.models.load import fingerprint
-from align.options import GenerationOptions
-from align.progress import warn
 from align.types import Rollout
 
 TENSORS = ("input_ids", "response_mask", "logprobs", "finished")

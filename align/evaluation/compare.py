@@ -25,8 +25,7 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
-from align.evaluation.bleu import CORPUS_METRICS, corpus_scorer, corpus_statistics
-from align.evaluation.intervals import (
+from align.base.intervals import (
     DEFAULT_SEED,
     Interval,
     are_shares,
@@ -36,6 +35,7 @@ from align.evaluation.intervals import (
     share_ci95,
     student_ci95,
 )
+from align.evaluation.bleu import CORPUS_METRICS, corpus_scorer, corpus_statistics
 from align.evaluation.seeds import SeedError, seed_error
 from align.evaluation.verdict import prompts_needed, verdict
 

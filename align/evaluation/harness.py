@@ -18,21 +18,21 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
-from align.config import EvalRecipe
+from align.base.files import write_whole
+from align.base.progress import Progress, say
+from align.config.keys import EvalRecipe
+from align.config.load import to_yaml
 from align.data.held_out import notes_of
-from align.data.preferences import load_examples, split_by_prompt, with_columns
+from align.data.loader import load_examples, split_by_prompt, with_columns
 from align.data.subset import pick
 from align.evaluation.agreement import best_of_n, best_of_n_kl
 from align.evaluation.bleu import CORPUS_METRICS
 from align.evaluation.measure import Measurer, System, own_metric
 from align.evaluation.outputs import Answerer, Outputs, Reference, ReferenceFit, read_outputs
-from align.evaluation.reward_model import agreement_with, evaluate_reward
+from align.evaluation.reward import agreement_with, evaluate_reward
 from align.evaluation.systems import Judge, comparisons, judge_of, pooled, win_rates
 from align.evaluation.table import closing_table, reward_table, significance
-from align.files import write_whole
-from align.model_checks import check_models
-from align.progress import Progress, say
-from align.recipes_io import to_yaml
+from align.models.checks import check_models
 from align.rewards import (
     FunctionReward,
     build_reward,
@@ -44,7 +44,7 @@ from align.rewards import (
 )
 from align.rewards.model import reward_model_loader
 from align.rollout.engine import require_engine
-from align.run_folder import Run
+from align.run.folder import Run
 from align.types import AlignError, PreferencePair, PromptExample, RewardSource, RewardTerm
 
 COPY = "copy the input"

@@ -11,18 +11,18 @@ from typing import Any
 import evaluate
 import numpy as np
 
-from align.config import EvalRecipe
-from align.evaluation.bleu import CORPUS_METRICS, corpus_ci95, corpus_score, corpus_statistics
-from align.evaluation.intervals import (
+from align.base.intervals import (
     mean_ci95,
     percentiles,
     proportion_ci95,
     share_ci95,
 )
+from align.base.progress import say
+from align.config.keys import EvalRecipe
+from align.evaluation.bleu import CORPUS_METRICS, corpus_ci95, corpus_score, corpus_statistics
 from align.evaluation.outputs import Outputs, ReferenceFit, mean
 from align.evaluation.scripts import tokenizer_hint
 from align.evaluation.text import distinct_n, distinct_n_ci95, exact_matches, repetition
-from align.progress import say
 from align.rewards import load_function, require_arguments, score_responses
 from align.rewards.guard import guarded
 from align.rewards.metric import MetricReward

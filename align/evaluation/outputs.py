@@ -13,18 +13,18 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from align.checksums import check_sums
-from align.config import EvalRecipe
-from align.data.chat import encode_answers, encode_prompt, end_token_ids
-from align.data.packing import pack
+from align.base.checksums import check_sums
+from align.base.files import BROKEN, Unreadable, load_text, load_yaml, parse_object, reading, reason
+from align.base.progress import warn
+from align.base.suggest import did_you_mean
+from align.config.keys import EvalRecipe
+from align.config.options import GenerationOptions, LoraOptions
+from align.data.tokens.chat import encode_answers, encode_prompt, end_token_ids
+from align.data.tokens.packing import pack
 from align.evaluation.cache import cached_rollout
-from align.files import BROKEN, Unreadable, load_text, load_yaml, parse_object, reading, reason
 from align.models import Policy, load_policy, load_tokenizer
 from align.models.lora import merged
 from align.models.policy import batch_sequences
-from align.nearest import did_you_mean
-from align.options import GenerationOptions, LoraOptions
-from align.progress import warn
 from align.rollout.engine import sample
 from align.rollout.experience import decode_rollout, over_rollout, rollout_groups
 from align.types import AlignError, PromptExample, Rollout

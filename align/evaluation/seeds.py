@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from align.evaluation.intervals import Interval, student_t_p, student_t_quantile
+from align.base.intervals import Interval, student_t_p, student_t_quantile
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from align.base.intervals import student_ci95
 from align.evaluation.compare import Comparison, compare_statistics, compare_values
-from align.evaluation.intervals import student_ci95
 from align.evaluation.measure import System
 from align.evaluation.wins import length_controlled_difference, shares_won, win_rate
 from align.rewards.function import FunctionReward, checked_scores

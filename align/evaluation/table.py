@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from align.base.progress import table
 from align.evaluation.columns import columns
 from align.evaluation.verdict import ALPHA, p_in_words
-from align.progress import table
 
 
 def closing_table(results: dict[str, Any]) -> list[list[str]]:

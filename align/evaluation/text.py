@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from align.evaluation.intervals import student_t_quantile
+from align.base.intervals import student_t_quantile
 from align.evaluation.scripts import words as script_words
 
 Words = Callable[[str], Sequence[str]]

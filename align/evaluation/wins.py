@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import optimize, special
 
+from align.base.intervals import Interval, share_ci95, student_t_quantile
 from align.evaluation.compare import compare_values
-from align.evaluation.intervals import Interval, share_ci95, student_t_quantile
 from align.evaluation.seeds import seed_error_of_pairs
 
 RIDGE = 1e-2

@@ -8,7 +8,7 @@ from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 
-from align.evaluation.intervals import Interval, share_ci95
+from align.base.intervals import Interval, share_ci95
 from align.feedback.ranking import Comparison, bradley_terry
 
 PRIOR = 0.1

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
-from align.data.columns import RANK
-from align.data.findings import PLACES, Finding
-from align.data.formats import BadRow
-from align.data.inspection import Inspection, first_row
+from align.data.formats.columns import RANK
+from align.data.formats.rows import BadRow
+from align.data.inspect.check import Inspection, first_row
+from align.data.inspect.findings import PLACES, Finding
 from align.feedback.outcomes import judgements_of
 from align.types import DataSource, SourceReport
 

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-from align.data.comparisons import JUDGEMENT, comparison_of, verdict_of
-from align.data.fields import Fields
-from align.data.formats import BadRow, Row, read_source
-from align.data.unread import unread_columns
+from align.data.formats.comparisons import JUDGEMENT, comparison_of, verdict_of
+from align.data.formats.fields import Fields
+from align.data.formats.rows import BadRow, Row, read_source
+from align.data.formats.unread import unread_columns
 from align.feedback.ranking import Comparison
 from align.types import AlignError, DataSource, Text
 

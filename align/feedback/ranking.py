@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from align.evaluation.intervals import percentiles
+from align.base.intervals import percentiles
 
 Floats = npt.NDArray[np.float64]
 Comparison = tuple[int, int, float]

@@ -16,11 +16,11 @@ from typing import Any, NoReturn
 
 from flask import Flask, Response, abort, jsonify, request
 
-from align.console import complain
+from align.base.console import complain
+from align.base.page_policy import content_security_policy
 from align.feedback.agreement import krippendorff_alpha
 from align.feedback.choosing import Chooser
 from align.feedback.store import SAID, Answer, Store
-from align.page_policy import content_security_policy
 
 PAGE = Path(__file__).with_name("page.html")
 LONGEST_NAME = 40

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import torch
 
+from align.config.options import LoraOptions
 from align.models.adapters import find_adapter
-from align.models.backends import settle_backend
+from align.models.attention.choose import settle_backend
 from align.models.kinds import require_kind
 from align.models.load import classifier_on, load_causal_lm, load_classifier, load_tokenizer
 from align.models.lora import add_lora, load_adapter, on_same_weights
 from align.models.policy import Policy, ScalarModel
 from align.models.precision import resolve_precision
-from align.options import LoraOptions
 from align.types import AlignError
 
 __all__ = [

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from align.files import read_json
+from align.base.files import read_json
 from align.models.guard import loading
 from align.types import AlignError
 
@@ -151,7 +151,7 @@ def _full_base(adapter: Adapter) -> str:
 
 def _folder(model: str, *, fetch: bool) -> Path | None:
     """The folder of an adapter: here, in the hub's cache, or fetched into it."""
-    from align.hub import require_on_the_hub
+    from align.base.hub import require_on_the_hub
     from align.models.locate import in_the_cache, looks_like_hub_id
 
     path = Path(model)

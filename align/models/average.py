@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from align.folders import whole_folder
+from align.base.folders import whole_folder
 from align.models.load import load_causal_lm, load_tokenizer
 
 

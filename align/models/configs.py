@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from align.files import read_json
+from align.base.files import read_json
+from align.base.progress import warn
 from align.models.guard import loading, reason_of
-from align.progress import warn
 from align.types import AlignError
 
 WEIGHTS_NAME = r"[\w-][\w.-]*\.safetensors(\.index\.json)?"

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from transformers.utils import logging
 
-from align.console import complain
-from align.folders import require_no_folder, whole_folder
+from align.base.console import complain
+from align.base.folders import require_no_folder, whole_folder
 from align.models.load import load_causal_lm, load_tokenizer
 from align.types import AlignError
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from traceback import walk_tb
 
-from align.files import load_json, load_text
+from align.base.files import load_json, load_text
 from align.types import AlignError
 
 REASON_LENGTH = 240
@@ -64,7 +64,7 @@ def _refuse_architecture(model: str, error: BaseException) -> None:
     no such model of this architecture."""
     from transformers import PreTrainedModel
 
-    from align.models.attention import BACKENDS, not_on_the_interface
+    from align.models.attention.packed import BACKENDS, not_on_the_interface
 
     if str(error).startswith("Unrecognized configuration class"):
         scalar = "SequenceClassification" in str(error)

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from align.models.adapters import Adapter, find_adapter, of_adapter
-from align.models.attention import BACKENDS
+from align.models.attention.packed import BACKENDS
 from align.models.configs import load_config, read_config, settle_generation
 from align.models.dropout import switch_off_dropout
 from align.models.guard import loading

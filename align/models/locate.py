@@ -7,12 +7,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-from align.files import read_json
-from align.hub import require_on_the_hub
-from align.made_by import made_by
+from align.base.files import read_json
+from align.base.how_to_make import made_by
+from align.base.hub import require_on_the_hub
+from align.base.suggest import did_you_mean
 from align.models.adapters import CONFIG, find_adapter
 from align.models.guard import loading
-from align.nearest import did_you_mean
 from align.types import AlignError
 
 INDEX = "model.safetensors.index.json"

@@ -21,10 +21,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from align.folders import whole_folder
+from align.base.folders import whole_folder
+from align.config.options import LoraOptions
 from align.models.adapters import WEIGHTS
 from align.models.guard import loading, reason_of
-from align.options import LoraOptions
 from align.types import AlignError
 
 LINEAR = (torch.nn.Linear, Conv1D)

@@ -6,9 +6,9 @@ import warnings
 from dataclasses import fields
 from typing import Any
 
+from align.base.progress import warn
 from align.models.adapters import CONFIG, WEIGHTS, Adapter
 from align.models.guard import loading, reason_of
-from align.progress import warn
 from align.types import AlignError
 
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from align.folders import whole_folder
+from align.base.folders import whole_folder
 from align.losses.logprobs import TokenStatistics, token_logprobs, token_statistics
-from align.models.attention import BACKENDS
+from align.models.attention.packed import BACKENDS
 from align.models.dropout import keep_pinned
 from align.models.load import weights_hash
 from align.models.lora import merged, save_adapter, unwrapped

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from align.models.attention import (
+from align.models.attention.masks import RECORDED, Record
+from align.models.attention.packed import (
     INSTEAD,
     UnpackableError,
     not_on_the_interface,
     own_attention,
 )
 from align.models.dropout import require_same_in_training
-from align.models.masks import RECORDED, Record
 from align.models.policy import Packed, Policy
 from align.models.precision import autocast
 from align.types import AlignError, Segment, TokenBatch

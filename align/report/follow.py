@@ -10,7 +10,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from align.console import printable
+from align.base.console import printable
 from align.report.runs import RunRecord, read_run
 
 BARS = "▁▂▃▄▅▆▇█"

@@ -18,19 +18,20 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from align import __version__, doctor
-from align.console import printable
-from align.doctor_rules import Finding
+from align import __version__
+from align.base.console import printable
+from align.base.files import BROKEN, reading, require_writable, write_whole
+from align.base.page_policy import content_security_policy
+from align.base.progress import duration
 from align.evaluation.columns import columns
 from align.evaluation.verdict import deciding_p
-from align.files import BROKEN, reading, require_writable, write_whole
-from align.page_policy import content_security_policy
-from align.progress import duration
 from align.report import figures
 from align.report.frontier import frontier_of
 from align.report.runs import NOT_OURS, RunRecord, find_runs, read_run
 from align.report.samples import of_training, side_by_side
 from align.report.verdicts import NAMES, verdicts
+from align.run import doctor
+from align.run.doctor_rules import Finding
 from align.types import AlignError
 
 # not drawn: they say when, not how well

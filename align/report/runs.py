@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from align.files import read_json, read_logged, read_metrics, read_yaml, reading
-from align.run_files import MANIFEST, read_manifest, status_of
+from align.base.files import read_json, read_logged, read_metrics, read_yaml, reading
+from align.run.files import MANIFEST, read_manifest, status_of
 from align.types import AlignError
 
 Row = dict[str, Any]

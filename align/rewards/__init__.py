@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from align.progress import say, warn
+from align.base.progress import say, warn
 from align.rewards.arguments import filled_defaults
 from align.rewards.function import (
     REWARD_ARGUMENTS,

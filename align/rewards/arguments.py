@@ -7,7 +7,7 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from align.nearest import nearest
+from align.base.suggest import nearest
 from align.types import AlignError
 
 # what other libraries and people call them, for the hint

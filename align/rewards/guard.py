@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from align.console import one_line
-from align.progress import warn
+from align.base.console import one_line
+from align.base.progress import warn
 from align.types import AlignError
 
 LONGEST_REASON = 300

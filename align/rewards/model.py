@@ -15,9 +15,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from align.data.chat import encode_answers
-from align.data.packing import longest_sequence, pack
-from align.files import BROKEN, load_json
+from align.base.files import BROKEN, load_json
+from align.data.tokens.chat import encode_answers
+from align.data.tokens.packing import longest_sequence, pack
 from align.models import load_scalar_model, load_tokenizer
 from align.models.policy import ScalarModel, batch_sequences, check_length
 from align.rewards.function import checked_scores

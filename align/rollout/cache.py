@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from align.models.attention import DecodeState
+from align.models.attention.packed import DecodeState
 
 
 class _RecordLayer(CacheLayerMixin):

@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from align.config.options import GenerationOptions
 from align.models.policy import Policy
-from align.options import GenerationOptions
-from align.rollout import sampler, vllm_engine
+from align.rollout import sampler
+from align.rollout import vllm as vllm_engine
 from align.types import Rollout
 
 ENGINES = {"align": sampler.sample, "vllm": vllm_engine.sample}

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from align.data.chat import decode_response
-from align.data.packing import counted_coordinates, pack
-from align.data.template import Tokenizer
+from align.data.tokens.chat import decode_response
+from align.data.tokens.packing import counted_coordinates, pack
+from align.data.tokens.template import Tokenizer
 from align.losses import gae, masked_whiten, shape_rewards
 from align.types import Experience, Rollout, TokenBatch, TokenGroup, TokenSequence
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from align.data.packing import collate, path
+from align.config.options import GenerationOptions
+from align.data.tokens.packing import collate, path
 from align.models.policy import Policy, check_length
 from align.models.precision import autocast_once
-from align.options import GenerationOptions
 from align.rollout.cache import SlotCache, recording_cache
 from align.types import NonFiniteError, Rollout, TokenGroup
 

@@ -12,17 +12,17 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from transformers import PreTrainedTokenizerBase
 
-from align.config import CommonRecipe
-from align.data.chat import end_token_ids
+from align.base.progress import say
+from align.config.keys import CommonRecipe
+from align.config.load import to_yaml
 from align.data.held_out import notes_of
-from align.model_checks import check_models, other_vocabulary
+from align.data.tokens.chat import end_token_ids
 from align.models import Policy, load_tokenizer
+from align.models.checks import check_models, other_vocabulary
 from align.models.locate import is_on_the_hub
 from align.models.offload import require_gpu
 from align.models.policy import Packed
-from align.progress import say
-from align.recipes_io import to_yaml
-from align.run_folder import Run
+from align.run.folder import Run
 from align.training.distributed import (
     check_sharding,
     is_sharded,

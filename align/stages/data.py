@@ -16,14 +16,17 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from align.config import DataConfig
-from align.data.formats import content_of
+from align.base.progress import Progress, say
+from align.config.keys import DataConfig
+from align.config.options import TrainOptions
+from align.data.formats.rows import content_of
+from align.data.formats.unread import not_read
 from align.data.held_out import ADVICE, num_shared, refuse_shared
+from align.data.loader import Example, held_out, load_examples, with_columns
 from align.data.order import EpochOrder, as_it_comes, epoch_order
-from align.data.preferences import Example, held_out, load_examples, with_columns
-from align.data.spool import Spool
+from align.data.readers.spool import Spool
 from align.data.subset import Subset, picked
-from align.data.token_cache import (
+from align.data.tokens.cache import (
     Damaged,
     ExampleFile,
     GroupFile,
@@ -34,10 +37,7 @@ from align.data.token_cache import (
     tokenizer_hash,
     write_entry,
 )
-from align.data.tokenise import Tally, batches_of
-from align.data.unread import not_read
-from align.options import TrainOptions
-from align.progress import Progress, say
+from align.data.tokens.tokenise import Tally, batches_of
 from align.stages.common import Session
 from align.stages.streaming import HeldOut, open_stream
 from align.types import AlignError, DataSource, PromptExample, SourceReport, TokenGroup

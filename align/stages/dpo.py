@@ -16,9 +16,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from align.config import DPOConfig, DPORecipe
-from align.data.packing import counted_coordinates
-from align.data.token_cache import GroupFile
+from align.base.progress import change
+from align.config.keys import DPOConfig, DPORecipe
+from align.data.tokens.cache import GroupFile
+from align.data.tokens.packing import counted_coordinates
 from align.losses.dpo import LOSSES_WITHOUT_REFERENCE, dpo_loss, sft_term, wpo_weights
 from align.losses.logprobs import TokenStatistics
 from align.models import Policy, load_policy
@@ -26,7 +27,6 @@ from align.models.load import weights_hash
 from align.models.lora import adapter_off
 from align.models.policy import batch_sequences
 from align.models.router import router_loss
-from align.progress import change
 from align.stages.common import (
     Session,
     introduce,
@@ -36,7 +36,7 @@ from align.stages.common import (
 )
 from align.stages.data import load_data
 from align.stages.dpo_options import check_options
-from align.stages.reference import ReferenceCache
+from align.stages.dpo_reference import ReferenceCache
 from align.stages.router import add_router_loss, use_router_loss
 from align.training.distributed import prepare, shard
 from align.training.loop import Measure, Measured, evaluate_groups, train

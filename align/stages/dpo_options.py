@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from align.config import DPOConfig, DPORecipe
+from align.config.keys import DPOConfig, DPORecipe
 from align.losses.dpo import LOSSES, LOSSES_WITHOUT_REFERENCE, dpo_loss
 from align.types import AlignError
 

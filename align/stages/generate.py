@@ -14,10 +14,10 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from align.config import GenerateRecipe, PairsConfig
+from align.base.progress import Progress, say
+from align.config.keys import GenerateRecipe, PairsConfig
 from align.feedback.pairs import choose_pairs
 from align.models import load_policy
-from align.progress import Progress, say
 from align.rewards import (
     build_reward,
     check_functions,

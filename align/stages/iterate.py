@@ -15,7 +15,9 @@ from typing import Any
 
 from accelerate import PartialState
 
-from align.config import (
+from align.base.files import load_json, read_logged, reading
+from align.base.progress import say, table
+from align.config.keys import (
     DataConfig,
     DPORecipe,
     EvalRecipe,
@@ -25,17 +27,16 @@ from align.config import (
     RewardRecipe,
     StopRules,
 )
+from align.config.load import load_recipe, to_yaml
 from align.evaluation import harness
-from align.files import load_json, read_logged, reading
 from align.losses.dpo import LOSSES_WITHOUT_REFERENCE
-from align.model_checks import has_adapter
 from align.models.average import average_models
-from align.progress import say, table
-from align.recipes_io import load_recipe, to_yaml
-from align.run_files import MANIFEST, read_manifest, supervise
-from align.run_folder import Run
-from align.stages import dpo, generate, ppo, reward_model
+from align.models.checks import has_adapter
+from align.run.files import MANIFEST, read_manifest, supervise
+from align.run.folder import Run
+from align.stages import dpo, generate, reward_model
 from align.stages.dpo_options import check_options
+from align.stages.ppo import run as ppo
 from align.types import AlignError, DataSource, RewardTerm
 
 SET_HERE = ("model", "output_dir", "seed", "resume", "overwrite")

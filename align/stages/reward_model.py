@@ -15,21 +15,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from align.config import RewardModelConfig, RewardRecipe
-from align.data.chat import decode_response
-from align.data.lengths import longer_wins
-from align.data.packing import pack, windows
+from align.base.files import write_whole
+from align.base.progress import change, say
+from align.config.keys import RewardModelConfig, RewardRecipe
 from align.data.stream import TokenStream, at_hand
 from align.data.subset import pick
-from align.files import write_whole
+from align.data.tokens.chat import decode_response
+from align.data.tokens.lengths import longer_wins
+from align.data.tokens.packing import pack, windows
 from align.losses import bradley_terry_loss
 from align.models import ScalarModel, load_scalar_model
-from align.models.backends import settle_backend
+from align.models.attention.choose import settle_backend
 from align.models.load import weights_hash
 from align.models.policy import batch_sequences
 from align.models.pooling import add_pooling_layer
 from align.models.router import router_loss
-from align.progress import change, say
 from align.stages.common import (
     Session,
     introduce,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from align.base.progress import say
 from align.models.policy import Packed
 from align.models.router import collect_router_logits, has_router
-from align.progress import say
 from align.stages.common import Session
 from align.training.loop import Measured
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from align.config import SFTRecipe
+from align.base.progress import change
+from align.config.keys import SFTRecipe
 from align.losses import nll_loss
 from align.models import load_policy
 from align.models.load import weights_hash
 from align.models.router import router_loss
-from align.progress import change
 from align.stages.common import (
     introduce,
     open_session,

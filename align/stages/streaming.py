@@ -10,18 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from align.config import DataConfig
-from align.data.fields import Kind
-from align.data.formats import find_files
-from align.data.preferences import with_columns
+from align.base.progress import say
+from align.config.keys import DataConfig
+from align.config.options import TrainOptions
+from align.data.formats.fields import Kind
+from align.data.formats.rows import find_files
+from align.data.formats.unread import not_read
+from align.data.loader import with_columns
 from align.data.stream import TokenStream
 from align.data.stream_counts import Counts
 from align.data.stream_windows import Window, WindowReader
 from align.data.subset import pick
-from align.data.unread import not_read
-from align.options import TrainOptions
-from align.progress import say
-from align.run_folder import Run
+from align.run.folder import Run
 from align.stages.common import Session
 from align.types import AlignError, DataSource, TokenGroup
 

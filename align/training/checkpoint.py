@@ -22,10 +22,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from align.checksums import SUMS, check_sums, load_tensors, save_tensors, summing
-from align.files import Unreadable, fsync, load_json, writing
-from align.folders import replace_folder
-from align.progress import warn
+from align.base.checksums import SUMS, check_sums, load_tensors, save_tensors, summing
+from align.base.files import Unreadable, fsync, load_json, writing
+from align.base.folders import replace_folder
+from align.base.progress import warn
 from align.training.distributed import laid_out_as, own_parameters, whole_tensors
 from align.types import AlignError
 

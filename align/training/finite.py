@@ -8,9 +8,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from align.progress import warn
-from align.run_files import NONFINITE
-from align.run_folder import Run
+from align.base.progress import warn
+from align.run.files import NONFINITE
+from align.run.folder import Run
 from align.types import AlignError, NonFiniteError
 
 IN_A_ROW = 10

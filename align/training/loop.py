@@ -19,13 +19,13 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
 
+from align.base.progress import Progress
+from align.config.options import OptimOptions, TrainOptions
 from align.data.order import EpochOrder, minibatches
-from align.data.packing import longest_of, pack, windows
 from align.data.stream import TokenStream, check_groups
+from align.data.tokens.packing import longest_of, pack, windows
 from align.models.policy import check_length
-from align.options import OptimOptions, TrainOptions
-from align.progress import Progress
-from align.run_folder import Run
+from align.run.folder import Run
 from align.training.distributed import (
     clip_gradients,
     in_step,

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from align.data.packing import pack
-from align.progress import say
+from align.base.progress import say
+from align.data.tokens.packing import pack
 from align.types import AlignError, TokenBatch, TokenGroup
 
 ADVICE = "data.max_tokens, or set gradient_checkpointing=true or lora.r=16"

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from align.options import OptimOptions
+from align.config.options import OptimOptions
 
 
 def make_optimizer(

@@ -18,9 +18,9 @@ from typing import Any, cast
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from align.files import free_in, in_words
-from align.progress import say, warn
-from align.run_folder import Run
+from align.base.files import free_in, in_words
+from align.base.progress import say, warn
+from align.run.folder import Run
 from align.training.checkpoint import (
     InHand,
     Trained,

@@ -58,7 +58,9 @@ def test_a_kernel_that_is_wrong_is_found(
         return loss, gradient * (factor if policy.attention == "flash" else 1.0)
 
     monkeypatch.setattr(gpu_cases, "_loss_and_gradient", off)
-    monkeypatch.setattr("align.models.backends.candidates", lambda *_, **__: ("flash", "segments"))
+    monkeypatch.setattr(
+        "align.models.attention.choose.candidates", lambda *_, **__: ("flash", "segments")
+    )
     from align.models import load_policy
 
     class Flash:

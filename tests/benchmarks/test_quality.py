@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from align.config import SFTRecipe
-from align.recipes_io import load_recipe
+from align.config.keys import SFTRecipe
+from align.config.load import load_recipe
 from benchmarks.quality import RECIPE, trl_settings
 
 

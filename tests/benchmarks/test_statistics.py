@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from align.base.intervals import mean_ci95
 from align.evaluation.compare import compare_statistics, compare_values
-from align.evaluation.intervals import mean_ci95
 from benchmarks.statistics import (
     Sampler,
     binary,

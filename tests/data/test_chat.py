@@ -7,8 +7,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from align.data import answers
-from align.data.chat import (
+from align.data.tokens import answers
+from align.data.tokens.chat import (
     decode_response,
     encode_completion,
     encode_examples,
@@ -17,7 +17,7 @@ from align.data.chat import (
     encode_sft,
     end_token_ids,
 )
-from align.data.packing import collate
+from align.data.tokens.packing import collate
 from align.types import AlignError, PreferencePair, PromptExample, SFTExample
 
 BOS, EOS, IM_START, IM_END, PAD = 0, 1, 2, 3, 4

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from align.data.columns import read_row
-from align.data.formats import BadRow, Row
-from align.data.preferences import load_examples
+from align.data.formats.columns import read_row
+from align.data.formats.rows import BadRow, Row
+from align.data.loader import load_examples
 from align.types import AlignError, DataSource, PromptExample, SFTExample
 
 

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from align.data.columns import read_row
-from align.data.convert import TARGETS, convert
-from align.data.formats import Row
+from align.data.formats.columns import read_row
+from align.data.formats.rows import Row
+from align.data.inspect.convert import TARGETS, convert
 from align.types import AlignError, PreferencePair, PromptExample, SFTExample
 
 words = st.text(st.characters(codec="utf-8", categories=["L", "N", "P"]), min_size=1, max_size=8)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from align.data.formats import BadRow, Row, read_file
-from align.data.preferences import load_examples
+from align.data.formats.rows import BadRow, Row, read_file
+from align.data.loader import load_examples
 from align.types import AlignError, DataSource, PreferencePair, SFTExample
 
 

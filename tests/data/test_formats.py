@@ -16,8 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from align.data import arrow_files, formats, json_files
-from align.data.formats import BadRow, Row, file_sha256, find_files, read_source
+from align.data.formats import rows as formats
+from align.data.formats.rows import BadRow, Row, file_sha256, find_files, read_source
+from align.data.readers import arrow_files, json_files
 from align.types import AlignError, DataSource
 
 ROWS = [{"prompt": "a", "completion": "b"}, {"prompt": "ç, \n", "completion": "d"}]
@@ -258,7 +259,7 @@ def test_a_hub_set_that_cannot_be_loaded_is_one_line(monkeypatch) -> None:
     def offline(*args: object, **kwargs: object) -> None:
         raise ConnectionError("no\nnetwork")
 
-    monkeypatch.setattr("align.data.formats.require_on_the_hub", lambda *_: None)
+    monkeypatch.setattr("align.data.formats.rows.require_on_the_hub", lambda *_: None)
     monkeypatch.setattr(datasets, "load_dataset", offline)
     with pytest.raises(AlignError, match=r"^org/name: no such file, and not loaded .*no network"):
         list(read_source(DataSource(path="org/name")))
@@ -271,7 +272,7 @@ def test_rows_of_a_hub_set_are_named_by_split(monkeypatch) -> None:
         asked.append((args, kwargs))
         return datasets.Dataset.from_list(ROWS)
 
-    monkeypatch.setattr("align.data.formats.require_on_the_hub", lambda *_: None)
+    monkeypatch.setattr("align.data.formats.rows.require_on_the_hub", lambda *_: None)
     monkeypatch.setattr(datasets, "load_dataset", load)
     rows = list(read_source(DataSource(path="org/set", name="en", split="train[:2]")))
     assert asked == [(("org/set", "en"), {"split": "train[:2]"})]
@@ -358,7 +359,7 @@ def test_a_hub_set_is_gone_through_and_never_a_list(monkeypatch: pytest.MonkeyPa
         def __iter__(self) -> Any:
             return (taken.append(n) or {"prompt": f"p{n}"} for n in range(10))
 
-    monkeypatch.setattr("align.data.formats.require_on_the_hub", lambda *_: None)
+    monkeypatch.setattr("align.data.formats.rows.require_on_the_hub", lambda *_: None)
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: Mapped())
     found = read_source(DataSource(path="org/name"))
     for number in range(3):

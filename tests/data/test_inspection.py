@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from align.cli import main
-from align.data.findings import PLACES
-from align.data.inspection import Inspection, inspect
-from align.data.oddities import oddities, script
-from align.data.token_findings import _pieces
+from align.data.inspect.check import Inspection, inspect
+from align.data.inspect.findings import PLACES
+from align.data.inspect.oddities import oddities, script
+from align.data.tokens.findings import _pieces
 from align.types import AlignError, DataSource
 
 SHIPPED = Path(__file__).parents[2] / "data" / "kjv_web"

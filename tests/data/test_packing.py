@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from align.data.packing import collate, counted_coordinates, pack, path
+from align.data.tokens.packing import collate, counted_coordinates, pack, path
 from align.types import Segment, TokenBatch, TokenGroup, TokenSequence
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from align.data import sandbox, watchdog
-from align.data.chat import encode_prompt
+from align.data.tokens import sandbox, watchdog
+from align.data.tokens.chat import encode_prompt
 from align.types import AlignError
 
 QUESTION = ({"role": "user", "content": "Who wept?"},)

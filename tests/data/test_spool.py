@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from align.data.preferences import held_out, load_examples, split_by_prompt
-from align.data.rankings import Rated
-from align.data.spool import Spool
+from align.data.formats.rankings import Rated
+from align.data.loader import held_out, load_examples, split_by_prompt
+from align.data.readers.spool import Spool
 from align.data.subset import Subset, pick, picked
 from align.types import DataSource, PreferencePair, PromptExample, SFTExample
 from tests.data.ragged import write_ragged

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from align.data.columns import Example
-from align.data.formats import BadRow, Row
+from align.data.formats.columns import Example
+from align.data.formats.rows import BadRow, Row
 from align.data.stream_counts import PATIENCE, Counts, SourceCounts, examples_of, require_some
 from align.types import AlignError, DataSource
 

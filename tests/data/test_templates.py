@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from align.data.chat import (
+from align.data.tokens.chat import (
     encode_answers,
     encode_completion,
     encode_examples,
@@ -17,8 +17,8 @@ from align.data.chat import (
     encode_prompt,
     encode_sft,
 )
-from align.data.template import end_token_ids
-from align.data.token_findings import of_tokens, show
+from align.data.tokens.findings import of_tokens, show
+from align.data.tokens.template import end_token_ids
 from align.types import AlignError, PreferencePair, SFTExample
 from tests.data.templates import CHATML, LLAMA2, PUBLISHED, QWEN3, R1, ZEPHYR
 

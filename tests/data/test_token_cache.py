@@ -19,10 +19,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from align.data import token_cache, tokenise
-from align.data.chat import encode_examples
-from align.data.packing import longest_of, longest_sequence
-from align.data.token_cache import (
+from align.data.tokens import cache as token_cache
+from align.data.tokens import tokenise
+from align.data.tokens.cache import (
     Damaged,
     ExampleFile,
     GroupFile,
@@ -31,7 +30,9 @@ from align.data.token_cache import (
     tokenizer_hash,
     write_entry,
 )
-from align.data.tokenise import Tally, batches_of
+from align.data.tokens.chat import encode_examples
+from align.data.tokens.packing import longest_of, longest_sequence
+from align.data.tokens.tokenise import Tally, batches_of
 from align.types import AlignError, PreferencePair, PromptExample, TokenGroup, TokenSequence
 
 IDS = st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=5)
@@ -234,7 +235,7 @@ def test_chunks_and_processes_change_nothing(
     processes: int, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny)
-    monkeypatch.setattr("align.data.tokenise.CHUNK", 10)
+    monkeypatch.setattr("align.data.tokens.tokenise.CHUNK", 10)
     rows = pairs(45, bad=(3, 20, 21, 22))
     want, owners, dropped = encode_examples(tokenizer, rows, max_tokens=40, on_bad_row="skip")
     tally = Tally()
@@ -258,7 +259,7 @@ def test_the_first_bad_row_stops_and_a_chunk_of_bad_rows_does_not(
     processes: int, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny)
-    monkeypatch.setattr("align.data.tokenise.CHUNK", 2)
+    monkeypatch.setattr("align.data.tokens.tokenise.CHUNK", 2)
 
     def run(bad: Sequence[int], **options: Any) -> Tally:
         tally = Tally()

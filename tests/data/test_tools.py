@@ -11,13 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from align.data.chat import encode_pair, encode_prompt, encode_sft
-from align.data.columns import Example, read_row
-from align.data.convert import convert
-from align.data.formats import BadRow, Row
-from align.data.preferences import load_examples
-from align.data.rankings import Rated
-from align.data.spool import Spool
+from align.data.formats.columns import Example, read_row
+from align.data.formats.rankings import Rated
+from align.data.formats.rows import BadRow, Row
+from align.data.inspect.convert import convert
+from align.data.loader import load_examples
+from align.data.readers.spool import Spool
+from align.data.tokens.chat import encode_pair, encode_prompt, encode_sft
 from align.types import AlignError, DataSource, SFTExample
 
 from .templates import CHATML, HERMES, MISTRAL_TOOLS

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from align.data.columns import read_row
-from align.data.formats import BadRow, Row
-from align.data.rankings import Rated
-from align.data.turns import is_written_turns
+from align.data.formats.columns import read_row
+from align.data.formats.rankings import Rated
+from align.data.formats.rows import BadRow, Row
+from align.data.formats.turns import is_written_turns
 
 USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 OTHER = {"role": "assistant", "content": "b"}

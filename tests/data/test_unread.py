@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 
 from align.cli import main
-from align.data.columns import read_row
-from align.data.formats import BadRow, Row
-from align.data.inspection import inspect
-from align.data.preferences import load_examples
-from align.data.rankings import Rated
-from align.data.spool import Spool
+from align.data.formats.columns import read_row
+from align.data.formats.rankings import Rated
+from align.data.formats.rows import BadRow, Row
+from align.data.formats.unread import MEANING
+from align.data.inspect.check import inspect
+from align.data.loader import load_examples
+from align.data.readers.spool import Spool
 from align.data.stream_counts import Counts, SourceCounts, examples_of
-from align.data.unread import MEANING
 from align.types import DataSource
 
 USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}

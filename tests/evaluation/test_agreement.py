@@ -6,10 +6,10 @@ import math
 import numpy as np
 import pytest
 
+from align.base.intervals import proportion_ci95
 from align.evaluation import agreement
 from align.evaluation.compare import compare_values
 from align.evaluation.frontier import turning_point
-from align.evaluation.intervals import proportion_ci95
 
 
 def test_accuracy_counts_a_tie_as_half() -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from align.config.checks import METRIC_NAMES
 from align.evaluation.bleu import CORPUS_METRICS
 from align.evaluation.columns import columns
 from align.evaluation.scripts import language_of, tokenizer_hint, words
 from align.evaluation.table import closing_table, significance
 from align.evaluation.text import distinct_n, repetition
-from align.recipe_checks import METRIC_NAMES
 from align.types import AlignError
 
 CHINESE = "我们今天去公园散步，看到了很多花。"

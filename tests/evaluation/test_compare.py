@@ -7,13 +7,13 @@ import pytest
 from sacrebleu.metrics import BLEU, CHRF
 from sacrebleu.significance import PairedTest
 
+from align.base.intervals import mean_ci95, student_t_p, student_t_quantile
 from align.evaluation.bleu import corpus_bleu, corpus_statistics, reference_streams
 from align.evaluation.compare import (
     compare_corpus,
     compare_statistics,
     compare_values,
 )
-from align.evaluation.intervals import mean_ci95, student_t_p, student_t_quantile
 
 METRICS = {"bleu": BLEU, "chrf": CHRF}
 

@@ -11,9 +11,9 @@ import sacrebleu
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from align.config import EvalRecipe, RewardRecipe, SFTRecipe
+from align.config.keys import EvalRecipe, RewardRecipe, SFTRecipe
+from align.config.load import load_recipe
 from align.evaluation import harness
-from align.recipes_io import load_recipe
 from align.stages import sft
 from align.types import AlignError
 

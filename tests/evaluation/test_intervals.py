@@ -3,13 +3,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from align.evaluation.bleu import corpus_ci95
-from align.evaluation.intervals import (
+from align.base.intervals import (
     mean_ci95,
     percentiles,
     proportion_ci95,
     share_ci95,
 )
+from align.evaluation.bleu import corpus_ci95
 
 
 @pytest.mark.parametrize(("wins", "losses"), [(3, 0), (0, 3), (8, 2), (1, 0), (399, 1)])

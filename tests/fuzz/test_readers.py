@@ -20,9 +20,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from align import config
-from align.data.preferences import load_examples
-from align.recipes_io import load_recipe, to_yaml
+from align.config import keys as config
+from align.config.load import load_recipe, to_yaml
+from align.data.loader import load_examples
 from align.types import AlignError, DataSource
 from tools.trust import Trust
 

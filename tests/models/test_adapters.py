@@ -20,10 +20,10 @@ from transformers import (
     AutoTokenizer,
 )
 
+from align.config.options import LoraOptions
 from align.models import load_policy, load_scalar_model, load_tokenizer
 from align.models.adapters import find_adapter
 from align.models.load import load_causal_lm, load_classifier
-from align.options import LoraOptions
 from align.types import AlignError
 
 CPU = torch.device("cpu")

@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from align.data.packing import collate, path
-from align.models import Policy, attention, load_policy, products, varlen
-from align.models.attention import DecodeState, segment_attention
+from align.data.tokens.packing import collate, path
+from align.models import Policy, load_policy
+from align.models.attention import cpu as products
+from align.models.attention import flash as varlen
+from align.models.attention import packed as attention
+from align.models.attention.packed import DecodeState, segment_attention
 from align.types import Segment, TokenBatch, TokenGroup, TokenSequence
 from tools.trust import Trust
 

@@ -11,8 +11,12 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from align.models import Policy, attention, backends, flex, load_policy, varlen
-from align.models.backends import candidates, prove, settle_backend
+from align.models import Policy, load_policy
+from align.models.attention import choose as backends
+from align.models.attention import flash as varlen
+from align.models.attention import flex
+from align.models.attention import packed as attention
+from align.models.attention.choose import candidates, prove, settle_backend
 from align.types import AlignError, Segment
 from tests.models.test_attention import one_after_another
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-from align.checking import check
-from align.config import DataConfig, SFTRecipe
+from align.commands.check import check
+from align.config.keys import DataConfig, SFTRecipe
+from align.config.options import LoraOptions
 from align.models.lora import add_lora
-from align.options import LoraOptions
 from align.types import AlignError, DataSource
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from align.data.packing import collate, pack
+from align.data.tokens.packing import collate, pack
 from align.models import Policy, ScalarModel, load_policy, load_scalar_model, load_tokenizer
 from align.models.policy import batch_sequences
 from align.models.precision import autocast_once

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from align.data.packing import collate
-from align.model_sizes import count_parameters
+from align.config.options import LoraOptions
+from align.data.tokens.packing import collate
 from align.models import Policy, load_policy, load_scalar_model, scalar_model_on
-from align.models.attention import WINDOW
+from align.models.attention.masks import window_of
+from align.models.attention.packed import WINDOW
 from align.models.dropout import PINNED, switch_off_dropout
-from align.models.masks import window_of
 from align.models.policy import check_length
-from align.options import LoraOptions
+from align.models.sizes import count_parameters
 from align.types import AlignError, TokenGroup, TokenSequence
 from tests.conftest import ARCHITECTURES
 

@@ -16,9 +16,9 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from align.checking import check
-from align.config import DPORecipe, RewardRecipe, SFTRecipe
-from align.data.packing import pack
+from align.commands.check import check
+from align.config.keys import DPORecipe, RewardRecipe, SFTRecipe
+from align.data.tokens.packing import pack
 from align.models import Policy, load_policy
 from align.models.router import collect_router_logits, router_loss
 from align.stages import dpo, reward_model, sft

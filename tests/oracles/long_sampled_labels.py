@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from align.config import DataConfig, DPOConfig
-from align.options import TrainOptions
+from align.config.keys import DataConfig, DPOConfig
+from align.config.options import TrainOptions
 from tests.oracles.language import BETA
 from tests.oracles.stages import (
     approach,

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from align.config import (
+from align.config.keys import (
     CriticConfig,
     DataConfig,
     DPOConfig,
@@ -23,8 +23,9 @@ from align.config import (
     RewardModelConfig,
     RewardRecipe,
 )
-from align.options import GenerationOptions, OptimOptions, TrainOptions
-from align.stages import dpo, ppo, reward_model
+from align.config.options import GenerationOptions, OptimOptions, TrainOptions
+from align.stages import dpo, reward_model
+from align.stages.ppo import run as ppo
 from align.training.checkpoint import checkpoints
 from align.types import DataSource, RewardTerm
 from tests.oracles.language import (

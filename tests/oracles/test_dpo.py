@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from align.config import DPOConfig
+from align.config.keys import DPOConfig
 from align.training import loop
 from tests.oracles.language import BETA, exact
 from tests.oracles.stages import (

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from align.stages import ppo_update
+from align.stages.ppo import update as ppo_update
 from tests.oracles.language import (
     PROMPTS,
     exact,

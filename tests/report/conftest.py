@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from align.run_files import claim
+from align.run.files import claim
 
 NASTY = "<script>alert('out')</script> & \"quoted\" {{ 7 * 7 }} \u2028 end"
 

@@ -190,7 +190,7 @@ def test_what_a_module_changes_when_it_is_imported_is_put_back(tmp_path, monkeyp
 def test_a_closed_terminal_is_opened_again(act: str, tmp_path: Path) -> None:
     script = textwrap.dedent(f"""
         import os, sys
-        from align.console import say
+        from align.base.console import say
         from align.rewards import FunctionReward
         def f(responses):
             {act}

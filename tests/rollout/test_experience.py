@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from align.data.packing import counted_coordinates
+from align.data.tokens.packing import counted_coordinates
 from align.rollout.experience import make_experience, over_rollout, rollout_groups
 from align.types import Experience, Rollout, TokenBatch
 

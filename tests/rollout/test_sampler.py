@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from align.data.packing import pack
+from align.config.options import GenerationOptions, LoraOptions
+from align.data.tokens.packing import pack
 from align.models import Policy, load_policy
-from align.models.attention import DecodeState
-from align.options import GenerationOptions, LoraOptions
+from align.models.attention.packed import DecodeState
 from align.rollout import sampler
 from align.rollout.cache import SlotCache
 from align.rollout.experience import over_rollout, rollout_groups

@@ -15,8 +15,8 @@ import pytest
 import torch
 import transformers
 
+from align.config.options import GenerationOptions, LoraOptions, VLLMOptions
 from align.models import Policy, load_policy
-from align.options import GenerationOptions, LoraOptions, VLLMOptions
 from align.rollout import sampler
 from align.rollout.engine import require_engine, sample
 from align.rollout.experience import over_rollout, rollout_groups

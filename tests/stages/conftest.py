@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
-from align.config import PPORecipe, RewardRecipe
-from align.stages import ppo, ppo_phases, reward_model
+from align.config.keys import PPORecipe, RewardRecipe
+from align.stages import reward_model
+from align.stages.ppo import rollouts as ppo_phases
+from align.stages.ppo import run as ppo
 from align.types import Experience
 
 Row = dict[str, Any]

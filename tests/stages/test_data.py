@@ -15,12 +15,15 @@ import datasets
 import pytest
 from transformers import AutoTokenizer
 
-import align.data.preferences as loader
-from align.config import PPORecipe, RewardRecipe, SFTRecipe
-from align.data import chat, fields, formats, spool, tokenise
-from align.data.chat import encode_examples
-from align.data.preferences import load_examples, split_by_prompt
+import align.data.loader as loader
+from align.config.keys import PPORecipe, RewardRecipe, SFTRecipe
+from align.data.formats import fields
+from align.data.formats import rows as formats
+from align.data.loader import load_examples, split_by_prompt
+from align.data.readers import spool
 from align.data.subset import pick
+from align.data.tokens import chat, tokenise
+from align.data.tokens.chat import encode_examples
 from align.stages import data
 from align.stages.common import open_session
 from align.stages.data import load_data
@@ -220,7 +223,7 @@ def test_a_hub_set_is_keyed_by_its_fingerprint(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     sets = [datasets.Dataset.from_list(rows) for rows in (preferences, preferences[:20])]
-    monkeypatch.setattr("align.data.formats.require_on_the_hub", lambda *_: None)
+    monkeypatch.setattr("align.data.formats.rows.require_on_the_hub", lambda *_: None)
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: sets[0])
     for _ in range(2):
         load("preference", "org/pairs")
@@ -284,7 +287,7 @@ def test_a_full_disk_is_a_matter_of_the_cache(
 
 
 @pytest.mark.parametrize(
-    "where", ["align.stages.data.load_examples", "align.data.tokenise.encode_some"]
+    "where", ["align.stages.data.load_examples", "align.data.tokens.tokenise.encode_some"]
 )
 def test_what_cannot_be_read_or_made_is_no_matter_of_the_cache(
     where: str, load: Callable[..., Any], pairs: Path, cache: Path, monkeypatch: pytest.MonkeyPatch

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from align.config import DPORecipe
+from align.config.keys import DPORecipe
 from align.losses.dpo import LOSSES
 from align.models.policy import Policy
 from align.stages import dpo

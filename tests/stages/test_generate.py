@@ -11,8 +11,8 @@ import pytest
 from sacrebleu import sentence_chrf
 from transformers import AutoTokenizer
 
-from align.config import GenerateRecipe, PairsConfig, RewardRecipe
-from align.data.preferences import load_examples
+from align.config.keys import GenerateRecipe, PairsConfig, RewardRecipe
+from align.data.loader import load_examples
 from align.stages import generate, reward_model
 from align.stages.generate import make_pairs
 from align.types import AlignError, DataSource

@@ -12,10 +12,11 @@ import pytest
 from safetensors.torch import load_file
 
 from align.cli import main
-from align.config import IterateRecipe, StopRules
+from align.config.keys import IterateRecipe, StopRules
 from align.models.average import average_models
-from align.stages import iterate, ppo_phases
+from align.stages import iterate
 from align.stages.iterate import stop_reason
+from align.stages.ppo import rollouts as ppo_phases
 from align.types import AlignError
 
 Iterate = Callable[..., Path]

@@ -28,15 +28,15 @@ def noisy(prompts, responses, references):
     return [r.count("o") + random.random() + np.random.rand() for r in responses]
 """
 
-PPO = "align.stages.ppo_phases:Phases."
+PPO = "align.stages.ppo.rollouts:Phases."
 CHECKPOINT = "align.training.checkpoint:"
 # phase -> (function, its call, before or after); three iterations, two epochs of two minibatches
 KILLS = {
     "after sampling": (PPO + "decode", 5, "before"),
     "after scoring": (PPO + "experience", 3, "before"),
-    "between minibatches": ("align.stages.ppo_update:Update._minibatch", 10, "before"),
-    "after the last minibatch": ("align.stages.ppo:sample_rows", 3, "before"),
-    "between its samples and its numbers": ("align.stages.ppo:adapt_kl_coef", 3, "before"),
+    "between minibatches": ("align.stages.ppo.update:Update._minibatch", 10, "before"),
+    "after the last minibatch": ("align.stages.ppo.run:sample_rows", 3, "before"),
+    "between its samples and its numbers": ("align.stages.ppo.run:adapt_kl_coef", 3, "before"),
     "in the middle of a save": (CHECKPOINT + "_save_tensors", 8, "before"),
     "before a save is renamed": (CHECKPOINT + "replace_folder", 3, "before"),
     "after its last evaluation": ("align.training.saver:Saver.take_best", 1, "before"),
@@ -46,9 +46,9 @@ SIGNALS = {
     "after sampling": (PPO + "sample", 2, "after", signal.SIGTERM),
     "after scoring": (PPO + "score", 3, "after", signal.SIGTERM),
     "between minibatches": (
-        "align.stages.ppo_update:Update._minibatch", 10, "before", signal.SIGINT
+        "align.stages.ppo.update:Update._minibatch", 10, "before", signal.SIGINT
     ),
-    "between iterations": ("align.stages.ppo:adapt_kl_coef", 2, "before", signal.SIGINT),
+    "between iterations": ("align.stages.ppo.run:adapt_kl_coef", 2, "before", signal.SIGINT),
 }  # fmt: skip
 
 
@@ -219,7 +219,7 @@ def test_the_other_stages_killed_in_a_save_are_the_whole_run(
 
 def test_nothing_to_save_before_the_first_step(ppo_recipe: str, tmp_path: Path) -> None:
     commands = Commands(tmp_path)
-    hit = ("align.stages.ppo:_PPO.evaluate", 1, "after", signal.SIGTERM)
+    hit = ("align.stages.ppo.run:_PPO.evaluate", 1, "after", signal.SIGTERM)
     run = commands.add("run", ["ppo", ppo_recipe], hit)
     commands.go([143])
     assert "interrupted before the first step; nothing was to save" in commands.told(0)

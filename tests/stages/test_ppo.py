@@ -17,11 +17,13 @@ from transformers import (
     AutoTokenizer,
 )
 
-from align.config import EvalRecipe, PPORecipe, RewardRecipe
+from align.config.keys import EvalRecipe, PPORecipe, RewardRecipe
 from align.evaluation import harness
 from align.models import Policy, load_policy, load_scalar_model, load_tokenizer
 from align.models.policy import ScalarModel
-from align.stages import ppo_phases, ppo_update, reward_model
+from align.stages import reward_model
+from align.stages.ppo import rollouts as ppo_phases
+from align.stages.ppo import update as ppo_update
 from align.types import AlignError, Experience, TokenGroup
 from tools.trust import Trust
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from align.stages import ppo
+from align.stages.ppo import run as ppo
 from align.types import Experience
 
 Row = dict[str, Any]

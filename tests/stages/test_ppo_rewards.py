@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from align.cli import main
-from align.stages import ppo
+from align.stages.ppo import run as ppo
 from align.types import AlignError
 
 RunPPO = Callable[..., Path]

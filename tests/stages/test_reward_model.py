@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from align.config import RewardRecipe
-from align.data.preferences import load_examples
-from align.evaluation.reward_model import evaluate_reward
+from align.config.keys import RewardRecipe
+from align.data.loader import load_examples
+from align.evaluation.reward import evaluate_reward
 from align.models import ScalarModel, load_scalar_model, load_tokenizer
 from align.rewards import FunctionReward
 from align.rewards.model import reward_model_loader

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from align.config import SFTRecipe
+from align.config.keys import SFTRecipe
 from align.stages import sft
 from align.training import checkpoint, loop
 from align.types import AlignError

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from align.checking import check
 from align.cli import main
-from align.config import DPORecipe, RewardRecipe, SFTRecipe
-from align.data.source_rows import SourceRows
+from align.commands.check import check
+from align.config.keys import DPORecipe, RewardRecipe, SFTRecipe
+from align.data.readers.source_rows import SourceRows
 from align.data.stream import RECENT, TokenStream
 from align.data.stream_windows import WindowReader
 from align.stages import dpo, reward_model, sft

@@ -13,15 +13,17 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from align.config import PPORecipe, RewardRecipe
-from align.data.packing import collate
+from align.config.keys import PPORecipe, RewardRecipe
+from align.config.options import LoraOptions
+from align.data.tokens.packing import collate
 from align.models import load_policy, load_scalar_model, scalar_model_on
 from align.models.load import weights_hash
-from align.options import LoraOptions
 from align.rewards.model import ModelReward
-from align.stages import ppo, reward_model, trunk
+from align.stages import reward_model
+from align.stages import shared_base as trunk
 from align.stages.common import open_session
-from align.stages.ppo_roles import Roles, load_roles
+from align.stages.ppo import run as ppo
+from align.stages.ppo.roles import Roles, load_roles
 from align.types import AlignError, TokenGroup, TokenSequence
 
 CPU = torch.device("cpu")

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from align import checksums, folders
-from align.checksums import load_tensors, save_tensors
+from align.base import checksums, folders
+from align.base.checksums import load_tensors, save_tensors
 from align.training import checkpoint as module
 from align.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from align.types import AlignError

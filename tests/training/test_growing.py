@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from align.growing import GrowingFiles
+from align.base.growing import GrowingFiles
 from align.types import AlignError
 
 NAMES = ("metrics.jsonl", "samples.jsonl")

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.llama import modeling_llama
 
-from align.config import SFTRecipe
-from align.options import TrainOptions
+from align.config.keys import SFTRecipe
+from align.config.options import TrainOptions
 from align.stages import sft
 from align.training import loop
 from align.training.loop import num_steps

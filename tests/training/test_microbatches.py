@@ -16,11 +16,12 @@ from safetensors.torch import load_file
 from torch.autograd.graph import saved_tensors_hooks
 
 from align import cli
-from align.config import DPORecipe, PPORecipe, RewardRecipe, SFTRecipe
+from align.config.keys import DPORecipe, PPORecipe, RewardRecipe, SFTRecipe
 from align.models import offload
 from align.models.offload import kept_on_cpu
 from align.models.policy import Packed
-from align.stages import dpo, ppo, reward_model, sft
+from align.stages import dpo, reward_model, sft
+from align.stages.ppo import run as ppo
 from align.training.microbatches import Microbatches, is_out_of_memory
 from align.types import AlignError, TokenBatch, TokenGroup, TokenSequence
 

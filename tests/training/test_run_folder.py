@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from align import locks, run_files
-from align.progress import change, duration
-from align.run_files import close, status_of
-from align.run_folder import Run
+from align.base import locks
+from align.base.progress import change, duration
+from align.run import files as run_files
+from align.run.files import close, status_of
+from align.run.folder import Run
 from align.types import AlignError, SourceReport
 
 ReadJsonl = Callable[[Path], list[dict[str, Any]]]

@@ -1,0 +1,164 @@
+"""``align sweep``: one recipe over several values of a key, then one table and one frontier.
+
+Each point is a run of its own in ``<output_dir>/<key>=<value>``. A point whose run is done is not
+run again and one that was interrupted goes on from its newest checkpoint, so a sweep that died is
+started again by the same command.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from align.base.locks import held
+from align.base.progress import say, table
+from align.config.load import load_recipe
+from align.run.files import MANIFEST, read_manifest
+from align.types import AlignError
+
+
+def sweep(
+    stage: str,
+    stages: Mapping[str, tuple[str, str, str]],
+    recipe: str,
+    overrides: Sequence[str],
+    *,
+    over: Sequence[str],
+    evaluate: str | None,
+) -> None:
+    """Run every point, then the evaluation over all of them.
+
+    Args:
+        stage: The command that is swept, such as ``dpo``.
+        stages: The command line's table: command -> recipe class, function, help.
+        recipe: A path or a shipped name.
+        overrides: ``key=value`` for every point.
+        over: ``key=a,b,c``; several keys make a grid.
+        evaluate: An evaluation's recipe, whose models stay beside the sweep's; None = none.
+    """
+    points = grid(over)
+    # every point is read before the first one runs: a mistake in the last would cost hours
+    base = _load(stage, stages, recipe, overrides)
+    root = Path(base.output_dir)
+    planned = []
+    for point in points:
+        folder = root / ",".join(point)
+        own = [*overrides, *point, f"output_dir={folder}"]
+        planned.append((folder, own))
+        _load(stage, stages, recipe, own)
+    swept = {folder.name: str(folder / "model") for folder, _ in planned}
+    evaluation = None
+    if evaluate is not None:
+        evaluation = _with_models(stages, evaluate, swept, root / "eval")
+    with held(root, "sweep"):  # two of them would run the same points
+        for number, (folder, own) in enumerate(planned, start=1):
+            say(f"sweep: {number} of {len(planned)}: {folder.name}")
+            _run_point(stage, stages, recipe, own, folder)
+            gc.collect()
+        say(table(_held_out([folder for folder, _ in planned]), title="\nsweep, held out"))
+        if evaluation is not None:
+            _function(stages, "eval")(evaluation)
+    say(f"sweep: done; `align report {root}` draws it")
+
+
+def grid(over: Sequence[str]) -> list[list[str]]:
+    """``["a=1,2", "b=3"]`` -> ``[["a=1", "b=3"], ["a=2", "b=3"]]``."""
+    axes = []
+    for text in over:
+        key, sign, values = text.partition("=")
+        listed = [value.strip() for value in values.split(",") if value.strip()]
+        if not sign or not key or not listed:
+            raise AlignError(f"--over {text!r}: wanted KEY=A,B,C, such as dpo.beta=0.05,0.1,0.3")
+        if len(set(listed)) < len(listed):
+            raise AlignError(f"--over {text!r}: names a value twice")
+        if "/" in text:
+            raise AlignError(f"--over {text!r}: a value names a folder here; it cannot hold a /")
+        axes.append([f"{key}={value}" for value in listed])
+    return [list(point) for point in product(*axes)]
+
+
+def _held_out(folders: Sequence[Path]) -> list[list[str]]:
+    """A row for each point, a column for each number that its run held out."""
+    found = {f.name: _manifest(f).get("held_out") or {} for f in folders}
+    keys = list(dict.fromkeys(key for numbers in found.values() for key in numbers))
+    rows = [[n, *(f"{v[k]:.4g}" if k in v else "" for k in keys)] for n, v in found.items()]
+    return [["point", *keys], *rows]
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    return read_manifest(folder, "restore it, or remove the folder to run this point again")
+
+
+def _run_point(
+    stage: str,
+    stages: Mapping[str, tuple[str, str, str]],
+    recipe: str,
+    overrides: Sequence[str],
+    folder: Path,
+) -> None:
+    planned = _load(stage, stages, recipe, overrides)
+    if not os.path.lexists(folder / MANIFEST):
+        _function(stages, stage)(planned)
+        return
+    manifest = _manifest(folder)
+    if manifest.get("status") == "done":
+        _check_same(manifest, planned, folder)
+        say(f"  done already: {folder}")
+        return
+    from align.training.checkpoint import checkpoints
+
+    how = "resume=auto" if checkpoints(folder / "checkpoints") else "overwrite=true"
+    _function(stages, stage)(_load(stage, stages, recipe, [*overrides, how]))
+
+
+def _check_same(manifest: Mapping[str, Any], planned: Any, folder: Path) -> None:
+    """A finished point of another recipe is no point of this sweep."""
+    from align.config.load import to_yaml
+    from align.run.identity import first_change, lasting, plain
+
+    change = first_change(manifest.get("recipe", {}), plain(lasting(to_yaml(planned))))
+    if change:
+        key, was, is_now = change
+        raise AlignError(
+            f"sweep: {folder} was run with {key}={was}, and the recipe now says {is_now}; "
+            "restore it, remove the folder, or name another output_dir"
+        )
+
+
+def _with_models(
+    stages: Mapping[str, tuple[str, str, str]], recipe: str, swept: dict[str, str], folder: Path
+) -> Any:
+    """The evaluation's recipe with the sweep's models behind its own."""
+    own = _load("eval", stages, recipe, [])
+    models = {**own.models, **swept}
+    # through JSON: names and folders may hold what YAML would read otherwise
+    named = json.dumps(models, ensure_ascii=False)
+    return _load(
+        "eval", stages, recipe, [f"models={named}", f"output_dir={folder}", "overwrite=true"]
+    )
+
+
+def _load(
+    command: str,
+    stages: Mapping[str, tuple[str, str, str]],
+    recipe: str,
+    overrides: Sequence[str],
+) -> Any:
+    from align.config import keys as config
+
+    classes = {name: getattr(config, kind) for name, (kind, _, _) in stages.items()}
+    return load_recipe(classes[command], recipe, overrides, others=classes)
+
+
+def _function(stages: Mapping[str, tuple[str, str, str]], command: str) -> Callable[[Any], None]:
+    from align.run.files import supervise
+
+    module, name = stages[command][1].split(":")
+    return partial(supervise, getattr(importlib.import_module(module), name))

@@ -1,0 +1,257 @@
+"""Keys that have no effect beside others: each with the reason, and refused unless at its default.
+
+A key that is accepted and does nothing is a run that is not what its recipe says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Any, TypeAlias, get_args, get_type_hints
+
+from align.config.build import KeyProblem
+from align.config.keys import (
+    CommonRecipe,
+    DataConfig,
+    EvalRecipe,
+    GenerateRecipe,
+    IterateRecipe,
+    PPORecipe,
+    RewardRecipe,
+    SFTRecipe,
+)
+
+Reason: TypeAlias = Callable[[Any], str]
+"""Why a key has no effect in a recipe; "" if it has."""
+
+
+def check_effects(recipe: Any, *, but: Collection[str] = ()) -> None:
+    """Raise a ``KeyProblem`` about the first key that is set and has no effect.
+
+    Args:
+        but: Keys and sections that the caller sets itself, whatever the recipe says.
+    """
+    for key, reason in rules_for(recipe):
+        if any(f"{key}.".startswith(f"{name}.") for name in but):
+            continue
+        why = reason(recipe)
+        if why and _value(recipe, key) != _default(type(recipe), key):
+            raise KeyProblem(key, why if ";" in why else f"{why}; remove it")
+
+
+def _value(recipe: Any, key: str) -> Any:
+    for name in key.split("."):
+        recipe = getattr(recipe, name, None)
+    return recipe
+
+
+def _default(cls: type, key: str) -> Any:
+    """What a key holds where a recipe leaves it out; None where its section is left out."""
+    name, _, rest = key.partition(".")
+    (field,) = (f for f in fields(cls) if f.name == name)
+    default = field.default if field.default_factory is MISSING else field.default_factory()
+    if not rest:
+        return default
+    if is_dataclass(default):
+        return _value(default, rest)
+    hint = get_type_hints(cls)[name]
+    section = next((part for part in (hint, *get_args(hint)) if is_dataclass(part)), None)
+    return _default(section, rest) if isinstance(section, type) else None
+
+
+def _if(test: Callable[[Any], Any], why: str) -> Reason:
+    return lambda recipe: why if test(recipe) else ""
+
+
+# ---------------------------------------------------------------- held-out rows, checkpoints
+
+
+def _holds_out(recipe: Any) -> bool:
+    return bool(recipe.data.test) or recipe.data.test_fraction > 0
+
+
+def _beside_test(data: Callable[[Any], DataConfig]) -> Reason:
+    # 0 says of the training data what a test says too
+    return _if(
+        lambda r: data(r).test and data(r).test_fraction,
+        "has no effect beside `test`, which is what is held out",
+    )
+
+
+NOTHING_HELD_OUT = "has nothing to measure (no data.test, and data.test_fraction is 0)"
+_no_held_out = _if(lambda r: not _holds_out(r), NOTHING_HELD_OUT)
+
+COMMON: dict[str, Reason] = {
+    "data.test_fraction": _beside_test(lambda r: r.data),
+    "data.max_test_rows": _if(
+        lambda r: not isinstance(r, GenerateRecipe) and not _holds_out(r), NOTHING_HELD_OUT
+    ),
+    "data.loss_on": _if(
+        lambda r: not isinstance(r, SFTRecipe),
+        "is for sft only: here every response token counts",
+    ),
+    "data.streaming_window": _if(
+        lambda r: not r.data.streaming, "has an effect with data.streaming=true only"
+    ),
+}
+
+
+def _saved_by(section: Callable[[Any], Any], prefix: str) -> dict[str, Reason]:
+    """Rules for the section that says what is written when."""
+    return {
+        f"{prefix}eval_every": _no_held_out,
+        f"{prefix}keep_best": lambda r: (
+            "has nothing to choose from; set save_every above 0 beside it"
+            if not section(r).save_every
+            else "has no held-out rows to measure; hold some out (data.test_fraction, data.test)"
+            if not _holds_out(r)
+            else ""
+        ),
+        f"{prefix}keep_checkpoints": _if(
+            lambda r: not section(r).save_every, f"has no effect with {prefix}save_every=0"
+        ),
+    }
+
+
+TRAINED: dict[str, Reason] = {
+    **_saved_by(lambda r: r.train, "train."),
+    "train.epochs": _if(
+        lambda r: r.train.max_steps is not None,
+        "has no effect beside train.max_steps, which says how long the run is",
+    ),
+}
+SCHEDULED: dict[str, Reason] = {
+    "optim.final_lr_fraction": _if(
+        lambda r: r.optim.schedule == "constant", "has no effect with schedule=constant"
+    ),
+}
+
+
+def _sampled(name: str) -> dict[str, Reason]:
+    """Rules for a section that says how responses are sampled."""
+
+    def greedy(recipe: Any) -> bool:
+        section = getattr(recipe, name, None)
+        return section is not None and section.temperature == 0
+
+    return {
+        f"{name}.top_p": _if(greedy, f"has no effect with {name}.temperature=0, which is greedy"),
+        f"{name}.samples_per_prompt": _if(
+            greedy,
+            f"gives one response again and again with {name}.temperature=0, which is greedy",
+        ),
+    }
+
+
+# ---------------------------------------------------------------- single stages
+
+
+def _one_update(recipe: PPORecipe) -> bool:
+    return recipe.ppo.epochs * recipe.ppo.num_minibatches == 1
+
+
+ONE_UPDATE = (
+    "has no effect with one step for each rollout (ppo.epochs x ppo.num_minibatches = 1): "
+    "the policy is still the one that sampled"
+)
+PPO: dict[str, Reason] = {
+    **_saved_by(lambda r: r, ""),
+    "ppo.clip_range": _if(_one_update, ONE_UPDATE),
+    # 0 switches it off, which is no wrong thing to say
+    "ppo.value_clip_range": _if(lambda r: _one_update(r) and r.ppo.value_clip_range, ONE_UPDATE),
+    "kl.target": _if(lambda r: not r.kl.adaptive, "has an effect with kl.adaptive=true only"),
+    "kl.horizon": _if(lambda r: not r.kl.adaptive, "has an effect with kl.adaptive=true only"),
+    "kl.charge": _if(lambda r: r.kl.coef == 0, "has no effect with kl.coef=0: nothing is charged"),
+}
+REWARD_MODEL: dict[str, Reason] = {
+    "reward_model.pooling_layer": _if(
+        lambda r: r.lora is not None,
+        "cannot be trained with lora, which trains adapters and the head alone",
+    ),
+}
+GENERATE: dict[str, Reason] = {
+    "data.test": lambda _: (
+        "has no effect in generate, which samples from every prompt of data.train"
+    ),
+    "data.test_fraction": lambda _: "has no effect in generate, which holds out nothing",
+    "data.max_test_rows": lambda _: "has no effect in generate, which holds out nothing",
+    "data.order": lambda _: "has no effect in generate, which goes through all prompts",
+    "gradient_checkpointing": lambda _: "has no effect without training",
+    "activation_offload": lambda _: "has no effect without training",
+    "trackers": lambda _: "has no effect in generate, which has no steps",
+    "pairs.threshold": _if(
+        lambda r: r.pairs and r.pairs.choose != "threshold",
+        "has an effect with pairs.choose=threshold only",
+    ),
+    "best_of_n": _if(
+        lambda r: r.generation.samples_per_prompt == 1 and not r.also,
+        "has one response to choose from; set generation.samples_per_prompt, or `also`",
+    ),
+}
+
+
+def _num_models(recipe: EvalRecipe) -> int:
+    return len(recipe.models) + bool(recipe.model)
+
+
+def _num_systems(recipe: EvalRecipe) -> int:
+    return _num_models(recipe) + bool(recipe.best_of_n)
+
+
+_no_judged = _if(
+    lambda r: not (r.preferences.train or r.preferences.test),
+    "has no effect without preferences.train or preferences.test",
+)
+_whole_prompts = (
+    "has no effect in eval, which takes every prompt whole (data.max_test_rows takes a part of the "
+    "prompts)"
+)
+NOT_IN_EVAL = ("max_tokens", "max_train_rows", "loss_on", "order", "streaming", "streaming_window")
+# preferences without a reward, and best_of_n without what it needs, are left out with a line of the
+# run: a shipped evaluation stays usable with reward=null
+EVAL: dict[str, Reason] = {
+    **{f"data.{key}": lambda _: _whole_prompts for key in (*NOT_IN_EVAL, "test_fraction")},
+    **{f"preferences.{key}": lambda _: "has no effect in eval" for key in NOT_IN_EVAL},
+    "preferences.train": _if(lambda r: r.preferences.test, "has no effect beside preferences.test"),
+    "preferences.test_fraction": lambda r: (
+        _beside_test(lambda r: r.preferences)(r) or _no_judged(r)
+    ),
+    **{f"preferences.{key}": _no_judged for key in ("columns", "on_bad_row", "max_test_rows")},
+    "judge": _if(lambda r: _num_systems(r) < 2, "compares two models, and there is one"),
+    "tie_margin": _if(
+        lambda r: _num_systems(r) < 2 or not (r.reward or r.gold_reward),
+        "has an effect where a reward compares two models",
+    ),
+}
+ITERATE: dict[str, Reason] = {
+    "reference_decay": _if(
+        lambda r: r.reference != "average", "has an effect with reference=average only"
+    ),
+    "reference": _if(lambda r: r.rounds == 1, "has no effect in the first round, and rounds is 1"),
+    "stop.patience": _if(
+        lambda r: r.stop.patience is not None and r.stop.patience >= r.rounds,
+        "has no effect: there are no more rounds than that",
+    ),
+}
+
+RULES: tuple[tuple[type, dict[str, Reason]], ...] = (
+    (CommonRecipe, COMMON),
+    (PPORecipe, PPO),
+    (RewardRecipe, REWARD_MODEL),
+    (GenerateRecipe, GENERATE),
+    (EvalRecipe, EVAL),
+    (IterateRecipe, ITERATE),
+)
+
+
+def rules_for(recipe: Any) -> Iterator[tuple[str, Reason]]:
+    """(key, reason) of every rule for a recipe."""
+    for kind, rules in RULES:
+        if isinstance(recipe, kind):
+            yield from rules.items()
+    for section, rules in (("train", TRAINED), ("optim", SCHEDULED)):
+        if hasattr(recipe, section):
+            yield from rules.items()
+    for name in ("generation", "sampling"):
+        if hasattr(recipe, name):
+            yield from _sampled(name).items()

@@ -1,0 +1,254 @@
+"""Recipes on disk: find one, read it, lay ``key=value`` overrides over it, write it back.
+
+A recipe is a path or a shipped name such as ``tiny/sft``. Relative paths inside a recipe are
+relative to the folder that the command runs in. OmegaConf parses; ``recipe_builder`` decides.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from align.base.suggest import nearest
+from align.config.build import KeyProblem, build
+from align.config.checks import check_whole
+from align.config.text import odd_number, refuse_functions
+from align.types import AlignError
+
+R = TypeVar("R")
+
+DATA = (".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".gz")
+"""Endings that no recipe has."""
+
+COMMAND_LINE = "command line"
+REPLACES = {"data.test": "data.test_fraction", "train.max_steps": "train.epochs"}
+"""Override -> the recipe's key that it stands in for: beside it that would have no effect."""
+
+# a date that is none, a number of thousands of digits and deep nesting raise Python's own
+UNREADABLE = (
+    OmegaConfBaseException, yaml.YAMLError, OSError, ValueError, TypeError, RecursionError
+)  # fmt: skip
+
+
+def load_recipe(
+    cls: type[R],
+    recipe: str,
+    overrides: Sequence[str] = (),
+    *,
+    others: Mapping[str, type] | None = None,
+    but: Collection[str] = (),
+) -> R:
+    """Read a recipe and its overrides into ``cls``; later overrides win.
+
+    An override replaces what the key held. ``data=FILE`` replaces the training data and drops the
+    recipe's own test data, so that ``data.test_fraction`` of FILE is held out instead;
+    ``data.train=FILE`` replaces the training data alone. `REPLACES` says what else is dropped.
+    ``others``, command -> recipe class, is for the hint when the recipe is for another command.
+    ``but`` are keys that the caller sets, so that they may be without effect in the recipe.
+
+    Raises:
+        AlignError: One line with the file, the key, what it got and what is allowed.
+    """
+    path = find_recipe(recipe)
+    tree = _normalised(_read_yaml(path))
+    theirs = (others or {}).get(path.stem)
+    if theirs is not None and theirs is not cls:
+        raise AlignError(f"{path}: is a recipe for `align {path.stem}` by its name; run that")
+    from_command_line: list[str] = []
+    for override in overrides:
+        from_command_line.append(_apply(tree, override))
+    try:
+        built = build(cls, _resolved(tree, path))
+        check_whole(built, but=but)
+    except KeyProblem as problem:
+        overridden = any(_covers(key, problem.key) for key in from_command_line)
+        where = COMMAND_LINE if overridden else path
+        meant = None if overridden else _meant_for(tree, cls, others or {})
+        if meant:
+            raise AlignError(f"{path}: is a recipe for `align {meant}`; run that") from problem
+        raise AlignError(f"{where}: {problem}") from problem
+    return built
+
+
+def to_yaml(recipe: Any) -> str:
+    """The recipe as YAML that ``load_recipe`` reads back into an equal object."""
+    return OmegaConf.to_yaml(OmegaConf.create(_escaped(asdict(recipe))))
+
+
+# ---------------------------------------------------------------- finding
+
+
+def recipes_root() -> Path:
+    """Where the shipped recipes lie: inside the package in a wheel, beside it in a checkout."""
+    package = Path(__file__).parents[1]
+    inside = package / "recipes"
+    return inside if inside.is_dir() else package.parent / "recipes"
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Name -> file of every shipped recipe; Accelerate's launch files are not recipes."""
+    root = recipes_root()
+    files = sorted(p for p in root.rglob("*.yaml") if p.parent.name != "accelerate")
+    return {p.relative_to(root).with_suffix("").as_posix(): p for p in files}
+
+
+def find_recipe(recipe: str) -> Path:
+    """The file of a path or of a shipped name, a path first."""
+    path = Path(recipe)
+    if path.is_file():
+        if path.name.endswith(DATA):
+            raise AlignError(f"{recipe}: a data file, not a recipe; wanted RECIPE data={recipe}")
+        return path
+    if path.exists() and not path.is_dir():  # a pipe would be waited for
+        raise AlignError(f"{recipe}: a pipe or a device, not a recipe")
+    shipped = shipped_recipes()
+    name = recipe.removesuffix(".yaml")
+    if name in shipped:
+        return shipped[name]
+    beside = [str(p) for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+    near = nearest(recipe, [*shipped, *beside])
+    hint = f"did you mean {near}?" if near else "`align ls` shows the shipped ones"
+    raise AlignError(f"{recipe}: no such recipe; {hint}")
+
+
+def first_comment(path: Path) -> str:
+    """A recipe's own description: the first line, if that is a comment."""
+    with path.open(encoding="utf-8") as lines:
+        first = lines.readline().strip()
+    return first.lstrip("# ") if first.startswith("#") else ""
+
+
+def stage_of(recipe: str, commands: Sequence[str]) -> str:
+    """The command that a recipe is for: by a word in its file's name, else by its sections."""
+    path = find_recipe(recipe)
+    words = re.split(r"[-_.]", path.stem.lower())
+    named = [command for command in commands if command in words]
+    if len(named) == 1:
+        return named[0]
+    sections = {
+        "dpo": "dpo",
+        "ppo": "ppo",
+        "kl": "ppo",
+        "critic": "ppo",
+        "reward_model": "rm",
+        "models": "eval",
+        "pairs": "generate",
+        "generation": "generate",
+        "from_scratch": "sft",
+    }
+    tree = _read_yaml(path)
+    for section, command in sections.items():
+        if section in tree:
+            return command
+    raise AlignError(
+        f"{path}: cannot tell which command this is for; say --stage {'|'.join(commands)}"
+    )
+
+
+# ---------------------------------------------------------------- reading
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        loaded = OmegaConf.load(path)
+        odd = odd_number(path.read_text(encoding="utf-8"))
+        tree = OmegaConf.to_container(loaded, resolve=False)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        raise AlignError(f"{path}:{line}: not YAML: {error.problem}") from error
+    except UnicodeDecodeError as error:
+        raise AlignError(f"{path}: not UTF-8 text; save it as UTF-8") from error
+    except UNREADABLE as error:
+        raise AlignError(f"{path}: not a recipe: {_first_line(error)}") from error
+    if odd:
+        raise AlignError(f"{path}:{odd[0]}: {odd[1]}")
+    if not isinstance(tree, dict):
+        raise AlignError(f"{path}: holds a list; wanted a mapping such as `model: FOLDER`")
+    return tree  # type: ignore[return-value]
+
+
+def _apply(tree: dict[str, Any], override: str) -> str:
+    """Set one ``a.b=c`` in the tree and return its key."""
+    key, sign, text = override.partition("=")
+    if not sign or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", key):
+        raise AlignError(f"{COMMAND_LINE}: {override!r}: wanted key=value, such as optim.lr=1e-5")
+    try:
+        parsed: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
+        value = parsed["value"]
+        odd = odd_number(text)
+    except UNREADABLE as error:
+        raise AlignError(f"{COMMAND_LINE}: {key}: {_first_line(error)}; quote it") from error
+    if odd:
+        raise AlignError(f"{COMMAND_LINE}: {key}: {odd[1]}")
+    if key == "data" and not isinstance(value, dict):
+        key = "data.train"
+        if isinstance(tree.get("data"), dict):
+            tree["data"].pop("test", None)
+    section, _, leaf = REPLACES.get(key, "").partition(".")
+    if leaf and value not in (None, []) and isinstance(tree.get(section), dict):
+        tree[section].pop(leaf, None)
+    *sections, leaf = key.split(".")
+    place = tree
+    for section in sections:
+        inner = place.get(section)
+        if inner is None:  # lora.r=8 over `lora: null` switches lora on
+            inner = place[section] = {}
+        if not isinstance(inner, dict):
+            raise AlignError(
+                f"{COMMAND_LINE}: {key}: {section} holds {type(inner).__name__}, which has no "
+                f"keys of its own; set {section}=... as a whole"
+            )
+        place = inner
+    place[leaf] = value
+    return key
+
+
+def _normalised(tree: dict[str, Any]) -> dict[str, Any]:
+    """``data: file`` and ``data: [..]`` as ``data: {train: ...}``."""
+    if isinstance(tree.get("data"), str | list):
+        tree["data"] = {"train": tree["data"]}
+    return tree
+
+
+def _resolved(tree: dict[str, Any], path: Path) -> Any:
+    """Fill in ``${other.key}``."""
+    refuse_functions(tree)
+    try:
+        return OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
+    except UNREADABLE as error:
+        raise AlignError(f"{path}: {_first_line(error)}") from error
+
+
+def _meant_for(tree: Mapping[str, Any], cls: type, others: Mapping[str, type]) -> str | None:
+    """The one command whose recipes have every section of this one, where ``cls`` has not."""
+
+    def fits(other: type) -> bool:
+        return tree.keys() <= {f.name for f in fields(other)}
+
+    fitting = [command for command, other in others.items() if fits(other)]
+    return fitting[0] if len(fitting) == 1 and not fits(cls) else None
+
+
+def _covers(override: str, key: str) -> bool:
+    """Whether the override set this key, something around it or something inside it."""
+    return f"{key}.".startswith((f"{override}.", f"{override}[")) or override.startswith(f"{key}.")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n", 1)[0]
+
+
+def _escaped(value: Any) -> Any:
+    """Tuples as lists, and ``${`` kept from being read as a reference."""
+    if isinstance(value, dict):
+        return {k: _escaped(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_escaped(v) for v in value]
+    return value.replace("${", "\\${") if isinstance(value, str) else value

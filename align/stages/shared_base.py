@@ -1,0 +1,91 @@
+"""One trunk for the four roles of PPO with LoRA: frozen weights held once, one adapter per role.
+
+Every role is a module tree of its own over the same tensors. Full fine-tuning shares nothing: there
+each trained role has weights of its own.
+"""
+
+from __future__ import annotations
+
+from align.config.options import LoraOptions
+from align.models import Policy, ScalarModel, scalar_model_on
+from align.models.load import weights_hash
+from align.models.lora import adapter_beside
+
+
+class Trunk:
+    """The actor's frozen weights, and which of the other roles stand on them.
+
+    A reward model or a critic does where the adapter that `align rm` or `align ppo` kept beside it
+    was trained on the same weights: their hash says so, whatever they are called. A critic that
+    starts from a reward model with weights of its own stands on those.
+
+    Attributes:
+        roles: Those on the actor's weights.
+        apart: Reward models with weights of their own, by folder or hub id; the caller adds them.
+    """
+
+    def __init__(self, actor: Policy) -> None:
+        self.actor = actor
+        self.roles = ["actor"]
+        self.apart: dict[str, ScalarModel] = {}
+        self._sha256 = weights_hash(actor.trunk)
+        self._lines: list[str] = []
+
+    def reward_model(self, model: str) -> ScalarModel | None:
+        """The frozen reward model, or None where it has to be loaded with weights of its own."""
+        return self._stand("reward", model, frozen=True)
+
+    def critic(
+        self, start: str, *, lora: LoraOptions, gradient_checkpointing: bool
+    ) -> ScalarModel | None:
+        """The critic, or None where it has to be loaded with weights of its own.
+
+        Args:
+            start: What it starts from. A saved adapter goes on being trained, with its head.
+            lora: Of a new adapter, where there is none to go on with.
+        """
+        if start in self.apart:
+            self._lines.append(f"critic: on the weights of {start}, which are held once")
+            return scalar_model_on(
+                self.apart[start],
+                name=start,
+                lora=lora,
+                gradient_checkpointing=gradient_checkpointing,
+            )
+        new = lora if start == self.actor.name else None
+        return self._stand("critic", start, new=new, gradient_checkpointing=gradient_checkpointing)
+
+    def lines(self) -> list[str]:
+        """Who shares and who does not, and why, for the log."""
+        return [f"one trunk, held once: {', '.join(self.roles)}", *self._lines]
+
+    def _stand(
+        self,
+        role: str,
+        model: str,
+        *,
+        new: LoraOptions | None = None,
+        gradient_checkpointing: bool = False,
+        frozen: bool = False,
+    ) -> ScalarModel | None:
+        found = None if new else adapter_beside(model)
+        made = None
+        if not new and found is None:
+            why = "no adapter with a score head is kept beside it"
+        elif found is not None and found[1] != self._sha256:
+            why = "its adapter is on other weights"
+        else:
+            why = f"transformers has no one-label model on {type(self.actor.trunk).__name__}"
+            made = scalar_model_on(
+                self.actor,
+                name=model,
+                lora=new,
+                adapter=found[0] if found else None,
+                gradient_checkpointing=gradient_checkpointing,
+                frozen=frozen,
+            )
+        if made is None:
+            self._lines.append(f"{role}: {model} has weights of its own, because {why}")
+        else:
+            self.roles.append(role)
+        return made
