@@ -137,7 +137,7 @@ def test_every_explained_number_is_logged() -> None:
     logged |= {f"{m}{end}" for m in METRIC_NAMES for end in ("", "_signature", "_ci95")}
     logged |= {f"{m}{end}" for m in ("distinct_1", "distinct_2") for end in ("", "_ci95")}
     logged |= {"repetition_4", "repetition_4_ci95"}
-    logged |= set(LIMITS)  # what the doctor finds: its table is held by tests/test_doctor.py
+    logged |= set(LIMITS)  # what the doctor finds: its table is held by tests/run/test_doctor.py
     assert explained - logged == set(), "docs/metrics.md explains what no code writes"
     for record in (Comparison, WinRate, EqualLength):
         assert {f.name for f in fields(record)} <= explained

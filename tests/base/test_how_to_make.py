@@ -11,7 +11,7 @@ from align.base.how_to_make import RESULTS, SHIPPED, SUITES, TARGETS, made_by
 from align.cli import main
 from align.config.load import shipped_recipes
 
-CLONE = Path(__file__).parents[1]
+CLONE = Path(__file__).parents[2]
 
 
 @pytest.fixture

@@ -278,7 +278,7 @@ def _one_token() -> Any:
 REAL = """
 import sys, torch
 import align.training.distributed  # which ends the process's group at exit
-from tests.rollout.test_vllm_engine import *
+from tests.rollout.test_vllm import *
 
 vllm = VLLMOptions(gpu_memory_utilization=0.05, eager=True)
 lora = LoraOptions(r=4) if sys.argv[2] == "lora" else None

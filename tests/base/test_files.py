@@ -320,7 +320,7 @@ def test_a_report_is_not_half_written(tmp_path: Path, capsys: pytest.CaptureFixt
 
 # ---------------------------------------------------------------- one place for both
 
-PACKAGE = Path(__file__).parents[1] / "align"
+PACKAGE = Path(__file__).parents[2] / "align"
 ELSEWHERE = {
     # inside a folder that is renamed into its place as a whole
     "base/checksums.py": {"write_text"},

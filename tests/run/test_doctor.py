@@ -17,7 +17,7 @@ from align.run.doctor import closing_lines, diagnose
 from align.run.doctor_rules import FEWEST, LIMITS, Finding
 from tools.trust import Trust
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 STEPS = 40
 
 

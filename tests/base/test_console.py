@@ -15,7 +15,7 @@ from align.base.console import one_line, printable, say
 from align.base.progress import table
 from align.cli import main
 
-PACKAGE = Path(__file__).parents[1] / "align"
+PACKAGE = Path(__file__).parents[2] / "align"
 # colour, title, hyperlink, bell, C1's CSI, right-to-left override, delete, backspace
 HOSTILE = "\x1b[31mred\x1b]0;title\x07\x1b]8;;http://x\x1b\\link\x9b31m\u202egnp.exe\x7f\b"
 OBEYED = {"\x1b", "\x07", "\x9b", "\u202e", "\x7f", "\b", "\r", "\x00"}
