@@ -20,6 +20,15 @@ from align.data.formats.naming import UNKNOWN, mapping
 from align.data.formats.rows import BadRow, Row, read_source
 from align.data.formats.turns import ALLOWED, ROLES
 from align.data.held_out import notes_of
+from align.data.inspect.findings import (
+    Finding,
+    Level,
+    findings_of,
+    parts_of,
+    plain,
+    roles_of,
+    texts_of,
+)
 from align.data.inspect.oddities import oddities, script
 from align.data.loader import load_examples, prompt_key
 from align.data.readers.rows import TIE
