@@ -20,10 +20,10 @@ from align.data.formats.columns import Example, read_row
 from align.data.formats.fields import Kind, check_names
 from align.data.formats.rankings import Rated, pairs_of
 from align.data.formats.rows import BadRow, Row, file_sha256, find_parts, read_hub
+from align.data.formats.turn_keys import TOOLS
 from align.data.readers.bad_rows import BadRows, no_row
 from align.data.readers.spool import Spool, Store
 from align.data.subset import Lazy
-from align.data.turn_keys import TOOLS
 from align.types import AlignError, DataSource, SFTExample, SourceReport, Text
 
 OnBadRow: TypeAlias = Literal["stop", "skip"]

@@ -55,8 +55,8 @@ MISTRAL_TOOLS = (
     + _EACH
     + "{% if m['role'] == 'user' %}{% if tools and loop.index0 == n.last %}"
     "[TOOLS]{{ tools | tojson }}[/TOOLS]{% endif %}[INST]{{ m['content'] }}[/INST]"
-    "{% elif m['role'] == 'system' %}{{ m['content'] }}\n\n{% else %}{{ m['content'] }}</s>{% endif %}"
-    + _END
+    "{% elif m['role'] == 'system' %}{{ m['content'] }}\n\n"
+    "{% else %}{{ m['content'] }}</s>{% endif %}" + _END
 )
 """Tools before the last question, wherever that is."""
 

@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from align.base.suggest import alike, nearest
 from align.data.formats.tool_turns import standard_calls, tools_of
 from align.data.formats.turn_keys import (
     TOOLS,
