@@ -299,7 +299,7 @@ def run_check(args: argparse.Namespace) -> None:
     if args.recipe in STAGES and args.overrides and "=" not in args.overrides[0]:
         whole = f"align check {args.overrides[0]} --stage {args.recipe}"
         raise AlignError(f"check: takes the recipe alone; run `{whole}`")
-    command = args.stage or stage_of(args.recipe, list(STAGES))
-    recipe_class = getattr(config, STAGES[command][0])
-    for line in check(command, load_recipe(recipe_class, args.recipe, args.overrides)):
+    classes = {stage: getattr(config, name) for stage, (name, _, _) in STAGES.items()}
+    command = args.stage or stage_of(args.recipe, classes, args.overrides)
+    for line in check(command, load_recipe(classes[command], args.recipe, args.overrides)):
         say(line)

@@ -51,7 +51,7 @@ def build(
     known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
     for name in value:
         if name not in known:
-            raise KeyProblem(_join(key, str(name)), _unknown(_join(key, str(name)), root))
+            raise unknown_key(_join(key, str(name)), root)
     hints = get_type_hints(cls)
     made = {}
     for name, f in known.items():
@@ -83,6 +83,21 @@ def dotted_keys(cls: type, prefix: str = "") -> Iterator[str]:
         for part in (hint, *get_args(hint)):
             if is_dataclass(part):
                 yield from dotted_keys(cast("type", part), f"{prefix}{name}.")
+
+
+def unknown_keys(cls: type, tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Dotted keys of a tree that a recipe of this class has not, those inside lists left out.
+
+    A section where the class has a single value counts as unknown.
+    """
+    hints = get_type_hints(cls)
+    for name, value in tree.items():
+        key, hint = _join(prefix, str(name)), hints.get(name)
+        section = next((part for part in (hint, *get_args(hint)) if is_dataclass(part)), None)
+        if isinstance(value, Mapping) and section is not None:
+            yield from unknown_keys(cast("type", section), value, key)
+        elif hint is None or (isinstance(value, Mapping) and get_origin(hint) is not Mapping):
+            yield key
 
 
 # ---------------------------------------------------------------- one value
@@ -198,14 +213,16 @@ def _check_reward_term(term: RewardTerm, key: str) -> None:
         raise KeyProblem(f"{key}.timeout", f"has no effect on a {given[0]}; it is for a function")
 
 
-def _unknown(key: str, root: type) -> str:
+def unknown_key(key: str, root: type) -> KeyProblem:
+    """The problem of a key that no recipe of class ``root`` has, with the key that was meant."""
     leaf = key.rsplit(".", 1)[-1]
     known = list(dotted_keys(root))
     alias = ALIASES.get(leaf)
     near = alias if alias in known else nearest(key, known, likeness=_likeness)
     if near:
-        return f"no such key; did you mean {near}?"
-    return f"no such key; keys here: {', '.join(k for k in known if '.' not in k)}"
+        return KeyProblem(key, f"no such key; did you mean {near}?")
+    there = ", ".join(k for k in known if "." not in k)
+    return KeyProblem(key, f"no such key; keys here: {there}")
 
 
 def _wrong_type(key: str, value: Any, wanted: str) -> NoReturn:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from align.base.suggest import nearest
-from align.config.build import KeyProblem, build
+from align.config.build import KeyProblem, build, unknown_key, unknown_keys
 from align.config.checks import check_whole
 from align.config.text import odd_number, refuse_functions
 from align.types import AlignError
@@ -125,31 +125,56 @@ def first_comment(path: Path) -> str:
     return first.lstrip("# ") if first.startswith("#") else ""
 
 
-def stage_of(recipe: str, commands: Sequence[str]) -> str:
-    """The command that a recipe is for: by a word in its file's name, else by its sections."""
+def stage_of(recipe: str, stages: Mapping[str, type], overrides: Sequence[str] = ()) -> str:
+    """The command that a recipe is for: by a word in its file's name, else by its keys.
+
+    A misspelt key still leaves the stage whose recipe has all others.
+
+    Raises:
+        AlignError: Several stages take these keys; the message names them.
+    """
     path = find_recipe(recipe)
     words = re.split(r"[-_.]", path.stem.lower())
-    named = [command for command in commands if command in words]
+    named = [stage for stage in stages if stage in words]
     if len(named) == 1:
         return named[0]
-    sections = {
-        "dpo": "dpo",
-        "ppo": "ppo",
-        "kl": "ppo",
-        "critic": "ppo",
-        "reward_model": "rm",
-        "models": "eval",
-        "pairs": "generate",
-        "generation": "generate",
-        "from_scratch": "sft",
+    tree = _normalised(_read_yaml(path))
+    for override in overrides:
+        _apply(tree, override)
+    if not tree:
+        raise AlignError(f"{path}: holds no key; a recipe has at least model, data and output_dir")
+    unknown = {stage: list(unknown_keys(cls, tree)) for stage, cls in stages.items()}
+    # a key that is wrong inside a section tells less than a section that a stage has not
+    wrong = {
+        stage: (sum("." not in key for key in keys), len(keys)) for stage, keys in unknown.items()
     }
-    tree = _read_yaml(path)
-    for section, command in sections.items():
-        if section in tree:
-            return command
-    raise AlignError(
-        f"{path}: cannot tell which command this is for; say --stage {'|'.join(commands)}"
+    fitting = [stage for stage in stages if wrong[stage] == min(wrong.values())]
+    for fits in (_lacks_nothing, _builds):
+        fitting = [stage for stage in fitting if fits(stages[stage], tree)] or fitting
+    if len(fitting) == 1:
+        return fitting[0]
+    several = f"{', '.join(fitting[:-1])} and {fitting[-1]}"
+    say = f"say --stage {'|'.join(fitting)}"
+    if not unknown[fitting[0]]:
+        raise AlignError(f"{path}: its keys fit {several}; {say}")
+    problem = unknown_key(unknown[fitting[0]][0], stages[fitting[0]])
+    raise AlignError(f"{path}: {problem}; its other keys fit {several}: {say}")
+
+
+def _lacks_nothing(cls: type, tree: Mapping[str, Any]) -> bool:
+    """Whether the tree has every key that has no default."""
+    return all(
+        f.name in tree or f.default is not MISSING or f.default_factory is not MISSING
+        for f in fields(cls)
     )
+
+
+def _builds(cls: type, tree: Mapping[str, Any]) -> bool:
+    try:
+        build(cls, tree)
+    except KeyProblem:
+        return False
+    return True
 
 
 # ---------------------------------------------------------------- reading

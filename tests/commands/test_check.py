@@ -19,6 +19,7 @@ from align import cli
 from align.commands import check as checking
 from align.commands.check import check
 from align.commands.check_memory import HOLES, largest_microbatch, training_bytes
+from align.config import keys as config
 from align.config.keys import (
     DataConfig,
     DPOConfig,
@@ -28,10 +29,11 @@ from align.config.keys import (
     SFTRecipe,
     TrainOptions,
 )
+from align.config.load import stage_of
 from align.config.options import GenerationOptions, LoraOptions
 from align.models.locate import looks_like_hub_id
 from align.models.sizes import Size, count_parameters
-from align.types import DataSource, RewardTerm
+from align.types import AlignError, DataSource, RewardTerm
 
 # embedding and head 2 x 256 x 64; a layer: q, k, v, o 4 x 64 x 64, gate, up, down 3 x 64 x 128,
 # two norms of 64; a last norm of 64
@@ -341,6 +343,10 @@ def test_hub_ids(name: str, hub: bool) -> None:
     assert looks_like_hub_id(name) is hub
 
 
+STAGE_CLASSES = {stage: getattr(config, name) for stage, (name, _, _) in cli.STAGES.items()}
+PLAIN = "model: m\noutput_dir: o\ndata: d.jsonl\noptim: {lr: 1.0e-5}\ntrain: {epochs: 1}\n"
+
+
 @pytest.mark.parametrize(
     ("file", "text", "command"),
     [
@@ -349,14 +355,56 @@ def test_hub_ids(name: str, hub: bool) -> None:
         ("mine.yaml", "dpo: {beta: 1}", "dpo"),
         ("pairs.yaml", "pairs: {}", "generate"),
         ("mine.yaml", "models: {a: b}", "eval"),
+        ("mine.yaml", PLAIN + "dpo: {beta: 1}", "dpo"),
+        ("mine.yaml", PLAIN + "reward_model: {center_coef: 0.1}", "rm"),
+        ("mine.yaml", PLAIN + "from_scratch: true", "sft"),
+        ("mine.yaml", "model: m\noutput_dir: o\ndata: d\nreward: {metric: chrf}\nkl: {}", "ppo"),
+        # a mistake leaves the stage that has all other keys: its own line then says what is wrong
+        ("mine.yaml", PLAIN + "dpo: {bta: 1}", "dpo"),
+        (
+            "mine.yaml",
+            "model: m\noutput_dir: o\ndata: d\nreward: {metric: chrf}\nkl: {cof: 1}",
+            "ppo",
+        ),
     ],
 )
 def test_the_stage_of_a_recipe(tmp_path: Path, file: str, text: str, command: str) -> None:
-    from align.config.load import stage_of
-
     path = tmp_path / file
-    path.write_text("output_dir: o\n" + text)
-    assert stage_of(str(path), list(cli.STAGES)) == command
+    path.write_text(text if "output_dir" in text else f"output_dir: o\n{text}")
+    assert stage_of(str(path), STAGE_CLASSES) == command
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "said"),
+    [
+        (PLAIN, [], "its keys fit sft, rm and dpo; say --stage sft|rm|dpo"),
+        (
+            PLAIN + "optm: {lr: 1}",
+            [],
+            "optm: no such key; did you mean optim?; its other keys fit sft, rm and dpo: say "
+            "--stage sft|rm|dpo",
+        ),
+        (PLAIN, ["train.epocs=2"], "train.epocs: no such key; did you mean train.epochs?; its o"),
+        ("", [], "holds no key; a recipe has at least model, data and output_dir"),
+        ("# nothing yet\n", [], "holds no key; a recipe has at least model, data and output_dir"),
+    ],
+)
+def test_stages_that_cannot_be_told_apart_are_named(
+    tmp_path: Path, text: str, overrides: list[str], said: str
+) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(AlignError) as caught:
+        stage_of(str(path), STAGE_CLASSES, overrides)
+    assert str(caught.value).startswith(f"{path}: {said}")
+
+
+def test_an_override_may_tell_the_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(PLAIN)
+    assert stage_of(str(path), STAGE_CLASSES, ["dpo.beta=0.2"]) == "dpo"
+    assert cli.main(["check", str(path)]) == 2
+    assert "its keys fit sft, rm and dpo; say --stage sft|rm|dpo" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -247,7 +247,7 @@ def test_shipped_recipes_hold_no_key_without_effect() -> None:
     names = list(shipped_recipes())
     assert len(names) > 15
     for name in names:
-        load_recipe(CLASSES[stage_of(name, list(STAGES))], name)
+        load_recipe(CLASSES[stage_of(name, CLASSES)], name)
 
 
 def test_what_stands_in_for_a_recipes_own_key_drops_it(tmp_path: Path) -> None:
