@@ -1,4 +1,4 @@
-"""Records that cross rooms, and nothing else: no reading, no maths, no models.
+"""Records that cross packages, and nothing else: no reading, no maths, no models.
 
 Every mask in this package means **True = counts**.  Token ids are int64 in tensors and int32 on the
 host, log-probabilities are float32 nats, lengths are tokens.
@@ -17,11 +17,11 @@ if TYPE_CHECKING:  # a misspelt recipe key is answered without waiting for torch
     from torch import Tensor
 
 Message: TypeAlias = Mapping[str, Any]
-"""One turn of a conversation: ``role`` and ``content``, both strings, and what else it has.
+"""One turn of a conversation: ``role`` and ``content``, both strings, and optional other keys.
 
-Other keys (``name``, ``tool_calls``, ``reasoning_content``, ...) go to the chat template as they
-are. ``train`` is ours: False = not trained on, absent = trained; no template ever gets it. So is
-``tools`` of the first turn, which templates are given beside the turns.
+Other keys (``name``, ``tool_calls``, ``reasoning_content``, ...) reach the chat template unchanged.
+``train`` is ours: False = not trained on, absent = trained; templates never get it. Nor do they get
+``tools`` in the first turn, which they are passed beside the turns.
 """
 
 Text: TypeAlias = str | tuple[Message, ...]
@@ -29,13 +29,13 @@ Text: TypeAlias = str | tuple[Message, ...]
 
 
 class AlignError(ValueError):
-    """Something the user can mend. The command line prints its one line and exits with 2."""
+    """An error that the user can fix; the command line prints its one line and exits with 2."""
 
 
 class NonFiniteError(AlignError):
-    """A NaN or infinity: ``what`` was found in these ``rows`` of what was asked for.
+    """A NaN or infinity: ``what`` was found in these ``rows`` of a batch.
 
-    ``cure`` is what to do about it; ``responses`` are the rows' texts where they are at fault.
+    ``cure`` is the remedy; ``responses`` are the rows' texts if those are at fault.
     """
 
     def __init__(
@@ -47,11 +47,11 @@ class NonFiniteError(AlignError):
         self.cure, self.responses = cure, tuple(responses)
 
     def having(self, **changed: Any) -> NonFiniteError:
-        """The same of other rows, as the whole numbers them, or with its responses."""
+        """Copy the error with other fields, such as the batch's row numbers or the responses."""
         return _non_finite(str(self), {**vars(self), **changed})
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Processes send it to one another."""
+        """Pickle, since processes exchange it."""
         return _non_finite, (str(self), vars(self))
 
 
@@ -60,29 +60,26 @@ def _non_finite(line: str, found: dict[str, Any]) -> NonFiniteError:
 
 
 class Interrupted(KeyboardInterrupt):
-    """A run that left because signal ``number`` told it to; its line says how to go on."""
+    """A run stopped by signal ``number``; its line says how to resume."""
 
     def __init__(self, number: int, line: str) -> None:
         super().__init__(line)
         self.number = number
 
 
-# ---------------------------------------------------------------- data as it is read
-
-
 @dataclass(frozen=True, kw_only=True)
 class DataSource:
-    """One place that rows come from.
+    """One source of rows.
 
     Attributes:
         path: A local JSONL, JSON, Parquet, CSV or Arrow file (``.gz`` allowed for the text
             formats), a folder of such files, or a hub data set ``org/name``.
         name: The hub data set's configuration, if it has several.
-        split: In the syntax of ``datasets.load_dataset``, of local files and folders too, such as
-            ``test[:100]`` and ``train[10%:20%]``.
-        weight: Relative weight when several sources are mixed: 2.0 repeats every row twice,
-            0.5 keeps half of the rows; unit: copies of the source per epoch.
-        columns: Our field -> the file's column, for files that name theirs otherwise.
+        split: Split in the syntax of ``datasets.load_dataset``, such as ``test[:100]`` and
+            ``train[10%:20%]``; local files and folders take it too.
+        weight: Copies of the source per epoch when several are mixed: 2.0 repeats every row twice,
+            0.5 keeps half of the rows.
+        columns: Our field -> the file's column, for files with other names.
     """
 
     path: str
@@ -94,7 +91,7 @@ class DataSource:
 
 @dataclass(frozen=True, kw_only=True)
 class SFTExample:
-    """What to imitate: a conversation, a prompt with its completion, or plain text.
+    """A text to imitate: a conversation, a prompt with its completion, or plain text.
 
     Exactly one of ``messages``, ``prompt`` + ``completion`` and ``text`` is set.
     ``id`` is ``file:line`` (or ``dataset/split:row``), so that every row can be found again.
@@ -109,9 +106,9 @@ class SFTExample:
 
 @dataclass(frozen=True, kw_only=True)
 class PreferencePair:
-    """Two answers to one prompt, the better one first. All three are strings, or all are turns.
+    """Two answers to one prompt, the better one first; all three are strings, or all are turns.
 
-    ``margin`` is how much better, in the reward's unit, where the data say so.
+    ``margin`` is the difference in reward units, if the data has one.
     """
 
     id: str
@@ -124,10 +121,10 @@ class PreferencePair:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptExample:
-    """A prompt to answer, with reference answers where there are any.
+    """A prompt to answer, with reference answers if there are any.
 
-    ``source_text`` is what the task rewrites (for the copy-the-input baseline), if it has one.
-    ``extra`` holds the row's columns that nothing reads, as JSON has them.
+    ``source_text`` is the text that the task rewrites (for the copy-the-input baseline), if any.
+    ``extra`` holds the row's columns that nothing reads, as JSON values.
     """
 
     id: str
@@ -139,7 +136,7 @@ class PromptExample:
 
 @dataclass(frozen=True, kw_only=True)
 class SourceReport:
-    """What became of one file's rows: ``rows_read == rows_kept + sum(dropped.values())``.
+    """Counts of one file's rows: ``rows_read == rows_kept + sum(dropped.values())``.
 
     ``unread`` are columns that the format does not read; ``noted`` counts odd rows that are used.
     """
@@ -155,12 +152,9 @@ class SourceReport:
     first_noted: tuple[str, ...] = ()
 
 
-# ---------------------------------------------------------------- tokens on the host
-
-
 @dataclass(frozen=True)
 class TokenSequence:
-    """Token ids of one sequence and which of them count.
+    """Token ids of one sequence, and a mask of those that count.
 
     Attributes:
         input_ids: int32 ``[n]``, n >= 1.
@@ -173,7 +167,7 @@ class TokenSequence:
 
 @dataclass(frozen=True)
 class TokenGroup:
-    """A prompt once, and what continues it: the unit that is never torn apart by packing.
+    """A prompt and its continuations: the unit that packing never splits.
 
     SFT has an empty prefix and one continuation, a preference pair has the prompt, chosen and
     rejected (in this order), a PPO prompt has k responses.
@@ -190,22 +184,18 @@ class TokenGroup:
 
     @property
     def num_counted(self) -> int:
-        """Tokens with a loss: nothing predicts the first token of a sequence without a prefix."""
+        """Tokens with a loss; the first token of a sequence without a prefix is not predicted."""
         unpredicted = 0 if len(self.prefix_ids) else 1
         return int(sum(c.loss_mask[unpredicted:].sum() for c in self.continuations))
-
-
-# ---------------------------------------------------------------- tokens on the device
 
 
 @dataclass(frozen=True)
 class Segment:
     """Columns ``start:stop`` of ``row``; it continues ``prefix_start:prefix_stop`` of that row.
 
-    What is continued is a whole segment, which stands before this one and may continue another.
-
-    ``sequence`` numbers the continuations in the order in which the caller gave them, -1 for a
-    shared prefix. ``offset`` tokens of a continuation stand in front, in an opening that it shares.
+    It continues a whole segment, which comes before it and may continue another. ``sequence``
+    numbers the continuations in the caller's order, -1 for a shared prefix. The first ``offset``
+    tokens of a continuation are in an opening that it shares.
     """
 
     row: int
@@ -219,12 +209,12 @@ class Segment:
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Several sequences in a row, prompts shared, no padding where it can be avoided.
+    """Packed rows: several sequences in a row, prompts shared, little padding.
 
-    A token attends to earlier tokens of its own segment, to the whole of the segment that it
-    continues, and so on up. What all groups of a batch open with (a system prompt, an instruction)
-    stands in it once. The first token of a response is predicted by the last token of its prefix:
-    that is what ``predictor`` says, for every token, so one gather serves every loss.
+    A token attends to earlier tokens of its own segment, to the whole segment that it continues,
+    and so on up. An opening common to all groups of a batch (a system prompt, an instruction) is in
+    it once. The first token of a response is predicted by the last token of its prefix:
+    ``predictor`` says so for every token, and one gather serves every loss.
 
     Attributes:
         input_ids: ``[B,T]`` token ids.
@@ -232,7 +222,7 @@ class TokenBatch:
         segment_ids: ``[B,T]`` 0 = padding, 1.. = a segment, numbered over the whole batch.
         prefix_ids: ``[B,T]`` the segment that this token's segment continues, 0 = none.
         predictor: ``[B,T]`` column whose hidden state predicts this token (the token's own column
-            where there is none: such a token never counts).
+            if there is none: such a token never counts).
         loss_mask: ``[B,T]`` True = counts.
         segments: The same bounds as host integers, in the order of ``segment_ids`` (segment s is
             ``segments[s - 1]``), so that no backend has to read them back from a device.
@@ -256,7 +246,7 @@ class TokenBatch:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens computed: padding left out, shared ones once."""
+        """Tokens computed: without padding, shared ones once."""
         return sum(s.stop - s.start for s in self.segments)
 
     @property
@@ -265,22 +255,19 @@ class TokenBatch:
         return tuple(s for s in self.segments if s.sequence >= 0)
 
 
-# ---------------------------------------------------------------- what PPO hands on
-
-
 @dataclass(frozen=True)
 class Rollout:
-    """Sampled responses, right-padded to the longest of them.
+    """Sampled responses, right-padded to the longest.
 
     Attributes:
         prompt_ids: One int32 array for each row; rows of one prompt are neighbours.
-        input_ids: ``[B,R]`` sampled tokens, EOS included where the response has one.
+        input_ids: ``[B,R]`` sampled tokens, EOS included if the response has one.
         response_mask: ``[B,R]`` True on sampled tokens up to and including EOS.
         logprobs: ``[B,R]`` log-probabilities of the sampled tokens at the sampling temperature.
-        finished: ``[B]`` True where the response ended with EOS rather than at the length limit.
-        engine_logprobs: ``[B,R]`` the same tokens' log-probabilities as the engine had them that
-            drew them; None where that was the policy itself, or where they are of another
-            distribution (``top_p`` below 1).
+        finished: ``[B]`` True if the response ended with EOS rather than at the length limit.
+        engine_logprobs: ``[B,R]`` log-probabilities of the same tokens by the engine that drew
+            them; None if that was the policy itself, or with another distribution (``top_p``
+            below 1).
     """
 
     prompt_ids: tuple[np.ndarray, ...]
@@ -293,7 +280,7 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Experience:
-    """A rollout with all that an update needs; every ``[B,R]`` tensor is 0 outside the mask."""
+    """A rollout with everything that an update needs; ``[B,R]`` tensors are 0 outside the mask."""
 
     rollout: Rollout
     ref_logprobs: Float[Tensor, "batch response"]
@@ -327,11 +314,11 @@ class RewardTerm:
 
 
 Columns: TypeAlias = Mapping[str, Sequence[Any]]
-"""Name of a data set's column -> its value for each response."""
+"""Column of a data set -> its value for each response."""
 
 
 class RewardSource(Protocol):
-    """Anything that gives one score to each response.
+    """A source of one score for each response.
 
     ``columns`` are the rows' extra columns, which a user's function may ask for by name.
     """

@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 
 def linear_shapes(model: str) -> tuple[Counter[tuple[int, int]], tuple[int, int]]:
-    """``(inputs, outputs)`` of the trunk's linear layers with their number, and of the head."""
+    """``(inputs, outputs)`` of the backbone's linear layers with their number, and of the head."""
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
     head = lm.get_output_embeddings()

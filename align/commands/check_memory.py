@@ -42,12 +42,12 @@ def models_and_memory(command: str, recipe: Any, tokens_per_row: float | None) -
             continue
         config = config or found
         size = count_parameters(role.name, found, lora=role.lora, trained=role.trained)
-        note = ", the rest shared with another role" if role.on_trunk else ""
+        note = ", the rest shared with another role" if role.shares_base else ""
         yield (
             f"{role.name:<12} {role.model}: {size.total:,} parameters, "
             f"{size.trained:,} trained{note}"
         )
-        if role.on_trunk:
+        if role.shares_base:
             adapter = count_parameters(role.name, found, lora=role.lora, trained=True).trained
             size = Size(role.name, adapter, adapter if role.trained else 0)
         sizes.append(size)
@@ -79,7 +79,7 @@ def _lines(
     command: str, recipe: Any, config: Any, sizes: Sequence[Size], tokens_per_row: float | None
 ) -> Iterator[str]:
     gpu = _on_gpu(recipe)
-    # a frozen trunk is held in bf16 on a GPU (align.models), in float32 on a CPU
+    # a frozen backbone is held in bf16 on a GPU (align.models), in float32 on a CPU
     frozen = 2 if gpu and recipe.precision != "fp32" else 4
     weights = sum(size.gigabytes(frozen) for size in sizes)
     yield (
@@ -145,7 +145,7 @@ def training_bytes(
     mlp = getattr(text, "intermediate_size", None) or 4 * width
     whole = recipe.lora is None
     product = 2 if _in_bf16(recipe, gpu=gpu) else 4
-    stream = 2 if gpu and product == 2 and not whole else 4  # a frozen trunk of bf16 weights
+    stream = 2 if gpu and product == 2 and not whole else 4  # frozen weights in bf16
     norms = (4 if whole else 2) * width * stream
     inputs = (5 if product < stream else 2) * width * product
     attention = (2 * queries + 2 * keys) * product

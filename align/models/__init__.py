@@ -1,4 +1,4 @@
-"""Load the four roles (policy, reference, reward model, critic) and run them over packed rows."""
+"""Load policies, references, reward models and critics, and run them over packed rows."""
 
 from __future__ import annotations
 
@@ -35,10 +35,13 @@ def load_policy(
     from_scratch: bool = False,
     frozen: bool = False,
 ) -> Policy:
-    """The language model at ``model``, on ``device``, checked to be packable.
+    """Load a language model on ``device`` and check that its sequences can be packed.
 
-    ``base_model``: replaces the base that an adapter names. ``frozen``: never trained, so that a
-    GPU may hold it in bf16.
+    Args:
+        model: Folder, hub id or GGUF file.
+        lora: Adapter to train; None trains every weight.
+        base_model: Base that replaces the one an adapter names.
+        frozen: The model is never trained, so a GPU may hold it in bf16.
     """
     precision = resolve_precision(precision, device)
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code, base_model=base_model)
@@ -73,11 +76,11 @@ def load_scalar_model(
     base_model: str | None = None,
     head_required: bool = False,
 ) -> ScalarModel:
-    """The one-label model at ``model``; its head is new where the checkpoint has none.
+    """Load a one-label model on ``device``; a checkpoint without a head gets a new one.
 
     Raises:
         AlignError: ``head_required`` and the checkpoint has no ``score`` head: it was never
-            trained as a reward model, and its scores would be noise.
+            trained as a reward model, so its scores would be noise.
     """
     precision = resolve_precision(precision, device)
     adapter = find_adapter(model, base_model=base_model, fetch=True)
@@ -112,13 +115,13 @@ def scalar_model_on(
     gradient_checkpointing: bool = False,
     frozen: bool = False,
 ) -> ScalarModel | None:
-    """A one-label model on ``base``'s own weights, which are frozen: nothing of them is copied.
+    """Build a one-label model on the weights of ``base``, frozen and shared, not copied.
 
-    Exactly one of ``lora`` (a new adapter) and ``adapter`` (one that was saved, its head with it)
-    is given. The head of a `ScalarModel` is taken over, a `Policy` gets a new one.
+    Give exactly one of ``lora`` (a new adapter) and ``adapter`` (a saved one, with its head). A
+    `ScalarModel` lends its head; a `Policy` has none, so the new model gets a fresh one.
 
     Returns:
-        None where transformers has no one-label model with this trunk.
+        None if transformers has no one-label model with this backbone.
     """
     plain = on_same_weights(base.model)
     fresh = isinstance(base, Policy)
@@ -139,9 +142,9 @@ def scalar_model_on(
 
 
 def _dtype(precision: str, device: torch.device, *, trained_whole: bool) -> torch.dtype:
-    """float32 master weights for what is trained; a frozen trunk on a GPU is held in bf16.
+    """Return the dtype of the weights: float32 if trained, bf16 if frozen on a GPU.
 
-    On a CPU bf16 weights are slower than bf16 autocast over float32 ones.
+    On a CPU, bf16 weights are slower than bf16 autocast over float32 weights.
     """
     frozen_bf16 = precision == "bf16" and device.type == "cuda" and not trained_whole
     return torch.bfloat16 if frozen_bf16 else torch.float32

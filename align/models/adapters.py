@@ -1,8 +1,8 @@
-"""Adapters as peft, TRL, LLaMA-Factory, Axolotl and Unsloth leave them, and their base.
+"""Find and check adapters as peft, TRL, LLaMA-Factory, Axolotl and Unsloth save them.
 
 An adapter is a folder (or hub id) with ``adapter_config.json`` and ``adapter_model.safetensors``;
-it names its base model, which may be elsewhere by now. Refused are pickled weights, tuners that
-cannot be merged, and tensors that fit nothing: none is dropped without a word.
+it names its base model, which may have moved. Refused: pickled weights, tuners that cannot be
+merged, and tensors that fit nothing.
 """
 
 from __future__ import annotations
@@ -21,30 +21,30 @@ from align.types import AlignError
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 VALUE_HEADS = ("value_head.safetensors", "value_head.bin")
-"""Beside the adapter of a reward model or critic of LLaMA-Factory and TRL's `v_head`."""
+"""Files beside an adapter that hold the `v_head` of LLaMA-Factory's and TRL's scalar models."""
 FETCHED = ("*.json", WEIGHTS, "*.jinja", "*.model", "*.txt")
-"""Files of an adapter on the hub that are fetched: no pickles."""
+"""Patterns of the files fetched for an adapter on the hub: no pickles."""
 MERGEABLE = {
     "LORA", "LOHA", "LOKR", "ADALORA", "IA3", "OFT", "BOFT", "VERA", "FOURIERFT", "HRA",
     "LN_TUNING",
 }  # fmt: skip
-"""Tuners of peft whose update can be added into the weights."""
+"""peft tuners whose update can be merged into the weights."""
 CHANGES_BASE = ("pissa_niter", "loftq", "corda", "lora_ga")
-"""Starts of LoRA that take a part out of the base's weights by chance, or by data."""
+"""Initialisations of LoRA that change the base's weights, at random or from data."""
 QUANTISED = re.compile(r"-(unsloth-)?(bnb-)?[48]bit$|-(gptq|awq)(-.*)?$", re.IGNORECASE)
-"""Endings of names of quantised copies of a model."""
+"""Name endings of a model's quantised copies."""
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter's folder and what its config and the header of its weights say.
+    """An adapter's folder, its settings, and the header of its weights.
 
     Attributes:
-        name: As the recipe names it.
-        base: What `locate` takes: a folder, a .gguf or a hub id.
+        name: As in the recipe.
+        base: Argument for `locate`: a folder, a .gguf or a hub id.
         named: The base as the adapter's config names it.
-        revision: Of a base on the hub.
-        shapes: Its tensors.
+        revision: Revision of a base on the hub.
+        shapes: Shape of each tensor.
     """
 
     name: str
@@ -57,13 +57,13 @@ class Adapter:
 
     @property
     def labels(self) -> int | None:
-        """Outputs of the head that is saved with it; None where there is none."""
+        """Outputs of the head saved with the adapter; None without a head."""
         head = re.compile(r"\.(score|classifier)\.(modules_to_save\.)?(default\.)?weight$")
         return next((shape[0] for key, shape in self.shapes.items() if head.search(key)), None)
 
     @property
     def task(self) -> str:
-        """``CAUSAL_LM``, ``SEQ_CLS`` or another of peft's task types."""
+        """Task type of peft, such as ``CAUSAL_LM`` and ``SEQ_CLS``."""
         task = self.settings.get("task_type")
         if task is None:
             return "CAUSAL_LM" if self.labels is None else "SEQ_CLS"
@@ -75,10 +75,10 @@ class Adapter:
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter and no whole model.
+    """Tell whether a folder holds an adapter and no whole model.
 
     Raises:
-        AlignError: It holds both, and which of them is meant cannot be known.
+        AlignError: It holds both, so which one is meant is unknown.
     """
     if not (folder / CONFIG).is_file():
         return False
@@ -94,11 +94,11 @@ def is_adapter(folder: Path) -> bool:
 def find_adapter(
     model: str, *, base_model: str | None = None, fetch: bool = False
 ) -> Adapter | None:
-    """Read the adapter that ``model`` names; None where it names something else.
+    """Read the adapter that ``model`` names; None if it names something else.
 
     Args:
         base_model: The recipe's key; it replaces the base that the adapter names.
-        fetch: Ask the hub for an id of which nothing is in the cache.
+        fetch: Ask the hub for an id that the cache does not hold.
     """
     folder = _folder(model, fetch=fetch)
     if folder is None:
@@ -123,7 +123,7 @@ def find_adapter(
 
 
 def missing_base(adapter: Adapter, why: str) -> AlignError:
-    """One line that names the base, who needs it, and the key that names another one."""
+    """Name the missing base, the adapter that needs it, and the key that replaces it."""
     return AlignError(
         f"model: {adapter.name}: its base model {adapter.base} {why}; name the base with "
         f"base_model=FOLDER (or a hub id{_full_base(adapter)})"
@@ -132,7 +132,7 @@ def missing_base(adapter: Adapter, why: str) -> AlignError:
 
 @contextmanager
 def of_adapter(adapter: Adapter) -> Iterator[None]:
-    """Add to an error about a base whose base it is, and the key that names another one."""
+    """Add to an error about a base which adapter needs it, and the key that replaces it."""
     try:
         yield
     except AlignError as error:
@@ -150,7 +150,7 @@ def _full_base(adapter: Adapter) -> str:
 
 
 def _folder(model: str, *, fetch: bool) -> Path | None:
-    """The folder of an adapter: here, in the hub's cache, or fetched into it."""
+    """Return the folder of an adapter: local, in the hub's cache, or fetched into it."""
     from align.base.hub import require_on_the_hub
     from align.models.locate import in_the_cache, looks_like_hub_id
 
@@ -220,7 +220,7 @@ def _require_mergeable(model: str, settings: dict[str, Any]) -> None:
 
 
 def _resolve(base: str, folder: Path) -> str:
-    """A relative path from here, as peft takes it, else from the adapter's folder or one above."""
+    """Resolve a relative base from here, as peft does, else from the adapter's folder or above."""
     path = Path(base)
     if path.is_absolute() or path.exists():
         return base
@@ -232,7 +232,7 @@ def _resolve(base: str, folder: Path) -> str:
 
 
 def _require_base(adapter: Adapter) -> None:
-    """Refuse a base that is not here and can be no hub id, and an adapter that is its own base."""
+    """Refuse a base that is neither here nor a hub id, and an adapter that is its own base."""
     from align.models.locate import looks_like_hub_id
 
     path, seen = Path(adapter.base), {adapter.folder.resolve()}

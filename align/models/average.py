@@ -1,4 +1,4 @@
-"""A moving average of saved models: one that follows another at a distance."""
+"""Average saved models: a moving average over rounds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from align.models.load import load_causal_lm, load_tokenizer
 def average_models(slow: str, fast: str, folder: Path, *, decay: float) -> None:
     """Save ``decay * slow + (1 - decay) * fast``, weight by weight, with fast's tokenizer.
 
-    Both are of one architecture: a policy of this run and one that it came from.
+    Both must have the same architecture, such as a policy and an earlier one of the same run.
     """
     tokenizer = load_tokenizer(fast)
     averaged, other = load_causal_lm(slow, tokenizer), load_causal_lm(fast, tokenizer)

@@ -1,6 +1,6 @@
-"""Refuse a recipe's models without loading weights: missing ones, wrong kinds, lost bases, pickles.
+"""Refuse a recipe's models without loading weights: missing, of the wrong kind, pickled.
 
-``align check`` asks, and so does every run before it reads data, so that both refuse the same.
+``align check`` and every run before it reads data call this, so both refuse the same.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from align.types import AlignError
 
 WEIGHTS = "*.safetensors"
 SAME_VOCABULARY = ("dpo.reference_model", "reference_model", "critic.model")
-"""Keys of models that read the policy's own tokens."""
+"""Keys of models that must share the policy's vocabulary."""
 
 
 def named_models(command: str, recipe: Any) -> Iterator[tuple[str, str, Use]]:
-    """Every model that a recipe names: its key, its name, and what it is used as."""
+    """Yield every model that a recipe names: key, name and use."""
     if isinstance(recipe, EvalRecipe):
         if recipe.model:
             yield "model", recipe.model, "policy"
@@ -75,7 +75,7 @@ def check_models(command: str, recipe: Any) -> None:
 
 
 def check_tokenizers(command: str, recipe: Any) -> None:
-    """Load the tokenizers of the models that are here, and compare those that must be the same."""
+    """Load the tokenizers of local models, and compare those that must be the same."""
     from align.models.load import load_tokenizer
 
     options = {"trust_remote_code": recipe.trust_remote_code, "base_model": recipe.base_model}
@@ -93,7 +93,7 @@ def check_tokenizers(command: str, recipe: Any) -> None:
 
 
 def other_vocabulary(key: str, model: str, policy: str) -> AlignError:
-    """One line about a model that does not speak of the policy's tokens."""
+    """Build the error about a model whose vocabulary is not the policy's."""
     return AlignError(
         f"{key}: {model} has another vocabulary than {policy}, so its numbers would be of other "
         "tokens; name a model with the same tokenizer"
@@ -101,11 +101,11 @@ def other_vocabulary(key: str, model: str, policy: str) -> AlignError:
 
 
 def has_adapter(recipe: Any) -> bool:
-    """Whether one of the models that a recipe names is an adapter."""
+    """Tell whether a recipe names an adapter."""
     names = (model for _, model, _ in named_models("", recipe))
     return any(find_adapter(name, base_model=recipe.base_model) for name in names)
 
 
 def _is_no_model(path: Path) -> bool:
-    """Whether an evaluation's model is outputs in a file, or a checkpoint of a run."""
+    """Tell whether an evaluation's entry is a file of outputs or a checkpoint of a run."""
     return path.suffix == ".jsonl" or (path / "state.json").is_file()

@@ -1,4 +1,4 @@
-"""A model's config, read for loading and for ``align check`` alike."""
+"""Read a model's config, for loading and for ``align check``."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ WEIGHTS_NAME = r"[\w-][\w.-]*\.safetensors(\.index\.json)?"
 SAMPLING = (
     "temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h",
 )  # fmt: skip
-"""Keys of a generation config that act on samples alone."""
+"""Keys of a generation config that act on sampling alone."""
 MOST_LAYERS = 10_000
-"""Above it a config is nonsense, and building its modules would not end."""
+"""Layers above which a config is damaged; building its modules would not end."""
 
 
 def read_config(where: str, options: dict[str, Any], *, trust_remote_code: bool = False) -> Any:
-    """Read a model's config; kernels that it names are forgotten: align chooses its own.
+    """Read a model's config; kernels that it names are ignored, since align chooses its own.
 
     Raises:
         AlignError: It cannot be read, or the weights are quantised.
     """
-    for file in ("config.json", "generation_config.json"):  # transformers passes over the second
+    for file in ("config.json", "generation_config.json"):  # transformers ignores a bad second
         if (Path(where) / file).is_file():
             read_json(Path(where) / file)
     config = load_config(where, options, trust_remote_code=trust_remote_code)
@@ -51,7 +51,7 @@ def read_config(where: str, options: dict[str, Any], *, trust_remote_code: bool 
 
 
 def load_config(where: str, options: dict[str, Any], *, trust_remote_code: bool = False) -> Any:
-    """Load a config as it is, but for the kernels that it names."""
+    """Load a config without checks, and without the kernels that it names."""
     from transformers import AutoConfig
 
     options = {k: v for k, v in options.items() if k != "use_safetensors"}
@@ -64,7 +64,7 @@ def load_config(where: str, options: dict[str, Any], *, trust_remote_code: bool 
 
 
 def settle_generation(model: Any, where: str) -> None:
-    """Make a generation config one that can be saved: a run must not fail at its end.
+    """Make a generation config savable, so that a run does not fail at its end.
 
     Sampling keys beside ``do_sample: false`` have no effect, but transformers refuses to save them;
     they are removed with a warning.
@@ -93,7 +93,7 @@ def settle_generation(model: Any, where: str) -> None:
 
 
 def _savable(config: Any) -> Exception | None:
-    """What transformers would refuse to save a generation config for."""
+    """Return the error that transformers raises on saving a generation config, or None."""
     try:
         config.validate(strict=True)
     except Exception as error:  # of wrong types too

@@ -1,9 +1,9 @@
-"""Dropout off means off: a model gives the same numbers in training mode as in evaluation.
+"""Switch dropout off, so that training mode gives the same numbers as evaluation mode.
 
 The policy's ratio must be 1 at the first step, and a reward must not depend on the mode: "N+
-details" (arXiv:2403.17031), section 3. What is called a dropout is set to 0. Whatever else acts in
-training mode alone (a router's noise, sampled experts, a rate read from the config) is found by
-running the model, and that layer stays in evaluation mode. LoRA's own dropout is separate and kept.
+details" (arXiv:2403.17031), section 3. Rates called dropout are set to 0. Other layers that act in
+training mode alone (a router's noise, sampled experts, a rate read from the config) are found by
+running the model, and stay in evaluation mode. LoRA's own dropout is separate and kept.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ PINNED = "align_evaluation_only"
 """Attribute of a layer that stays in evaluation mode while the model is trained."""
 
 RATES = re.compile(r"dropout|layer_?drop|p_?drop$|drop_?(prob|rate|path)")
-"""Names of rates of dropout in transformers' layers, such as ``layerdrop`` and ``resid_pdrop``."""
+"""Names of dropout rates in transformers' layers, such as ``layerdrop`` and ``resid_pdrop``."""
 
 
 def switch_off_dropout(model: nn.Module) -> None:
-    """Set every rate to 0 that a layer holds under a name such as ``attention_dropout``.
+    """Set every dropout rate of every layer to 0, found by names such as ``attention_dropout``.
 
-    Other numbers with "drop" in their name (a threshold, a capacity) may count in evaluation too.
+    Other numbers with "drop" in their name (a threshold, a capacity) may act in evaluation too.
     """
     for module in model.modules():
         if isinstance(module, _DropoutNd):
@@ -44,30 +44,30 @@ def switch_off_dropout(model: nn.Module) -> None:
 
 
 def keep_pinned(model: nn.Module) -> None:
-    """Put layers that stay in evaluation mode back into it, but not the layers inside them."""
+    """Return pinned layers to evaluation mode, but not the layers inside them."""
     for module in model.modules():
         if getattr(module, PINNED, False):
             module.training = False
 
 
 def require_same_in_training(model: nn.Module, forward: Callable[[], Tensor], *, name: str) -> None:
-    """Make ``forward`` give the same in training mode, drawn twice, as in evaluation mode.
+    """Pin layers until ``forward`` gives the same in training mode, drawn twice, as in evaluation.
 
-    A layer that acts otherwise in training mode stays in evaluation mode, with all of its class; so
-    does one that draws random numbers, for a short row need not show what they do.
+    A layer that differs stays in evaluation mode, with all of its class. So does a layer that draws
+    random numbers, since a short row need not show their effect.
 
     Args:
-        model: Its training mode is switched; random states are left as they were.
+        model: Its training mode is switched; random states are restored.
         forward: One pass over a short row.
-        name: Of the model, for messages.
+        name: The model's name for messages.
 
     Raises:
-        AlignError: A layer acts otherwise and cannot be pinned; the message names it.
+        AlignError: A layer differs and cannot be pinned; the message names it.
     """
     device = next(model.parameters()).device
 
     def run(seed: int | None) -> tuple[Tensor, bool]:
-        """The output, and whether random numbers were drawn."""
+        """Return the output and whether random numbers were drawn."""
         model.train(seed is not None)
         torch.manual_seed(seed or 0)
         before = _random_state(device)
@@ -80,7 +80,7 @@ def require_same_in_training(model: nn.Module, forward: Callable[[], Tensor], *,
         for _ in range(MOST_CLASSES):
             runs = [run(seed) for seed in (1, 2)]
             apart = max((out - want).abs().max() for out, _ in runs)
-            # a GPU may add up in another order each time
+            # a GPU may sum in another order each time
             noise = 10 * (run(None)[0] - want).abs().max() if apart else apart
             if apart <= noise and not any(drew for _, drew in runs):
                 return
@@ -90,7 +90,7 @@ def require_same_in_training(model: nn.Module, forward: Callable[[], Tensor], *,
 
 
 MOST_CLASSES = 8
-"""Kinds of layers that may be pinned before it is given up."""
+"""Classes of layers to pin at most; a model that needs more is refused."""
 
 
 def _random_state(device: torch.device) -> tuple[bytes, ...]:
@@ -112,7 +112,7 @@ def _random_states_kept(device: torch.device) -> Iterator[None]:
 
 
 class _Call(NamedTuple):
-    """One call of a layer: what went in and came out, as digests, and the input itself."""
+    """One call of a layer: digests of input and output, and the input itself."""
 
     layer: str
     given: str
@@ -125,7 +125,7 @@ class _Call(NamedTuple):
 def _first_that_differs(
     model: nn.Module, run: Callable[[int | None], Any], device: torch.device
 ) -> tuple[str, nn.Module | None, _Call | None]:
-    """The innermost layer that drew a random number, or gave another output for the same input."""
+    """Find the innermost layer that drew a random number, or mapped one input to another output."""
     layers = dict(model.named_modules())
     calm = _calls(model, lambda: run(None), device)
     for drawn in (_calls(model, partial(run, seed), device) for seed in (1, 2)):
@@ -139,7 +139,7 @@ def _first_that_differs(
 
 
 def _calls(model: nn.Module, run: Callable[[], Any], device: torch.device) -> list[_Call]:
-    """Calls of all layers in one run, inner ones first."""
+    """Record the calls of all layers in one run, inner ones first."""
     found: list[_Call] = []
     handles = []
     begun: dict[str, list[tuple[str, tuple[bytes, ...]]]] = {}
@@ -206,7 +206,7 @@ def _pin(
 def _passes_gradients(layer: nn.Module, call: _Call) -> bool:
     def fresh(value: Any) -> Any:
         if isinstance(value, Tensor):
-            # no leaf: a layer may write into its input
+            # not a leaf: a layer may write into its input
             return value.detach().requires_grad_() * 1 if value.is_floating_point() else value
         if isinstance(value, tuple | list):
             return type(value)(fresh(item) for item in value)

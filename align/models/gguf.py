@@ -1,7 +1,7 @@
-"""GGUF -> a folder of safetensors, tokenizer, chat template: ``python -m align.models.gguf``.
+"""Convert GGUF to a folder of safetensors and tokenizer: ``python -m align.models.gguf``.
 
-A GGUF file is read directly wherever a recipe takes a model, but dequantising it takes seconds
-every time; a folder is also what other tools read.
+Every recipe takes a GGUF file directly, but dequantising takes seconds each time, and other tools
+read a folder.
 """
 
 from __future__ import annotations

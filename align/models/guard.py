@@ -1,8 +1,8 @@
-"""One guard around loading: whatever a library raises over a model's files becomes one line.
+"""Turn whatever a library raises over a model's files into one line.
 
-transformers, peft, safetensors, tokenizers and json raise what they like over a damaged file, from
-`KeyError` to a panic of Rust code. The line names the file that cannot be parsed, if one cannot,
-and is bounded in length. Running out of a GPU's memory is left to the caller.
+transformers, peft, safetensors, tokenizers and json raise anything over a damaged file, from
+`KeyError` to a Rust panic. The line names the file that cannot be parsed, if any, and is bounded in
+length. An out-of-memory error of a GPU passes through.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from align.base.files import load_json, load_text
 from align.types import AlignError
 
 REASON_LENGTH = 240
-"""Characters of a library's own words that are passed on."""
+"""Characters of a library's message that are quoted."""
 LARGEST_JSON = 64 * 2**20
-"""Bytes of a JSON file that is parsed to see whether it is whole; tokenizers have up to 20 MiB."""
+"""Largest JSON file, in bytes, that is parsed as a check; tokenizers have up to 20 MiB."""
 OBJECTS = {
     "config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json",
     "generation_config.json", "model.safetensors.index.json",
 }  # fmt: skip
-"""Files of a model that must be a JSON object."""
+"""Files of a model that must hold a JSON object."""
 
 
 @contextmanager
@@ -32,9 +32,9 @@ def loading(model: str, *, folder: str | Path | None = None, file: str = "") -> 
     """Turn every error inside into one line about ``model``.
 
     Args:
-        model: As the recipe names it.
-        folder: Where its files are, if that is another place.
-        file: What is being read, to be named where no file is found to be damaged.
+        model: As in the recipe.
+        folder: Folder of its files, if ``model`` is not the folder.
+        file: File being read, named if no file is found to be damaged.
     """
     try:
         yield
@@ -43,7 +43,7 @@ def loading(model: str, *, folder: str | Path | None = None, file: str = "") -> 
     except (Exception, BaseException) as error:
         kinds = {cls.__name__ for cls in type(error).__mro__}
         if not isinstance(error, Exception) and "PanicException" not in kinds:
-            raise  # Ctrl-C and the like; a panic of tokenizers or safetensors is no Exception
+            raise  # Ctrl-C and the like; a Rust panic of tokenizers is not an Exception either
         if "OutOfMemoryError" in kinds:
             raise
         _refuse_architecture(model, error)
@@ -51,7 +51,7 @@ def loading(model: str, *, folder: str | Path | None = None, file: str = "") -> 
 
 
 def reason_of(error: BaseException) -> str:
-    """One printable, bounded line of an error's own words."""
+    """Quote an error's message as one printable line of bounded length."""
     said = " ".join(str(error).split())
     said = "".join(c if c.isprintable() else "?" for c in said)
     if not said or isinstance(error, KeyError):
@@ -60,8 +60,10 @@ def reason_of(error: BaseException) -> str:
 
 
 def _refuse_architecture(model: str, error: BaseException) -> None:
-    """Say so where the library looked for align's attention in a table of its own classes, or has
-    no such model of this architecture."""
+    """Raise a clear error if transformers does not support the architecture.
+
+    Either it looked up align's attention in a table of its own classes, or it has no such model.
+    """
     from transformers import PreTrainedModel
 
     from align.models.attention.packed import BACKENDS, not_on_the_interface
@@ -100,7 +102,7 @@ def _line(model: str, folder: Path, file: str, error: BaseException) -> str:
 
 
 def damaged_file(folder: Path) -> str:
-    """The first file of a model's folder that cannot be parsed, and why; empty if all can."""
+    """Name the first file of a model's folder that cannot be parsed, and why; "" if all can."""
     from safetensors import safe_open
 
     for path in sorted(folder.glob("*.json")):

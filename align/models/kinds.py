@@ -1,6 +1,6 @@
-"""Which of its uses a model is fit for: a policy, a reward, or the start of a one-label model.
+"""Check that a model fits its use: policy, reward, or start of a one-label model.
 
-Decided by its config, or its adapter's, without weights: ``align check`` and the run ask the same.
+Its config or its adapter's decides, without weights; ``align check`` and the run share the check.
 """
 
 from __future__ import annotations
@@ -11,23 +11,23 @@ from align.models.adapters import Adapter
 from align.types import AlignError
 
 Use = Literal["policy", "reward", "start"]
-"""``start``: of a reward model or critic, which may have a head already or get a new one."""
+"""``start``: starting point of a reward model or critic, with or without a head."""
 
 LANGUAGE = ("ForCausalLM", "LMHeadModel")
 CLASSIFIER = "ForSequenceClassification"
 OTHERS = ("ForTokenClassification", "ForQuestionAnswering", "ForMaskedLM", "ForRewardModel")
-"""Heads that are neither a language model's nor a one-label score."""
+"""Heads of neither a language model nor a one-label model."""
 TASKS = ("CAUSAL_LM", "SEQ_CLS")
 
 
 def require_kind(
     key: str, model: str, config: Any, use: Use, *, adapter: Adapter | None = None
 ) -> None:
-    """Refuse a model whose head is not the one that ``use`` needs.
+    """Refuse a model whose head does not fit ``use``.
 
     Args:
-        config: Of the model, or of the adapter's base.
-        adapter: The adapter that ``model`` is, if it is one: then its own head decides.
+        config: Config of the model, or of the adapter's base.
+        adapter: The adapter that ``model`` names, if any; its own head decides.
     """
     if adapter is not None:
         _require_adapter(key, adapter, use)
@@ -56,7 +56,7 @@ def require_kind(
 
 
 def _architecture(config: Any) -> str:
-    """The class that saved the weights, if the config says it."""
+    """Return the class that saved the weights, or "" if the config does not name it."""
     made = getattr(config, "architectures", None)
     first = made[0] if isinstance(made, list) and made else made
     return first if isinstance(first, str) else ""

@@ -1,7 +1,7 @@
-"""Folders, hub ids and GGUF files -> tokenizers and transformers models, float32, ready to pack.
+"""Load tokenizers and float32 transformers models from folders, hub ids and GGUF files.
 
-Weights come from safetensors (or GGUF, which is converted): a checkpoint that holds only pickles is
-refused. Remote code runs only where the recipe says so.
+Weights come from safetensors, or from GGUF, which is dequantised; a checkpoint of pickles is
+refused. Remote code runs only if the recipe allows it.
 """
 
 from __future__ import annotations
@@ -34,22 +34,21 @@ from align.models.vocabulary import resize
 from align.types import AlignError
 
 LAYER = re.compile(r"(^|\.)(layers|h|blocks?)\.\d+\.")
-"""Part of a name of a decoder layer's weight."""
+"""Pattern in the names of a decoder layer's weights."""
 BESIDE = re.compile(
     r"inv_freq$|masked_bias$|\.attn\.bias$|\.attention\.bias$|(cos|sin)_cached$|vis|image|audio|mtp"
 )
-"""What checkpoints hold beside a decoder's weights: buffers that it computes anew, other towers."""
+"""Tensors in checkpoints that are no decoder weights: recomputed buffers, other towers."""
 
 
 def load_tokenizer(
     model: str, *, trust_remote_code: bool = False, base_model: str | None = None
 ) -> PreTrainedTokenizerBase:
-    """Load the tokenizer beside a model, with a pad token that is not an end token.
+    """Load a model's tokenizer, with a pad token that is not an end token.
 
-    An adapter without tokenizer files has its base's. Padding hardly occurs here, but
+    An adapter without tokenizer files uses its base's. Rows are hardly ever padded here, but
     ``pad_token_id`` is written into the saved config, and plain transformers reads a classifier's
-    score at the last token that is *not* padding: with pad = EOS that would be the token before
-    EOS.
+    score at the last token that is *not* padding: with pad = EOS, at the token before EOS.
     """
     adapter = find_adapter(model, base_model=base_model, fetch=True)
     if adapter is None:
@@ -62,7 +61,7 @@ def load_tokenizer(
             if find_adapter(where) is not None:
                 return load_tokenizer(where, trust_remote_code=trust_remote_code)
     options = {k: v for k, v in options.items() if k != "use_safetensors"}
-    if adapter is None and Path(where).is_dir():  # else its errors would be the tokenizer's
+    if adapter is None and Path(where).is_dir():  # a config error should not blame the tokenizer
         load_config(where, options, trust_remote_code=trust_remote_code)
     within = nullcontext() if adapter is None else of_adapter(adapter)
     with within, loading(where, file="tokenizer.json"):
@@ -71,18 +70,18 @@ def load_tokenizer(
         )
     files = [*getattr(tokenizer, "vocab_files_names", {}).values(), "tokenizer.json"]
     there = "gguf_file" in options or any((Path(where) / str(f)).is_file() for f in files)
-    if Path(where).is_dir() and not there:  # transformers would make one up, of hardly any token
+    if Path(where).is_dir() and not there:  # transformers would invent a nearly empty one
         raise AlignError(f"model: {model}: {where} holds no tokenizer, such as tokenizer.json")
     if tokenizer.eos_token_id is None:
         raise AlignError(f"{model}: the tokenizer has no EOS token; set eos_token in its config")
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        # assigning `pad_token` would add no token to the vocabulary, and leave its id None
+        # assigning `pad_token` would not extend the vocabulary, and its id would stay None
         tokenizer.add_special_tokens({"pad_token": _spare_token(tokenizer)})
     return tokenizer
 
 
 def _spare_token(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A special token that exists and is not an end token; a new ``<|pad|>`` if there is none."""
+    """Choose an existing special token that is not an end token, else a new ``<|pad|>``."""
     template = tokenizer.chat_template or ""
     taken = {tokenizer.eos_token, tokenizer.bos_token}
     vocabulary = tokenizer.get_vocab()
@@ -102,7 +101,7 @@ def load_causal_lm(
     from_scratch: bool = False,
     base_model: str | None = None,
 ) -> PreTrainedModel:
-    """Load a decoder with its LM head; a LoRA adapter's folder is its base merged with it."""
+    """Load a decoder with its LM head; an adapter is merged into its base."""
     adapter = find_adapter(model, base_model=base_model, fetch=True)
     if adapter is not None:
         if from_scratch:
@@ -142,10 +141,10 @@ def load_classifier(
     trust_remote_code: bool = False,
     base_model: str | None = None,
 ) -> tuple[PreTrainedModel, bool]:
-    """Load a decoder with a one-label head, and whether that head is new (not in the checkpoint).
+    """Load a decoder with a one-label head; return it and whether the head is new.
 
-    The adapter of a one-label model brings its head; that of a language model is merged and gets a
-    new one.
+    The adapter of a one-label model brings its head. The adapter of a language model is merged, and
+    the result gets a new head.
     """
     adapter = find_adapter(model, base_model=base_model, fetch=True)
     options: dict[str, Any]
@@ -179,12 +178,12 @@ def load_classifier(
                 config = read_config(where, options, trust_remote_code=trust_remote_code)
                 whole, _ = _classifier(where, options, config, torch.float32, trust_remote_code)
         loaded, fresh = merge(whole.float(), adapter).to(dtype), False
-    loaded.score.float()  # scores are float32, whatever the trunk is held in
+    loaded.score.float()  # scores are float32 in any precision of the backbone
     return _settle(loaded, tokenizer), fresh
 
 
 def _base_of(adapter: Adapter) -> tuple[str, dict[str, Any]]:
-    """What ``from_pretrained`` takes for an adapter's base, or the base where it is an adapter."""
+    """Return ``from_pretrained``'s arguments for an adapter's base, which may be an adapter too."""
     if find_adapter(adapter.base, fetch=True) is not None:
         return adapter.base, {}
     where, options = require_found(adapter.base)
@@ -201,7 +200,7 @@ def _loaded(
     dtype: torch.dtype,
     trust_remote_code: bool,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Load weights that may be loaded, and transformers' own report on them."""
+    """Load weights after the safety checks; return them with transformers' loading report."""
     require_safe_on_hub(where, options)
     with loading(where, file="config.json"):
         loaded, info = auto.from_pretrained(
@@ -223,7 +222,7 @@ def _causal_lm(
     dtype: torch.dtype,
     trust_remote_code: bool,
 ) -> PreTrainedModel:
-    """Load a whole model's weights as a language model, complete."""
+    """Load all of a language model's weights; refuse an incomplete checkpoint."""
     auto = AutoModelForCausalLM
     loaded, info = _loaded(auto, where, options, config, dtype, trust_remote_code)
     _complete(where, info)
@@ -251,21 +250,23 @@ def _classifier(
 
 
 def classifier_on(model: PreTrainedModel) -> PreTrainedModel | None:
-    """A one-label model whose trunk is that of a loaded ``model``, its head new.
+    """Build a one-label model that shares the backbone of a loaded ``model``; its head is new.
 
-    None where transformers has no one-label model with this trunk and a ``score`` head.
+    Returns:
+        None if transformers has no one-label model with this backbone and a ``score`` head.
     """
     config = model.config
     config.num_labels = 1
-    trunk = getattr(model, model.base_model_prefix)
+    backbone = getattr(model, model.base_model_prefix)
     with torch.device("meta"):
         try:
             made = AutoModelForSequenceClassification.from_config(config)
         except ValueError:
             return None
-    if not hasattr(made, "score") or type(getattr(made, made.base_model_prefix)) is not type(trunk):
+    same = type(getattr(made, made.base_model_prefix)) is type(backbone)
+    if not hasattr(made, "score") or not same:
         return None
-    setattr(made, made.base_model_prefix, trunk)
+    setattr(made, made.base_model_prefix, backbone)
     made.config = config
     made.score.to_empty(device=model.device).float()
     _draw_head(made.score)
@@ -280,9 +281,9 @@ def _draw_head(score: torch.nn.Linear) -> None:
 
 
 def weights_hash(model: torch.nn.Module, *, adapters: bool = False) -> str:
-    """sha256 over names, shapes and bytes of all weights: what a cache of outputs is keyed by.
+    """Hash names, shapes and bytes of all weights (sha256); caches of outputs are keyed by it.
 
-    Adapters are left out unless asked for: the hash is that of the model under them.
+    ``adapters=False`` skips adapters: the hash is that of the base model.
     """
     digest = hashlib.sha256()
     weights = {k.replace(".base_layer", ""): v for k, v in model.state_dict().items()}
@@ -295,8 +296,7 @@ def weights_hash(model: torch.nn.Module, *, adapters: bool = False) -> str:
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """``weights_hash`` and the configuration: the same weights under another rope or window are
-    another model."""
+    """Hash weights and configuration: another rope or window makes another model of them."""
     config = model.config.to_dict()
     for name in ("_name_or_path", "transformers_version"):
         config.pop(name, None)
@@ -305,7 +305,9 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 
 def _settle(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """Dropout off, no quantisation record, one pad token, room for every token."""
+    """Prepare a loaded model: no dropout, no quantisation record, a pad token, every token
+    embedded.
+    """
     switch_off_dropout(model)
     text = model.config.get_text_config()
     text.pad_token_id = tokenizer.pad_token_id
@@ -322,8 +324,9 @@ def _settle(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTr
 
 
 def _complete(model: str, info: dict[str, Any], *, but: str = "") -> None:
-    """Refuse weights of which a part is missing, or that the model's config has no place for:
-    transformers would draw the one at random and drop the other.
+    """Refuse weights that do not match the config.
+
+    transformers would draw missing weights at random and drop those that have no place.
     """
     missing = sorted(k for k in info["missing_keys"] if not (but and k.startswith(but)))
     if missing:

@@ -1,4 +1,4 @@
-"""A model's name -> a folder, a GGUF file or a hub id. Nothing is loaded here."""
+"""Resolve a model's name to a folder, a GGUF file or a hub id; nothing is loaded."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from align.types import AlignError
 
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-"""Endings of files of weights that are pickles."""
+"""Suffixes of pickled weights."""
 
 DATA_FILES = {".gguf", ".jsonl", ".json", ".csv", ".parquet", ".arrow", ".gz"}
-"""Endings of files that a recipe may name: no hub id has one."""
+"""Suffixes of files that a recipe may name: no hub id has one."""
 
 GIVEN = "another model: a folder, a hub id (org/name) or a .gguf"
-"""The names that a recipe may give a model by."""
+"""Remedy for a wrong name: the forms of a model's name."""
 
 SHOWN = 6
-"""Models that are named of a folder that has some below it."""
+"""Subfolders with a model that a message lists."""
 
 
 def locate(model: str) -> tuple[str, dict[str, Any]]:
-    """Arguments of ``from_pretrained`` for a folder, a GGUF file or a hub id."""
+    """Return ``from_pretrained``'s arguments for a folder, a GGUF file or a hub id."""
     path = Path(model)
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -47,7 +47,7 @@ def locate(model: str) -> tuple[str, dict[str, Any]]:
 
 
 def require_safe_weights(model: str, folder: Path) -> None:
-    """Refuse pickles, and an index that names one or a file outside its folder."""
+    """Refuse pickles, and an index that names a pickle or a file outside its folder."""
     if not list(folder.glob("*.safetensors")) and not (folder / INDEX).exists():
         pickled = sorted(p.name for end in PICKLES for p in folder.glob(f"*{end}"))
         pickled = [name for name in pickled if name != "training_args.bin"]
@@ -63,12 +63,12 @@ def require_safe_weights(model: str, folder: Path) -> None:
 def check_index(model: str, index: Path) -> None:
     """Refuse an index of shards that is damaged, names a pickle, or leads out of its folder.
 
-    A shard may be a link, as in the hub's cache and in stores of DVC and git-annex: its owner has
-    put it there, whereas an index is fetched.
+    A shard may be a link, as in the hub's cache and in stores of DVC and git-annex: the user put it
+    there, whereas an index is fetched.
     """
     held = read_json(index)
     shards = held.get("weight_map")
-    if "metadata" not in held:  # transformers asks for it
+    if "metadata" not in held:  # transformers reads it
         raise AlignError(f"model: {model}: {index}: has no metadata; save the model again")
     if not isinstance(shards, dict) or not all(isinstance(n, str) for n in shards.values()):
         raise AlignError(f"model: {model}: {index}: weight_map is not {{tensor: file}}")
@@ -88,7 +88,7 @@ def check_index(model: str, index: Path) -> None:
 
 
 def require_safe_on_hub(model: str, options: dict[str, Any]) -> None:
-    """Check the files of a hub id as `locate` does those of a folder, before weights are loaded."""
+    """Check the files of a hub id as `locate` checks a folder's, before weights are loaded."""
     if Path(model).exists() or "gguf_file" in options:
         return
     from transformers.utils import cached_file, find_adapter_config_file
@@ -105,7 +105,7 @@ def require_safe_on_hub(model: str, options: dict[str, Any]) -> None:
         embedded = find_adapter_config_file(model, revision=revision)
     if index is not None:
         check_index(model, Path(index))
-    if embedded is not None:  # transformers would put it on, from a pickle if need be
+    if embedded is not None:  # transformers would apply it, even from a pickle
         raise AlignError(
             f"model: {model}: holds a whole model and an adapter, and which is meant is not known; "
             "name a folder with one of them"
@@ -113,7 +113,7 @@ def require_safe_on_hub(model: str, options: dict[str, Any]) -> None:
 
 
 def require_found(model: str) -> tuple[str, dict[str, Any]]:
-    """`locate`, and a hub id of which nothing is in the cache is asked for, once."""
+    """Call `locate`, and ask the hub for an id that the cache does not hold."""
     where, options = locate(model)
     if where == model and not Path(model).exists() and not in_the_cache(model):
         require_on_the_hub(model, "model", "config.json")
@@ -121,7 +121,7 @@ def require_found(model: str) -> tuple[str, dict[str, Any]]:
 
 
 def in_the_cache(model: str, file: str = "config.json") -> bool:
-    """Whether the hub's cache on this machine holds a file of a hub id, its config by default."""
+    """Tell whether the hub's cache on this machine holds a file of a hub id."""
     from huggingface_hub import try_to_load_from_cache
 
     try:
@@ -131,9 +131,9 @@ def in_the_cache(model: str, file: str = "config.json") -> bool:
 
 
 def looks_like_hub_id(name: str) -> bool:
-    """``org/name`` whose first part is no folder here, or a bare name such as ``gpt2``.
+    """Tell whether ``name`` can be a hub id: ``org/name``, or a bare name such as ``gpt2``.
 
-    With a folder of that name here, the hub would be asked for what is a misspelt path.
+    It cannot if its first part is a local folder: the name is then a misspelt path.
     """
     if Path(name).suffix in DATA_FILES or name.startswith("."):
         return False
@@ -143,7 +143,7 @@ def looks_like_hub_id(name: str) -> bool:
 
 
 def no_such_model(model: str) -> AlignError:
-    """For a name that is no hub id either."""
+    """Build the error for a name that is no model here and no hub id."""
     if Path(model).is_file():
         return AlignError(
             f"model: {model}: a file, not a model; name a folder, a hub id or a .gguf"
@@ -157,7 +157,7 @@ def no_such_model(model: str) -> AlignError:
 
 
 def no_model_in(folder: Path) -> str:
-    """A line on a folder that holds no model, and where one lies if it is a run's."""
+    """Say that a folder holds no model, and name those below it."""
     line = f"model: {folder}: the folder has no config.json, so it holds no model"
     inside = [n for n in ("model", "critic") if (folder / n / "config.json").is_file()]
     if inside:
@@ -177,7 +177,7 @@ def no_model_in(folder: Path) -> str:
 
 
 def is_on_the_hub(model: str, *, base_model: str | None = None) -> bool:
-    """Whether it would be asked of the hub, or its cache; a misspelt folder raises."""
+    """Tell whether a model would be read from the hub or its cache; a misspelt folder raises."""
     adapter = find_adapter(model, base_model=base_model)
     if adapter is not None:
         return is_on_the_hub(adapter.base)

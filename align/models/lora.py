@@ -1,8 +1,8 @@
-"""Low-rank adapters by peft: put on, switched off for a reference, merged for saving.
+"""Low-rank adapters by peft: add, disable for the reference, merge for saving.
 
-Several models may stand on the same frozen weights, each with an adapter of its own: every one is a
-module tree of its own over the same tensors, so no adapter is ever switched, and nothing here
-writes into a frozen tensor.
+Several models may share the same frozen weights, each with an adapter of its own: each is a
+module tree of its own over the same tensors. No adapter is ever switched, and nothing here writes
+to a frozen tensor.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from align.types import AlignError
 
 LINEAR = (torch.nn.Linear, Conv1D)
 LM_HEADS = ("lm_head", "embed_out")
-"""What the actor has and the critic, which is adapted by the same recipe, has not."""
+"""Modules of the actor that the critic, adapted by the same recipe, does not have."""
 
 
 def add_lora(
@@ -38,10 +38,10 @@ def add_lora(
     task: Literal["causal_lm", "classifier"],
     options: LoraOptions,
 ) -> PeftModel:
-    """Freeze the trunk and train adapters; a classifier's head is trained and saved whole.
+    """Freeze the backbone and add adapters; a classifier's head is trained and saved whole.
 
     Source: Hu et al. 2021 (arXiv:2106.09685). A reward head that is not in ``modules_to_save``
-    stays at its random initialisation and is lost on saving, which is a known mistake.
+    stays at its random initialisation and is lost on saving: a known mistake.
     """
     require_rank(options, model.config)
     layers = None
@@ -56,7 +56,7 @@ def add_lora(
     passed_over = LM_HEADS if task == "classifier" else ()
     if options.target_modules != ("all-linear",):
         _check_names(model, options.target_modules, but=passed_over)
-    else:  # peft wants names where only some layers are adapted
+    else:  # peft needs names if only some layers are adapted
         targets = "all-linear" if layers is None else _linear_names(model)
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM if task == "causal_lm" else TaskType.SEQ_CLS,
@@ -74,7 +74,7 @@ def add_lora(
     except (ValueError, TypeError, AttributeError, KeyError) as error:  # of layers of other kinds
         raise AlignError(f"lora.target_modules: {reason_of(error)}") from error
     _check_adapted(adapted, options, but=passed_over)
-    # merging would change the embeddings with the head, or the head with them
+    # tied: merging into one of the two would change the other
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     weights = [getattr(getattr(end, "base_layer", end), "weight", None) for end in ends]
     if weights[0] is weights[1] and any(isinstance(end, BaseTunerLayer) for end in ends):
@@ -86,7 +86,7 @@ def add_lora(
 
 
 def require_rank(options: LoraOptions, config: PretrainedConfig) -> None:
-    """Refuse a rank above the model's width: such an adapter is larger than what it adapts."""
+    """Refuse a rank above the model's width: such an adapter is larger than the layer it adapts."""
     width = getattr(config.get_text_config(), "hidden_size", None)
     if width is not None and options.r > width:
         raise AlignError(
@@ -96,8 +96,10 @@ def require_rank(options: LoraOptions, config: PretrainedConfig) -> None:
 
 
 def _check_adapted(model: PeftModel, options: LoraOptions, *, but: Sequence[str]) -> None:
-    """Refuse a name that was passed over, and a rank above the width of every adapted layer, with
-    which the update would be a full one at a higher price."""
+    """Refuse a target that peft skipped, and a rank above the width of every adapted layer.
+
+    Such a rank makes a full-rank update at a higher price.
+    """
     layers = {name: module for name, module in model.named_modules() if _is_adapted(module)}
     for name in () if options.target_modules == ("all-linear",) else options.target_modules:
         if name not in but and not any(layer.endswith(f".{name}") for layer in layers):
@@ -116,7 +118,7 @@ def _check_adapted(model: PeftModel, options: LoraOptions, *, but: Sequence[str]
 
 
 def _check_names(model: PreTrainedModel, names: Sequence[str], *, but: Sequence[str]) -> None:
-    """Refuse a name that no module has: peft would adapt the others without a word."""
+    """Refuse a target that no module has: peft would adapt the others silently."""
     there = ", ".join(_linear_names(model))
     for name in names:
         found = [m for n, m in model.named_modules() if f".{n}".endswith(f".{name}")]
@@ -139,25 +141,25 @@ def _check_names(model: PreTrainedModel, names: Sequence[str], *, but: Sequence[
 
 
 def _linear_names(model: PreTrainedModel) -> list[str]:
-    """What ``all-linear`` adapts."""
-    trunk = getattr(model, model.base_model_prefix)
-    return sorted({n.rpartition(".")[2] for n, m in trunk.named_modules() if isinstance(m, LINEAR)})
+    """List the module names that ``all-linear`` adapts."""
+    backbone = getattr(model, model.base_model_prefix)
+    linear = (name for name, m in backbone.named_modules() if isinstance(m, LINEAR))
+    return sorted({name.rpartition(".")[2] for name in linear})
 
 
 def unwrapped(model: torch.nn.Module) -> PreTrainedModel:
-    """The transformers model under a peft wrapper (its adapted layers stay in place)."""
+    """Return the transformers model inside a peft wrapper; its adapted layers stay in place."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 RECORD = "trunk.json"
-"""Beside a saved adapter: the sha256 of the trunk that it belongs on, and whether a score head was
-saved with it."""
+"""File beside a saved adapter: sha256 of its backbone, and whether it comes with a score head."""
 
 
-def save_adapter(model: PeftModel, folder: Path, *, trunk_sha256: str) -> None:
-    """The adapter (and head) alone, in peft's own format, and what it belongs on."""
+def save_adapter(model: PeftModel, folder: Path, *, backbone_sha256: str) -> None:
+    """Save the adapter (and head) alone in peft's format, with the hash of its backbone."""
     has_head = model.peft_config["default"].task_type == TaskType.SEQ_CLS
-    text = json.dumps({"sha256": trunk_sha256, "head": has_head}) + "\n"
+    text = json.dumps({"sha256": backbone_sha256, "head": has_head}) + "\n"
     with whole_folder(folder) as partial, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # peft's: that adapted embeddings are saved
         model.save_pretrained(str(partial))
@@ -165,8 +167,12 @@ def save_adapter(model: PeftModel, folder: Path, *, trunk_sha256: str) -> None:
 
 
 def adapter_beside(model: str) -> tuple[Path, str] | None:
-    """The adapter, with its head, that a one-label ``model`` was merged from, and the sha256 of its
-    trunk, if it was kept. That of a policy is none: a score head on it would be a random one."""
+    """Find the adapter and head that a one-label ``model`` was merged from.
+
+    Returns:
+        (adapter folder, sha256 of its backbone); None if there is none, or if it is a policy's, on
+        which a score head would be random.
+    """
     folder = Path(f"{model}_adapter")
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
@@ -176,7 +182,7 @@ def adapter_beside(model: str) -> tuple[Path, str] | None:
 
 
 def load_adapter(model: PreTrainedModel, folder: Path, *, trained: bool) -> PeftModel:
-    """Put a saved adapter, and the head saved with it, on the trunk that it was trained on."""
+    """Load a saved adapter and its head onto the backbone that it was trained on."""
     if not (folder / WEIGHTS).is_file():  # peft would look for a pickle next
         raise AlignError(f"adapter {folder}: has no {WEIGHTS}; remove the folder")
     with loading(str(folder)):
@@ -184,22 +190,22 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, trained: bool) -> Peft
 
 
 def on_same_weights(model: torch.nn.Module) -> PreTrainedModel:
-    """The model without its adapter, as a module tree of its own over the very same tensors."""
+    """Build the model without its adapter as a second module tree over the same tensors."""
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
     twin = copy.deepcopy(model, tensors)
     return twin.unload() if isinstance(twin, PeftModel) else twin
 
 
 def merged(model: PeftModel) -> PreTrainedModel:
-    """A plain float32 model on the CPU with the adapter added in; ``model`` stays as it is.
+    """Merge the adapter into a copy on the CPU, float32; ``model`` is unchanged.
 
-    float32, because a small update added to a weight that is held in bf16 would be rounded away.
+    float32, because bf16 would round away a small update.
     """
     adapted = {id(m.get_base_layer().weight) for m in model.modules() if _is_adapted(m)}
     twins: dict[int, torch.Tensor] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
-        # merging adds in place: what it adds to has to be a copy
+        # merging adds in place, so adapted weights have to be copied
         twin = tensor.detach().to("cpu", dtype, copy=id(tensor) in adapted)
         is_parameter = isinstance(tensor, torch.nn.Parameter)
         twins[id(tensor)] = torch.nn.Parameter(twin, False) if is_parameter else twin
@@ -208,16 +214,16 @@ def merged(model: PeftModel) -> PreTrainedModel:
 
 @torch.no_grad()
 def plain_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights under the names of a model without adapters, one by one, each tensor once.
+    """Yield each weight once, under its name in a model without adapters.
 
-    A weight that an adapter updates is made anew with the update in it, float32 as in `merged`; the
-    others are the model's own tensors, which must not be written to.
+    An adapted weight is computed with its update, in float32 as in `merged`; the others are the
+    model's own tensors, which must not be written to.
     """
     inner = unwrapped(model)
     adapted = {name: module for name, module in inner.named_modules() if _is_adapted(module)}
     seen: set[int] = set()
     for name, tensor in inner.state_dict(keep_vars=True).items():
-        if "lora_" in name or id(tensor) in seen:  # tied weights stand under two names
+        if "lora_" in name or id(tensor) in seen:  # tied weights have two names
             continue
         seen.add(id(tensor))
         layer, is_base, leaf = name.partition(".base_layer.")
@@ -235,7 +241,7 @@ def _is_adapted(module: torch.nn.Module) -> bool:
 
 @contextmanager
 def adapter_off(model: torch.nn.Module) -> Iterator[None]:
-    """The frozen trunk alone: the reference of a policy that is trained with LoRA."""
+    """Run the frozen backbone alone: the reference of a policy trained with LoRA."""
     if not isinstance(model, PeftModel):
         raise AlignError("reference: adapter_off needs lora; use online or cached")
     with model.disable_adapter():

@@ -1,4 +1,4 @@
-"""Add an adapter into the weights of its base, with the numbers that peft's own model gives."""
+"""Merge an adapter into its base, with the same numbers as peft's own model."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from align.types import AlignError
 
 
 def merge(model: Any, adapter: Adapter) -> Any:
-    """Add the adapter into the weights of its float32 base; all parameters can be trained.
+    """Merge the adapter into its float32 base; all parameters of the result can be trained.
 
-    The vocabulary is made as large as the embeddings that the adapter holds. Tied embeddings of
-    which the adapter changes one only come apart.
+    The vocabulary is resized to the embeddings that the adapter holds. Tied embeddings are untied
+    if the adapter changes only one of them.
 
     Raises:
         AlignError: A tensor of the adapter fits nothing in the base, or one is missing.
@@ -28,11 +28,11 @@ def merge(model: Any, adapter: Adapter) -> Any:
         loading(adapter.name, folder=adapter.folder, file=CONFIG),
         warnings.catch_warnings(),
     ):
-        warnings.simplefilter("ignore")  # peft's: what matters of them is checked here
+        warnings.simplefilter("ignore")  # peft's: the important ones are checked here
         kind = PEFT_TYPE_TO_CONFIG_MAPPING[adapter.settings.get("peft_type", "LORA")]
         known = {field.name for field in fields(kind)}
         unknown = [key for key, value in adapter.settings.items() if value and key not in known]
-        if unknown:  # peft would go on without them
+        if unknown:  # peft would ignore them
             raise AlignError(
                 f"model: {adapter.name}: {adapter.folder / CONFIG} has {', '.join(unknown)[:100]}, "
                 "which the installed peft does not know; upgrade peft, or save the adapter merged"
@@ -66,7 +66,7 @@ def merge(model: Any, adapter: Adapter) -> Any:
 
 
 def _load(wrapped: Any, adapter: Adapter) -> Any:
-    """Load the tensors, from safetensors alone; peft's names of what is missing or left over."""
+    """Load the tensors from safetensors; return peft's lists of missing and unexpected names."""
     try:
         return wrapped.load_adapter(str(adapter.folder), "default", torch_device="cpu")
     except KeyError as error:
@@ -77,7 +77,7 @@ def _load(wrapped: Any, adapter: Adapter) -> Any:
 
 
 def _fitting_nothing(keys: list[str], adapter: Adapter) -> list[str]:
-    """Tensors that fit nothing, but for copies that peft saves of embeddings it saves anyway."""
+    """List tensors that fit nothing, except peft's copies of embeddings that it saves anyway."""
     from safetensors.torch import load_file
 
     held: dict[str, Any] = {}
@@ -93,7 +93,7 @@ def _fitting_nothing(keys: list[str], adapter: Adapter) -> list[str]:
 
 
 def _resize(model: Any, adapter: Adapter, *, tied: bool) -> None:
-    """Make the vocabulary as large as the adapter's, and say which new rows it does not hold."""
+    """Resize the vocabulary to the adapter's, and warn of new rows that it does not hold."""
     from align.models.vocabulary import resize
 
     old = len(model.get_input_embeddings().weight)
@@ -117,7 +117,7 @@ def _resize(model: Any, adapter: Adapter, *, tied: bool) -> None:
 
 
 def _vocabulary(model: Any, adapter: Adapter) -> tuple[set[str], int]:
-    """Which embeddings the adapter holds (``input``, ``output``), and how many rows they have."""
+    """Return the embeddings that the adapter holds (``input``, ``output``) and their rows."""
     ends = {"input": model.get_input_embeddings(), "output": model.get_output_embeddings()}
     paths = {id(module): name for name, module in model.named_modules()}
     names = {end: paths[id(m)].rpartition(".")[2] for end, m in ends.items() if id(m) in paths}
@@ -148,7 +148,7 @@ def _vocabulary(model: Any, adapter: Adapter) -> tuple[set[str], int]:
 
 
 def _weight(layer: Any) -> Any:
-    """The weight of an embedding or head, under whatever peft put around it."""
+    """Return the weight of an embedding or head inside peft's wrappers."""
     layer = getattr(layer, "original_module", layer)
     return getattr(layer, "base_layer", layer).weight
 
@@ -159,7 +159,7 @@ def _tied(model: Any) -> bool:
 
 
 def _untie(model: Any) -> None:
-    """Give an adapted output layer a weight of its own: merging would change both."""
+    """Give an adapted output layer its own weight, since merging would change both."""
     import torch
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -171,9 +171,9 @@ def _untie(model: Any) -> None:
 
 
 def _tie_if_equal(model: Any) -> None:
-    """Tie embeddings that are equal again, and say in the config whether they are one.
+    """Tie embeddings that are equal again, and record in the config whether they are tied.
 
-    peft says there that they are two as soon as an adapter holds one of them.
+    peft records them as untied as soon as an adapter holds one of them.
     """
     import torch
 

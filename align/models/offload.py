@@ -1,12 +1,14 @@
-"""Activations that wait in the CPU's memory for their turn in the backward pass.
+"""Keep activations in the CPU's memory until the backward pass needs them.
 
-Every tensor that autograd saves inside of `kept_on_cpu` is copied there, and back when it is asked
-for: in the stream that computes, so that nothing has to be waited for, into page-locked memory.
-Left where they are: what is small, what is expanded (a copy would be larger than the tensor),
-whatever shares its memory with a parameter, since a copy of that would free nothing, and autocast's
-copies of parameters, known by their shape, which would have to be moved for every microbatch. With
-gradient checkpointing a block saves what came into it alone, and that is what is copied. A tensor
-that several operations save is copied for each of them.
+Every tensor that autograd saves inside `kept_on_cpu` is copied to page-locked memory, and back on
+use, in the compute stream, so that nothing waits. Not moved:
+
+- small tensors, and expanded ones, whose copy would be larger;
+- tensors that share memory with a parameter, since copying them frees nothing;
+- autocast's copies of parameters, known by their shape: they would move for every microbatch.
+
+With gradient checkpointing a block saves its input alone, and that is copied. A tensor that several
+operations save is copied for each of them.
 """
 
 from __future__ import annotations
@@ -18,11 +20,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from align.types import AlignError
 
 LEAST_BYTES = 2**20
-"""Smaller tensors stay: a copy of them costs more time than it saves memory."""
+"""Size below which a tensor is not moved: the copy costs more time than it saves memory."""
 
 
 def require_gpu(device: torch.device) -> None:
-    """Refuse where there is no other memory to go to."""
+    """Refuse offloading on a device that has no other memory to move activations to."""
     if device.type != "cuda":
         raise AlignError(
             f"activation_offload: has no effect on a {device.type}, whose memory activations are "
@@ -31,8 +33,8 @@ def require_gpu(device: torch.device) -> None:
 
 
 def kept_on_cpu(model: nn.Module) -> saved_tensors_hooks:
-    """A context for the forward pass of ``model``; the backward pass may run outside of it."""
-    # what is saved of a parameter is a view of it, not the parameter itself
+    """Make the context for the forward pass of ``model``; the backward pass may run outside."""
+    # autograd saves views of a parameter, so compare storages
     weights = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
     shapes = {p.shape for p in model.parameters()} | {p.shape[::-1] for p in model.parameters()}
 

@@ -1,8 +1,8 @@
-"""The two shapes that every role takes: a language model, and a model with one scalar output.
+"""Language models and scalar models over packed rows.
 
-Actor and reference are `Policy`; critic and reward model are `ScalarModel`. Both take a
-`TokenBatch`, run the trunk once over packed rows, and return flat float32 tensors for the counted
-tokens (row-major) or the sequences: nothing of the size ``[B, T, V]``, and no padding.
+Actor and reference are a `Policy`; critic and reward model are a `ScalarModel`. Both take a
+`TokenBatch`, run the backbone once over packed rows, and return flat float32 tensors for the
+counted tokens (row-major) or the sequences, without ``[B, T, V]`` logits and without padding.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from align.types import AlignError, TokenBatch
 
 
 class Packed(nn.Module):
-    """A transformers model whose trunk runs over packed rows.
+    """A transformers model whose backbone runs over packed rows.
 
-    ``activation_offload``: what its forward pass saves waits in the CPU's memory (`offload`).
-    ``collects_router_logits``: a mixture's are kept for the loss over them (`router`).
+    ``activation_offload`` moves saved activations to the CPU's memory (`offload`).
+    ``collects_router_logits`` keeps a mixture's router logits for its loss (`router`).
     """
 
     activation_offload = False
@@ -52,7 +52,7 @@ class Packed(nn.Module):
 
     @property
     def inner(self) -> Any:
-        """The transformers model, without peft's wrapper."""
+        """The transformers model without peft's wrapper."""
         return unwrapped(self.model)
 
     @property
@@ -61,7 +61,7 @@ class Packed(nn.Module):
 
     @property
     def attention(self) -> str:
-        """The backend of its attention, one of `attention.BACKENDS`."""
+        """Attention backend, one of `attention.BACKENDS`."""
         name = self.inner.config._attn_implementation
         return next(backend for backend, known in BACKENDS.items() if known == name)
 
@@ -72,17 +72,17 @@ class Packed(nn.Module):
             raise RuntimeError(f"{self.name} does not let its attention be changed to {backend}")
 
     @property
-    def trunk(self) -> Any:
-        # Llama 4's prefix is that of the model it is a part of
+    def backbone(self) -> Any:
+        # Llama 4's prefix names the multimodal model around it
         return getattr(self.inner, self.inner.base_model_prefix, None) or self.inner.model
 
     def hidden_states(self, batch: TokenBatch) -> Tensor:
-        """Final hidden states ``[B,T,H]``, after the last norm."""
+        """Compute the final hidden states ``[B,T,H]``, after the last norm."""
         offload = self.activation_offload and torch.is_grad_enabled()
-        saving = kept_on_cpu(self.trunk) if offload else nullcontext()
+        saving = kept_on_cpu(self.backbone) if offload else nullcontext()
         more = {"output_router_logits": True} if self.collects_router_logits else {}
         with autocast(self.precision, self.device), saving:
-            out = self.trunk(
+            out = self.backbone(
                 input_ids=batch.input_ids,
                 position_ids=batch.position_ids,
                 use_cache=False,
@@ -94,7 +94,7 @@ class Packed(nn.Module):
         return out.last_hidden_state
 
     def enable_gradient_checkpointing(self) -> None:
-        """Acts in training mode only, as transformers' does."""
+        """Enable checkpointing; like transformers', it acts in training mode only."""
         self.inner.gradient_checkpointing_enable({"use_reentrant": False})
 
     def save(
@@ -105,18 +105,18 @@ class Packed(nn.Module):
         end_ids: Sequence[int] = (),
         extra_files: Mapping[str, str] | None = None,
     ) -> None:
-        """Weights as safetensors with tokenizer and chat template beside them; LoRA merged in.
+        """Save weights as safetensors, with tokenizer and chat template; LoRA is merged.
 
-        The adapter is kept beside the merged model, in ``<folder>_adapter``. The folder appears
-        whole or not at all.
+        The adapter is saved beside the merged model, in ``<folder>_adapter``. The folder is
+        complete or absent after a crash.
         """
-        if end_ids:  # so that plain `generate` stops where training taught it to
+        if end_ids:  # plain `generate` then stops at the tokens that training taught
             self.inner.generation_config.eos_token_id = list(end_ids)
         folder = Path(folder)
         model: Any = self.model
         if model is not self.inner:
             adapter = folder.with_name(f"{folder.name}_adapter")
-            save_adapter(model, adapter, trunk_sha256=weights_hash(self.trunk))
+            save_adapter(model, adapter, backbone_sha256=weights_hash(self.backbone))
             model = merged(model)
         with whole_folder(folder, needs=sum(p.nbytes for p in model.parameters())) as partial:
             model.save_pretrained(str(partial))
@@ -126,9 +126,9 @@ class Packed(nn.Module):
 
 
 class Policy(Packed):
-    """A causal language model that answers with log-probabilities of the tokens it is given.
+    """A causal language model that returns log-probabilities of given tokens.
 
-    ``logit_scale``: what the architecture multiplies its head's products by (Granite, Cohere).
+    ``logit_scale`` is the architecture's factor on its logits (Granite, Cohere).
     """
 
     logit_scale = 1.0
@@ -136,10 +136,10 @@ class Policy(Packed):
     def forward(
         self, batch: TokenBatch, *, temperature: float = 1.0, statistics: bool = False
     ) -> TokenStatistics:
-        """Log-probabilities of the counted tokens, row-major, float32 nats.
+        """Compute log-probabilities of the counted tokens, row-major, float32 nats.
 
-        Logits are divided by ``temperature``, as they were when sampling. Entropy and collision
-        cost one more pass over the logits and are 0 unless ``statistics``.
+        Logits are divided by ``temperature``, as in sampling. Entropy and collision cost one more
+        pass over the logits and are 0 unless ``statistics``.
         """
         hidden = self.hidden_states(batch)
         predicting = hidden.reshape(-1, hidden.shape[-1])[_flat(batch, batch.predictor)]
@@ -158,7 +158,7 @@ class Policy(Packed):
         return TokenStatistics(logprobs, nothing, nothing)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Float32 logits ``[N,V]`` of a few hidden states: for sampling only."""
+        """Compute float32 logits ``[N,V]`` of a few hidden states, for sampling only."""
         options = self._head()
         with autocast(self.precision, self.device):
             logits = nn.functional.linear(hidden, self.head_weight()).float()
@@ -171,7 +171,7 @@ class Policy(Packed):
         return logits
 
     def head_weight(self) -> Tensor:
-        """Output embedding ``[V,H]``, with its LoRA update where the head has one."""
+        """Return the output embedding ``[V,H]``, with its LoRA update if the head has one."""
         head = self.inner.get_output_embeddings()
         if not hasattr(head, "lora_A") or head.disable_adapters:
             return head.weight
@@ -188,16 +188,16 @@ class Policy(Packed):
 class ScalarModel(Packed):
     """A reward model (read at each sequence's last token) or a critic (read before each token).
 
-    ``fresh_head`` says that the checkpoint had no head, so that its scores are noise until trained.
+    ``fresh_head`` is True if the checkpoint had no head: scores are noise until it is trained.
     """
 
     fresh_head = False
 
     def forward(self, batch: TokenBatch, *, at: Literal["last", "counted"]) -> Tensor:
-        """Float32 ``[sequences]`` in the caller's order within this batch, or ``[N]``.
+        """Compute float32 scores ``[sequences]``, in the batch's order, or values ``[N]``.
 
-        ``last``: the score of each sequence at its own last token. ``counted``: the value of the
-        state in which each counted token was chosen, read at that token's predictor.
+        ``last``: the score of each sequence at its last token. ``counted``: the value of the state
+        in which each counted token was chosen, read at that token's predictor.
         """
         hidden = self.hidden_states(batch)
         if at == "last":
@@ -210,22 +210,22 @@ class ScalarModel(Packed):
             return self.inner.score(rows.float()).squeeze(-1)
 
     def scale_head(self, gain: float) -> None:
-        """Multiply every future score by ``gain``, exactly, by scaling the head."""
+        """Multiply every later score by ``gain``, exactly, by scaling the head."""
         parameters = list(self.inner.score.parameters())
-        # under LoRA the trained copy of the head is what counts, not the frozen original
+        # under LoRA the trained copy of the head computes the score, not the frozen original
         with torch.no_grad():
             for parameter in [p for p in parameters if p.requires_grad] or parameters:
                 parameter.mul_(gain)
 
 
 def _flat(batch: TokenBatch, columns: Tensor) -> Tensor:
-    """Index into ``[B*T]`` of ``columns`` at the counted tokens, row-major."""
+    """Return the index into ``[B*T]`` of ``columns`` at the counted tokens, row-major."""
     rows, times = batch.loss_mask.nonzero(as_tuple=True)
     return rows * batch.input_ids.shape[1] + columns[rows, times]
 
 
 def check_length(model: Packed, longest: int, what: str) -> None:
-    """Refuse sequences that are longer than the model has positions for."""
+    """Refuse sequences longer than the model's positions."""
     config = model.inner.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
     cure = "lower data.max_tokens or generation.max_new_tokens"
@@ -241,7 +241,7 @@ def check_length(model: Packed, longest: int, what: str) -> None:
 
 
 def _rope_switches_at(config: Any) -> int | None:
-    """The length beyond which longrope takes other frequencies for the whole sequence."""
+    """Return the length above which longrope uses other frequencies for the whole sequence."""
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]
     found = [k.get("original_max_position_embeddings") for k in kinds if "longrope" in k.values()]
@@ -249,5 +249,5 @@ def _rope_switches_at(config: Any) -> int | None:
 
 
 def batch_sequences(batch: TokenBatch) -> np.ndarray:
-    """The caller's number of each sequence, in the order in which ``at="last"`` scores them."""
+    """Return each sequence's number in the caller's order, as ``at="last"`` scores them."""
     return np.array([s.sequence for s in batch.sequences], dtype=np.int64)

@@ -1,9 +1,9 @@
-"""A decoder layer that starts as the mean over a sequence, for reward models on small backbones.
+"""Add a decoder layer that starts as the mean over a sequence, for small reward models.
 
 A score is read at a sequence's last token, whose state a language model never had to fill: nothing
-is predicted from the end token. A small backbone therefore learns slowly to gather there what it
-knows about every token. One more layer of its own kind, whose attention is uniform at first, hands
-the mean of all states to the last token from the start.
+is predicted from the end token. A small backbone is slow to learn to gather there what it knows
+about every token. One more layer of its own kind, with uniform attention at first, passes the mean
+of all states to the last token from the start.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from align.types import AlignError
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 GAIN = 16.0
-"""Factor of the mean, so that it outweighs the last token's own state, to which it is added."""
+"""Factor on the mean, which is added to the last token's own state and should outweigh it."""
 
 
 def add_pooling_layer(model: PreTrainedModel, *, name: str) -> None:
     """Append a copy of the last full-attention layer that adds the mean of the states so far.
 
-    Queries are 0, so that every earlier token of the sequence is attended to alike; values and
-    output are transposes of each other with orthonormal rows, so that `GAIN` times the mean of the
-    normalised states comes out (its projection, where values have fewer dimensions than the model);
-    the MLP adds nothing. All of it is trained from there. The saved model has one layer more, and
-    loads as any other of its architecture.
+    Queries are 0, so attention to all earlier tokens of the sequence is uniform. Values and output
+    are transposes of each other with orthonormal rows, so the layer gives `GAIN` times the mean of
+    the normalised states (its projection, if values have fewer dimensions than the model). The MLP
+    adds nothing. All of it is trained from there. The saved model has one layer more and loads like
+    any other of its architecture.
 
     Raises:
-        AlignError: The architecture's layers are not of the form that can be copied.
+        AlignError: The architecture's layers cannot be copied in this form.
     """
     config: Any = model.config.get_text_config()
     layers: Any = getattr(getattr(model, model.base_model_prefix), "layers", None)
@@ -40,7 +40,7 @@ def add_pooling_layer(model: PreTrainedModel, *, name: str) -> None:
     full = [n for n, kind in enumerate(kinds) if kind == "full_attention"] if kinds else [-1]
     layer: Any = None
     if isinstance(layers, nn.ModuleList) and len(layers) and full:
-        # a layer reads the model's configuration, which is one
+        # the copied layer must share the model's configuration, not copy it
         shared = {id(one): one for one in (config, model.config)}
         layer = copy.deepcopy(layers[full[-1]], shared)
     attention: Any = getattr(layer, "self_attn", None)
@@ -72,7 +72,7 @@ def _start_as_mean(
     drawn = torch.empty(v.weight.shape, dtype=torch.float32)
     nn.init.orthogonal_(drawn)
     v.weight.copy_(drawn)
-    # queries' heads that share a head of values are averaged
+    # average the query heads that share a value head
     shared = o.in_features // v.out_features
     by_head = GAIN * drawn.T.reshape(o.out_features, -1, 1, head_dim) / shared
     o.weight.copy_(by_head.expand(-1, -1, shared, -1).reshape(o.weight.shape))

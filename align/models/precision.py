@@ -1,4 +1,4 @@
-"""Which precision the hardware is good at. Weights, log-probabilities and losses stay float32."""
+"""Choose the precision that suits the hardware; weights, log-probs and losses stay float32."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from align.types import AlignError
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """True where bf16 matrix products have instructions of their own.
+    """Tell whether the device has instructions for bf16 matrix products.
 
     Without them (AVX2-only processors) bf16 products are emulated: measured ten times *slower*
     than fp32 on such a CPU, and three to four times faster on one with AVX-512 BF16.
@@ -27,7 +27,7 @@ def has_fast_bf16(device: torch.device) -> bool:
 
 
 def resolve_precision(precision: str, device: torch.device) -> Literal["bf16", "fp32"]:
-    """``auto`` becomes what the device is fast at; bf16 by name is taken at its word."""
+    """Resolve ``auto`` to the device's faster precision; a named precision is kept."""
     if precision == "auto":
         return "bf16" if has_fast_bf16(device) else "fp32"
     if precision not in ("bf16", "fp32"):
@@ -43,12 +43,12 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[Non
 
 @contextmanager
 def autocast_once(model: nn.Module, precision: str, device: torch.device) -> Iterator[None]:
-    """Autocast for many passes without gradients: a weight is cast in the first and kept.
+    """Autocast many passes without gradients: each weight is cast once and cached.
 
-    Sampling runs the model once for every token. The weights must not change meanwhile, and take
-    half their float32 size more, frozen ones too. Autocast remembers what it cast until the
-    outermost block is left, but only for leaves that require a gradient, so for as long as this
-    lasts all weights do.
+    Sampling runs the model once for every token. The weights must not change meanwhile; the cached
+    copies take half their float32 size more, those of frozen weights too. Autocast caches casts
+    until the outermost block ends, but only of leaves that require a gradient, so all weights do
+    inside.
     """
     frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
     if precision != "bf16":

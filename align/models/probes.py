@@ -1,9 +1,9 @@
-"""Checks of a loaded model before it is used: eight tokens, a few forward passes.
+"""Checks of a loaded model before use: eight tokens, a few forward passes.
 
-Its packed rows must be the sequences alone, these must be what plain transformers computes, its
-head a linear map that is scaled or capped at most, and training mode must give what evaluation mode
-gives. What eight tokens cannot show (windows) is read from the masks that transformers makes. What
-is not so is refused in one line.
+Its packed rows must equal the single sequences, these must equal plain transformers, its head must
+be a linear map that is at most scaled or capped, and training mode must equal evaluation mode.
+Windows, which eight tokens cannot show, are read from transformers' masks. A model that fails is
+refused in one line.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ STATE = (
 def check_packable(model: Packed) -> None:
     """Refuse a model that cannot be packed, by trying; see the module.
 
-    In float32 where the weights are, for rounding to bf16 may hide or look like a difference.
+    The trial runs in float32 if the weights are, since rounding to bf16 may hide a difference or
+    look like one.
 
     Raises:
         AlignError: One line that says what is wrong with the architecture or the weights.
@@ -71,9 +72,9 @@ def check_packable(model: Packed) -> None:
 
 
 def check_architecture(name: str, inner: PreTrainedModel) -> None:
-    """Refuse what a model on the meta device, without weights, shows to be no use.
+    """Refuse a model without weights (on the meta device) whose architecture cannot be packed.
 
-    Where values decide on the way, as in a mixture of experts, nothing is said.
+    A forward pass that depends on values, as in a mixture of experts, is not judged.
     """
     model, kind = Packed(inner, precision="fp32", name=name), type(inner).__name__
     if own_attention(type(inner)):
@@ -84,7 +85,7 @@ def check_architecture(name: str, inner: PreTrainedModel) -> None:
         raise AlignError(f"{name}: {kind} has layers that {STATE}; {INSTEAD}")
     if "chunked_attention" in (getattr(inner.config.get_text_config(), "layer_types", None) or ()):
         raise AlignError(f"{name}: {kind} cannot be packed: its attention is in chunks; {INSTEAD}")
-    model.eval()  # layerdrop would leave layers out
+    model.eval()  # layerdrop would skip layers
     try:
         with torch.no_grad():
             _recorded(model, _rows(model)[1])
@@ -92,7 +93,7 @@ def check_architecture(name: str, inner: PreTrainedModel) -> None:
         raise AlignError(f"{name}: {kind} cannot be packed: {error}; {INSTEAD}") from error
     except AlignError:
         raise
-    except Exception:  # it looks at values, and there are none
+    except Exception:  # its forward pass depends on values, which the meta device lacks
         return
 
 
@@ -111,7 +112,7 @@ def _one_line(model: Packed) -> Iterator[None]:
 
 
 def _rows(model: Packed) -> tuple[TokenBatch, TokenBatch]:
-    """Two sequences behind two prefixes, packed; and the second of them alone."""
+    """Make a packed row (two sequences behind two prefixes), and the second sequence alone."""
     embeddings = model.inner.get_input_embeddings()
     vocabulary = getattr(embeddings, "base_layer", embeddings).num_embeddings  # peft's layer
     tokens = torch.arange(8, device=model.device)[None] % vocabulary
@@ -131,10 +132,10 @@ def _batch(tokens: Tensor, positions: Tensor, segments: Sequence[Segment]) -> To
 
 
 def _recorded(model: Packed, batch: TokenBatch) -> Tensor:
-    """Hidden states of a row, after which every layer knows its window.
+    """Compute hidden states of a row and record each layer's window.
 
     Raises:
-        AlignError: A layer has no attention, or one that is not on the interface.
+        AlignError: A layer has no attention, or attention that is not on the interface.
     """
     record = Record()
     row: dict[str, Any] = {
@@ -142,10 +143,10 @@ def _recorded(model: Packed, batch: TokenBatch) -> Tensor:
         "position_ids": batch.position_ids,
         "use_cache": False,
     }
-    if model.device.type == "meta":  # else transformers looks at positions, whether they are packed
+    if model.device.type == "meta":  # transformers would read positions to see if they are packed
         row["attention_mask"] = torch.ones_like(batch.input_ids)
     with _attention(model, RECORDED), autocast(model.precision, model.device):
-        out = model.trunk(**row, segments=batch.segments, record=record)
+        out = model.backbone(**row, segments=batch.segments, record=record)
     config = model.inner.config.get_text_config()
     layers = getattr(config, "decoder_layers", None) or config.num_hidden_layers
     stateful = getattr(model.inner, "_is_stateful", False)
@@ -160,15 +161,15 @@ def _recorded(model: Packed, batch: TokenBatch) -> Tensor:
 
 
 def _plain(model: Packed, batch: TokenBatch) -> tuple[Tensor, Tensor | None]:
-    """Hidden states and logits of a row as plain transformers computes them."""
+    """Compute hidden states and logits of a row with plain transformers."""
     row = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
     taken: list[Tensor] = []
-    handle = model.trunk.register_forward_hook(lambda *call: taken.append(call[-1][0]))
+    handle = model.backbone.register_forward_hook(lambda *call: taken.append(call[-1][0]))
     try:
         with _attention(model, "eager"), autocast(model.precision, model.device):
             logits = model.model(**row).logits if isinstance(model, Policy) else None
-            if not taken:  # a head that calls what is inside the trunk (OPT)
-                model.trunk(**row)
+            if not taken:  # a head that bypasses the backbone's own forward (OPT)
+                model.backbone(**row)
     finally:
         handle.remove()
     return taken[0], logits
@@ -186,9 +187,9 @@ def _attention(model: Packed, name: str) -> Iterator[None]:
 
 
 def _learn_head(model: Policy, hidden: Tensor, logits: Tensor, exact: bool) -> None:
-    """Find by what the architecture multiplies its logits, and refuse a head that does more.
+    """Find the architecture's factor on its logits, and refuse a head that does more.
 
-    Rounding to bf16 is as often up as down, so that the factor is known better than a logit.
+    Rounding to bf16 has mean 0, so the factor is known more exactly than a logit.
     """
     cap = model._head()["softcap"]
     raw, true = model.logits(hidden).double(), logits.double()
@@ -204,7 +205,7 @@ def _learn_head(model: Policy, hidden: Tensor, logits: Tensor, exact: bool) -> N
 
 
 def _named(model: Policy, scale: float, tolerance: float) -> float:
-    """A scale as a number of the config, or its inverse; else as it was measured."""
+    """Return the number of the config (or its inverse) that equals the scale, else the scale."""
     named = [
         given
         for value in vars(model.inner.config.get_text_config()).values()
@@ -216,7 +217,7 @@ def _named(model: Policy, scale: float, tolerance: float) -> float:
 
 
 def _why_not(model: Packed, alone: TokenBatch, got: Tensor, want: Tensor) -> str:
-    """Why packed rows are not the sequences alone."""
+    """Explain why packed rows differ from the single sequences."""
     kind = type(model.inner).__name__
     moved = replace(alone, position_ids=alone.position_ids * 2)
     if torch.equal(model.hidden_states(moved), model.hidden_states(alone)):

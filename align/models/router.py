@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def has_router(config: Any) -> bool:
-    """Whether a model of this config is trained with a load-balancing loss by its makers."""
+    """Tell whether the config has a load-balancing loss."""
     text = config.get_text_config()
     return hasattr(text, "router_aux_loss_coef") and hasattr(text, "num_experts_per_tok")
 
@@ -44,7 +44,7 @@ def collect_router_logits(model: Packed) -> None:
         AlignError: The model is dense, or transformers does not give its router's logits.
     """
     require_router(model.name, model.inner.config)
-    if "router_logits" not in getattr(model.trunk, "_can_record_outputs", {}):
+    if "router_logits" not in getattr(model.backbone, "_can_record_outputs", {}):
         raise AlignError(
             f"train.router_aux_coef: transformers does not give the router's logits of "
             f"{type(model.inner).__name__}; remove it"
@@ -53,7 +53,7 @@ def collect_router_logits(model: Packed) -> None:
 
 
 def router_loss(model: Packed, batch: TokenBatch) -> Tensor | None:
-    """The loss of the last forward pass, which was over ``batch``; None where it is off."""
+    """Compute the loss of the last forward pass, which was over ``batch``; None if it is off."""
     logits, model.router_logits = model.router_logits, None
     if logits is None:
         return None

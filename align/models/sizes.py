@@ -1,6 +1,7 @@
-"""The models that a run holds at once, and how many parameters each has, without loading weights.
+"""List the models that a run holds at once, and count their parameters without loading weights.
 
-Parameters are counted on torch's meta device. What is not on this machine is named, never fetched.
+Parameters are counted on torch's meta device. A model that is not on this machine is named, never
+fetched.
 """
 
 from __future__ import annotations
@@ -18,26 +19,26 @@ from align.config.options import LoraOptions
 from align.types import AlignError
 
 TRAINED_BYTES = 16
-"""For each trained parameter: float32 weight, gradient and two Adam moments."""
+"""Bytes of each trained parameter: float32 weight, gradient and two Adam moments."""
 
 
 @dataclass(frozen=True)
 class Role:
-    """A model of the run: what for, from where, with which adapter.
+    """A model of the run: its role, name and adapter.
 
-    ``on_trunk``: it stands on frozen weights that another role holds.
+    ``shares_base``: it shares frozen weights that another role holds.
     """
 
     name: str
     model: str
     lora: LoraOptions | None = None
     trained: bool = False
-    on_trunk: bool = False
+    shares_base: bool = False
 
 
 @dataclass(frozen=True)
 class Size:
-    """One model of a run: how many parameters it has and how many of them are trained."""
+    """Parameters of one model of a run, and how many of them are trained."""
 
     role: str
     total: int
@@ -48,7 +49,7 @@ class Size:
 
 
 def roles(command: str, recipe: Any) -> list[Role]:
-    """Every model that the run holds in memory at once."""
+    """List every model that the run holds in memory at once."""
     if isinstance(recipe, EvalRecipe):
         models = recipe.models or {"model": recipe.model or ""}
         found = [Role(name, model) for name, model in models.items()]
@@ -67,24 +68,24 @@ def roles(command: str, recipe: Any) -> list[Role]:
 
 
 def _more_of_ppo(recipe: PPORecipe) -> list[Role]:
-    """Critic, reference, rewards; with LoRA, those of the actor's own weights share them."""
+    """List critic, reference and rewards; with LoRA, those on the actor's weights share them."""
     lora, rewards = recipe.lora, [term.model for term in recipe.reward if term.model]
     shares = {model: lora is not None and _adapter_of(model, recipe.model) for model in rewards}
     start = recipe.critic.model or (rewards[0] if rewards else recipe.model)
-    # on the actor's weights, or on those of a reward model that has its own
-    on_trunk = lora is not None and (
+    # shared with the actor, or with a reward model that does not share the actor's
+    shares_base = lora is not None and (
         start in (recipe.model, *shares) or _adapter_of(start, recipe.model)
     )
-    found = [Role("critic", start, lora, trained=True, on_trunk=on_trunk)]
+    found = [Role("critic", start, lora, trained=True, shares_base=shares_base)]
     if lora is None or recipe.reference_model not in (None, recipe.model):
         found.append(Role("reference", recipe.reference_model or recipe.model))
     for model, shared in shares.items():
-        found.append(Role("reward", model, lora if shared else None, on_trunk=shared))
+        found.append(Role("reward", model, lora if shared else None, shares_base=shared))
     return found
 
 
 def _adapter_of(model: str, base: str) -> bool:
-    """Whether an adapter with a score head, kept beside ``model``, names ``base`` as its trunk."""
+    """Tell whether ``model`` has an adapter with a score head beside it, trained on ``base``."""
     path = Path(f"{model}_adapter") / "adapter_config.json"
     try:
         config = json.loads(path.read_text("utf-8"))
@@ -96,12 +97,12 @@ def _adapter_of(model: str, base: str) -> bool:
 def find_config(
     model: str, *, trust_remote_code: bool = False, base_model: str | None = None
 ) -> tuple[Any, str]:
-    """The model's transformers config if it is on this machine, else None and why not.
+    """Read a model's transformers config if it is on this machine; else (None, reason).
 
-    An adapter's is that of its base, with the vocabulary that the adapter makes it.
+    An adapter has the config of its base, with the adapter's vocabulary.
 
     Raises:
-        AlignError: There is no such folder, no run will make it, and the hub has no such name.
+        AlignError: There is no such folder, no run will write it, and the hub has no such name.
     """
     from align.models.adapters import find_adapter
     from align.models.configs import read_config
@@ -134,14 +135,14 @@ def find_config(
 
 
 def _made_by_a_run(path: Path) -> bool:
-    """Whether ``path`` is named like what a run writes, and that run has not ended yet."""
+    """Tell whether ``path`` is the output of a run that has not finished yet."""
     run = path.parent
     begun = not run.exists() or (run / "manifest.json").is_file()
     return path.name in ("model", "critic") and begun
 
 
 def _check_sizes(where: str, model: Any) -> None:
-    """Refuse a folder whose weights have other shapes than its config makes them."""
+    """Refuse a folder whose weights have other shapes than its config gives."""
     from safetensors import safe_open
 
     wanted = {name: list(weight.shape) for name, weight in model.state_dict().items()}
@@ -160,7 +161,7 @@ def _check_sizes(where: str, model: Any) -> None:
 def count_parameters(
     role: str, config: Any, *, lora: LoraOptions | None = None, trained: bool = True
 ) -> Size:
-    """Build the model on the meta device, adapters included, and count.
+    """Build the model on the meta device, adapters included, and count its parameters.
 
     Raises:
         AlignError: Its architecture is one that the run would refuse.

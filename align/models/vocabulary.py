@@ -1,4 +1,4 @@
-"""Make a model's vocabulary larger or smaller, each time with the same numbers."""
+"""Resize a model's vocabulary deterministically."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from transformers import PreTrainedModel
 
 
 def resize(model: PreTrainedModel, num_tokens: int) -> None:
-    """Give tokens that the checkpoint lacks the mean of its embeddings.
+    """Resize the embeddings; new tokens get the mean of the old ones.
 
     Random rows would differ between policy and reference, and take nearly all probability from a
-    model whose logits all lie far below 0, as GPT-2's do (Hewitt 2021).
+    model whose logits are all far below 0, such as GPT-2 (Hewitt 2021).
     """
     old = len(model.get_input_embeddings().weight)
     model.resize_token_embeddings(num_tokens, mean_resizing=False)

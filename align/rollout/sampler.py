@@ -23,7 +23,7 @@ from align.rollout.cache import SlotCache, recording_cache
 from align.types import NonFiniteError, Rollout, TokenGroup
 
 REFILL_SHARE = 0.25
-"""Slots that must be free before new prompts are prefilled: small prefills waste a trunk pass."""
+"""Slots that must be free before new prompts are prefilled: small prefills waste a forward pass."""
 
 
 class _Request:
@@ -147,7 +147,7 @@ class _Sampler:
         groups = [TokenGroup(first[i], ()) for i in range(len(first))]
         batch = collate(groups).to(self.policy.device)
         record = recording_cache()
-        hidden = self.policy.trunk(
+        hidden = self.policy.backbone(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
             past_key_values=record,
@@ -173,7 +173,7 @@ class _Sampler:
         assert self.cache is not None
         decode = self.cache.next_step()
         positions = self.cache.length - self.cache.starts
-        hidden = self.policy.trunk(
+        hidden = self.policy.backbone(
             input_ids=self.last[:, None],
             position_ids=positions.to(self.policy.device)[:, None],
             past_key_values=self.cache,

@@ -28,7 +28,7 @@ class Trunk:
         self.actor = actor
         self.roles = ["actor"]
         self.apart: dict[str, ScalarModel] = {}
-        self._sha256 = weights_hash(actor.trunk)
+        self._sha256 = weights_hash(actor.backbone)
         self._lines: list[str] = []
 
     def reward_model(self, model: str) -> ScalarModel | None:
@@ -57,7 +57,7 @@ class Trunk:
 
     def lines(self) -> list[str]:
         """Who shares and who does not, and why, for the log."""
-        return [f"one trunk, held once: {', '.join(self.roles)}", *self._lines]
+        return [f"shared base weights: {', '.join(self.roles)}", *self._lines]
 
     def _stand(
         self,
@@ -75,7 +75,7 @@ class Trunk:
         elif found is not None and found[1] != self._sha256:
             why = "its adapter is on other weights"
         else:
-            why = f"transformers has no one-label model on {type(self.actor.trunk).__name__}"
+            why = f"transformers has no one-label model on {type(self.actor.backbone).__name__}"
             made = scalar_model_on(
                 self.actor,
                 name=model,

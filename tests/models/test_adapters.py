@@ -210,7 +210,7 @@ def test_the_adapter_of_a_language_model_starts_a_reward_model(adapter: Make) ->
     assert scalar.fresh_head
     merged = trained.merge_and_unload()
     name = "layers.0.self_attn.q_proj.weight"
-    got = scalar.trunk.get_parameter(name)
+    got = scalar.backbone.get_parameter(name)
     torch.testing.assert_close(got, merged.model.get_parameter(name))
 
 

@@ -107,13 +107,13 @@ def test_packed_and_prefix_shared_is_the_sequences_alone(
     batch = collate(groups)
     hidden = policy.hidden_states(batch)[0]
     got = policy(batch).logprobs
-    trunk = getattr(eager, eager.base_model_prefix)
+    backbone = getattr(eager, eager.base_model_prefix)
     want: list[Tensor] = []
     segments = iter(batch.sequences)
     for group in groups:
         for number in range(len(group.continuations)):
             (ids, counts), columns = whole(group, number), path(batch, next(segments))
-            alone = trunk(input_ids=ids).last_hidden_state[0]
+            alone = backbone(input_ids=ids).last_hidden_state[0]
             torch.testing.assert_close(hidden[columns], alone, rtol=1e-5, atol=1e-5)
             logprobs = eager(ids).logits[0].float().log_softmax(-1)
             found = logprobs[:-1].gather(-1, ids[0, 1:, None])[:, 0]

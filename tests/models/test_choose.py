@@ -148,7 +148,7 @@ def test_a_kernel_that_is_right_is_taken_and_used(
     calls.clear()
     segment = (Segment(0, 0, 4),)
     ids = torch.arange(4)[None]
-    policy.trunk(input_ids=ids, position_ids=ids, use_cache=False, segments=segment)
+    policy.backbone(input_ids=ids, position_ids=ids, use_cache=False, segments=segment)
     assert len(calls) == policy.inner.config.num_hidden_layers
 
 

@@ -90,7 +90,7 @@ def test_what_is_copied_is_let_go(tiny: Path, batch: TokenBatch, copied: list[Te
     """The activations themselves are gone after the forward pass: their copies stand for them."""
     policy = load_policy(str(tiny), device=CPU, precision="fp32")
     inner: list[weakref.ref[Tensor]] = []
-    policy.trunk.layers[0].mlp.down_proj.register_forward_hook(
+    policy.backbone.layers[0].mlp.down_proj.register_forward_hook(
         lambda module, args, out: inner.append(weakref.ref(args[0]))
     )
     out = policy.train()(batch)
@@ -148,7 +148,7 @@ def test_memory_that_runs_out_leaves_no_hook_behind(
     policy = load_policy(str(tiny), device=CPU, precision="fp32")
     want = gradients(policy, batch)
     policy.activation_offload = True
-    layer = policy.trunk.layers[1]
+    layer = policy.backbone.layers[1]
     forward = layer.forward
 
     def runs_out(*args: object, **options: object) -> Tensor:

@@ -38,7 +38,7 @@ REFUSED = {
     "mamba": "MambaForCausalLM has no attention layer among its 2; the others carry a state",
     "jamba": "JambaForCausalLM has no attention layer among its 2; the others carry a state",
     "bart": "counts positions along the row and takes no position_ids",
-    "stablelm": "it hands no further arguments to its attention layers",
+    "stablelm": "it passes no further arguments to its attention layers",
     "doge": "its attention layers make masks or biases of their own",
     "gpt_oss": "it has attention sinks",
 }
@@ -203,12 +203,12 @@ def test_windows_are_those_of_the_masks(
     name: str, windows: list[int | None], architecture: Make
 ) -> None:
     policy = policy_of(architecture(name))
-    assert [getattr(layer.self_attn, WINDOW) for layer in policy.trunk.layers] == windows
+    assert [getattr(layer.self_attn, WINDOW) for layer in policy.backbone.layers] == windows
 
 
 def test_a_critics_windows_are_those_of_the_masks(architecture: Make) -> None:
     critic = load_scalar_model(str(architecture("qwen2_moe")), device=CPU, precision="fp32")
-    assert [getattr(layer.self_attn, WINDOW) for layer in critic.trunk.layers] == [5, None]
+    assert [getattr(layer.self_attn, WINDOW) for layer in critic.backbone.layers] == [5, None]
 
 
 def causal(b: Any, h: Any, query: Tensor, key: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""One trunk for four roles: what is shared, what is not, and that sharing changes no number."""
+"""Shared base of four roles: what is shared, what is not, and that sharing changes no number."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ from align.data.tokens.packing import collate
 from align.models import load_policy, load_scalar_model, scalar_model_on
 from align.models.load import weights_hash
 from align.rewards.model import ModelReward
-from align.stages import reward_model
-from align.stages import shared_base as trunk
+from align.stages import reward_model, shared_base
 from align.stages.common import open_session
 from align.stages.ppo import run as ppo
 from align.stages.ppo.roles import Roles, load_roles
@@ -82,9 +81,9 @@ def roles_of(tree: Row, tmp_path: Path, make_recipe: Any) -> Callable[..., Roles
 
 
 def frozen(model: torch.nn.Module) -> set[int]:
-    """Where the untrained weights of the trunk lie in memory."""
-    trunk = model.trunk  # type: ignore[union-attr]
-    return {p.data_ptr() for n, p in trunk.named_parameters() if "lora_" not in n}
+    """Return the memory addresses of the backbone's untrained weights."""
+    backbone = model.backbone  # type: ignore[union-attr]
+    return {p.data_ptr() for n, p in backbone.named_parameters() if "lora_" not in n}
 
 
 def held_bytes(*models: torch.nn.Module) -> int:
@@ -115,7 +114,7 @@ def test_four_roles_hold_the_base_once(
     adapters = sum(p.numel() * 4 for m in models for n, p in m.named_parameters() if "lora_" in n)
     heads = 4 * 32 * 4  # float32; an original and a trained head of each scalar model
     assert held_bytes(*models) == whole + adapters + heads
-    assert "one trunk, held once: actor, reward, critic, reference" in capsys.readouterr().out
+    assert "shared base weights: actor, reward, critic, reference" in capsys.readouterr().out
     assert not any(p.requires_grad for p in roles.reward.model.parameters())
     assert {n for n, p in roles.critic.named_parameters() if p.requires_grad} == {
         n for n, _ in roles.critic.named_parameters() if "lora_" in n or "to_save" in n
@@ -148,7 +147,7 @@ def test_an_adapter_of_other_weights_stays_apart_and_says_so(
 def test_the_adapter_of_a_policy_is_no_reward_models(
     tiny_sft: Path, tree: Row, roles_of: Callable[..., Roles], tmp_path: Path, make_recipe: Any
 ) -> None:
-    """It lies on the same trunk, but a score head on it would be a random one."""
+    """It has the same base, but a score head on it would be random."""
     chrf = "reward={metric: chrf}"
     ppo.run(make_recipe(PPORecipe, tree, f"output_dir={tmp_path / 'first'}", chrf))
     policy_folder = tmp_path / "first" / "model"
@@ -169,7 +168,7 @@ def test_full_fine_tuning_shares_nothing(reward: Path, roles_of: Callable[..., R
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2", "gpt_neox", "opt", "gemma3"])
-def test_head_on_a_shared_trunk_is_a_plain_classifier(
+def test_head_on_a_shared_base_is_a_plain_classifier(
     name: str, architecture: Callable[[str], Path], tmp_path: Path
 ) -> None:
     folder = architecture(name)
@@ -212,8 +211,8 @@ def test_scores_and_values_are_those_of_the_merged_model(
 
 
 def run_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every role with weights of its own, as without a trunk to stand on."""
-    monkeypatch.setattr(trunk, "scalar_model_on", lambda *args, **options: None)
+    """Every role has weights of its own, as without a shared base."""
+    monkeypatch.setattr(shared_base, "scalar_model_on", lambda *args, **options: None)
 
 
 def test_a_ppo_iteration_is_that_of_separate_models(
@@ -258,7 +257,7 @@ def test_saving_one_role_leaves_the_others_as_they_are(
     reward: Path, roles_of: Callable[..., Roles], tmp_path: Path
 ) -> None:
     roles = roles_of(f"reward={{model: {reward}}}")
-    before = weights_hash(roles.actor.trunk)
+    before = weights_hash(roles.actor.backbone)
     as_if_trained(roles.actor)
     as_if_trained(roles.critic)
     tokenizer = roles.reward.tokenizer  # type: ignore[attr-defined]
@@ -269,7 +268,7 @@ def test_saving_one_role_leaves_the_others_as_they_are(
         logprobs, values = roles.actor(batch).logprobs, roles.critic(batch, at="last")
         roles.actor.save(tmp_path / "model", tokenizer)
         roles.critic.save(tmp_path / "critic", tokenizer)
-        assert weights_hash(roles.actor.trunk) == before
+        assert weights_hash(roles.actor.backbone) == before
         torch.testing.assert_close(roles.critic(batch, at="last"), values, rtol=0, atol=0)
         actor = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
         found = actor(torch.tensor([ids])).logits[0].log_softmax(-1)[:-1]
@@ -279,7 +278,7 @@ def test_saving_one_role_leaves_the_others_as_they_are(
         torch.testing.assert_close(critic(torch.tensor([ids])).logits[0], values, rtol=0, atol=1e-5)
 
 
-def test_a_saved_critic_goes_on_on_the_trunk(
+def test_a_saved_critic_resumes_on_the_shared_base(
     tree: Row, roles_of: Callable[..., Roles], tmp_path: Path, make_recipe: Any
 ) -> None:
     chrf = "reward={metric: chrf}"

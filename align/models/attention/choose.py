@@ -1,4 +1,4 @@
-"""Which attention backend a model gets: the one asked for, or the best that proves right."""
+"""Choose a model's attention backend: the one asked for, or the fastest that proves correct."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from align.types import AlignError, Segment
 
 CHOICES = ("auto", *BACKENDS)
 LARGEST_HEAD = 256
-"""Of the flash kernel; a multiple of 8."""
+"""Largest head of the flash kernel; a multiple of 8."""
 WORSE = 3.0
-"""Times the error of ``segments`` in bf16 that another kernel may have."""
+"""Largest error of a kernel, as a multiple of the error of ``segments`` in bf16."""
 TRIAL = (
     Segment(0, 0, 150),
     Segment(0, 150, 170, 0, 150),
     Segment(0, 170, 320, 150, 170),
     Segment(0, 320, 420, 150, 170),
 )
-"""What all open with, a prompt, two answers: longer than the blocks of any kernel."""
+"""Trial row: a shared opening, a prompt, two answers; longer than the blocks of any kernel."""
 
 
 def settle_backend(model: Packed, wanted: str) -> None:
-    """Give ``model`` the backend ``wanted``, having tried that it computes what ``segments`` does.
+    """Set ``model``'s backend after trying that it computes the same as ``segments``.
 
-    With ``auto`` a kernel that fails on this machine, or gives other numbers, is passed over with a
-    line that says so.
+    With ``auto``, a kernel that fails on this machine or gives other numbers is skipped, and a line
+    says so.
 
     Raises:
-        AlignError: The backend that was asked for cannot run here, or the model cannot be packed.
+        AlignError: The backend asked for cannot run here, or the model cannot be packed.
     """
     model.attention = "segments"
     check_packable(model)
@@ -49,7 +49,7 @@ def settle_backend(model: Packed, wanted: str) -> None:
             prove(name, config, model.device)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # of a kernel or a compiler that is not ours
+        except Exception as error:  # kernels and compilers raise anything
             reason = str(error).strip().split("\n")[0]
             if len(names) == 1:
                 raise AlignError(f"attention: {name} does not work here: {reason}") from error
@@ -62,15 +62,15 @@ def settle_backend(model: Packed, wanted: str) -> None:
 def prove(backend: str, config: Any, device: torch.device) -> None:
     """Try a kernel on random heads of the model's shape, forward and backward, under autocast.
 
-    Its outputs and gradients may be off from those of ``segments`` in float32 by `WORSE` times as
-    much as those of ``segments`` in bf16 are.
+    Errors are taken against ``segments`` in float32; the kernel's may be up to `WORSE` times that
+    of ``segments`` in bf16.
 
     Raises:
-        ValueError: They are off by more. What a kernel raises passes through.
+        ValueError: An error is larger. Errors raised by the kernel pass through.
     """
     text = config.get_text_config()
     heads, shared, size = head_shape(config)
-    # the model's own window would hide nothing here
+    # the model's own window is longer than the trial row
     for window in (None, 100) if getattr(text, "sliding_window", None) else (None,):
         options = {"sliding_window": window, "softcap": _softcap(config)}
         shapes = [(1, n, TRIAL[-1].stop, size) for n in (heads, shared, shared, heads)]
@@ -79,7 +79,7 @@ def prove(backend: str, config: Any, device: torch.device) -> None:
         *inputs, upstream = (t.to(device) for t in drawn)
         upstream = upstream.transpose(1, 2)
         want = _attended([t.float() for t in inputs], upstream.float(), "segments", **options)
-        # as rotary embeddings leave them
+        # rotary embeddings give float32 queries and keys
         mixed = [inputs[0].float(), inputs[1].float(), inputs[2]]
         with torch.autocast(device.type, dtype=torch.bfloat16):
             base = _attended(mixed, upstream, "segments", **options)
@@ -92,7 +92,7 @@ def prove(backend: str, config: Any, device: torch.device) -> None:
 
 
 def _attended(inputs: list[Tensor], upstream: Tensor, backend: str, **options: Any) -> list[Tensor]:
-    """Output and gradients of queries, keys and values, float32."""
+    """Compute output and gradients of queries, keys and values, float32."""
     leaves = [t.detach().requires_grad_() for t in inputs]
     query, key, value = leaves
     options |= {"segments": TRIAL, "backend": backend}
@@ -102,7 +102,7 @@ def _attended(inputs: list[Tensor], upstream: Tensor, backend: str, **options: A
 
 
 def require_gpu(wanted: str, device: torch.device) -> None:
-    """Refuse a kernel for GPUs elsewhere."""
+    """Refuse a GPU kernel on another device."""
     if wanted in ("flash", "flex") and device.type != "cuda":
         raise AlignError(
             f"attention: {wanted} needs a CUDA GPU, and the model is on {device.type}; auto finds "
@@ -113,10 +113,10 @@ def require_gpu(wanted: str, device: torch.device) -> None:
 def candidates(
     wanted: str, config: Any, *, device: torch.device, precision: str
 ) -> tuple[str, ...]:
-    """Backends to try, best first. Each is used only once it has proved right.
+    """List the backends to try, best first; each is used only after it proves correct.
 
-    ``segments`` runs everywhere, and is all that there is on a CPU and in float32. Where scores are
-    capped ``flex`` comes before it, which does not hold them, otherwise ``flash``.
+    ``segments`` runs everywhere, and is the only one on a CPU and in float32. ``flex`` comes before
+    it for capped scores, since it does not store them, and ``flash`` otherwise.
     """
     if wanted not in CHOICES:
         raise AlignError(f"attention: got {wanted!r}; allowed are {', '.join(CHOICES)}")
@@ -138,7 +138,7 @@ def candidates(
 
 
 def _unfit_for_flash(config: Any, precision: str) -> str | None:
-    """What the flash kernel lacks for such a model."""
+    """Say why the flash kernel cannot serve such a model; None if it can."""
     if precision != "bf16":
         return f"needs precision=bf16, not {precision}"
     if _latent(config):
@@ -158,7 +158,7 @@ def _unfit_for_flash(config: Any, precision: str) -> str | None:
 
 
 def head_shape(config: Any) -> tuple[int, int, int]:
-    """(heads of queries, heads of keys and values, numbers of a head)."""
+    """Return (query heads, key and value heads, head size)."""
     text = config.get_text_config()
     heads = text.num_attention_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // heads
@@ -166,7 +166,7 @@ def head_shape(config: Any) -> tuple[int, int, int]:
 
 
 def _latent(config: Any) -> str | None:
-    """Why a model with multi-head latent attention (DeepSeek) is left to ``segments``."""
+    """Say why only ``segments`` serves multi-head latent attention (DeepSeek)."""
     values = getattr(config.get_text_config(), "v_head_dim", None)
     return "is not proved on heads whose values have another size than keys" if values else None
 

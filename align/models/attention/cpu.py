@@ -1,11 +1,10 @@
-"""Attention as batched matrix products, in place of torch's fused kernel for CPUs.
+"""Attention as batched matrix products, instead of torch's fused kernel for CPUs.
 
-Queries are taken in blocks, and a block multiplies only the keys between the first that one of its
-queries sees and the last. The products are those of ``softmax(Q K^T * scale) V`` as they stand, in
-the tensors' dtype, the softmax in float32. In bf16 the scores are rounded to bf16, as in
-transformers' eager attention; so keys are centred before: what all keys have in common adds the
-same to every score of a query, which changes no probability, but costs their digits.
-``python -m benchmarks.attention`` measures it beside the fused kernel.
+Queries are taken in blocks, and a block multiplies only the keys from the first that one of its
+queries sees to the last. The products are ``softmax(Q K^T * scale) V`` in the tensors' dtype, the
+softmax in float32. In bf16 the scores are rounded to bf16, as in transformers' eager attention, so
+keys are centred first: their common part adds the same to every score of a query, which changes no
+probability but costs digits. ``python -m benchmarks.attention`` compares with the fused kernel.
 """
 
 from __future__ import annotations
@@ -17,14 +16,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 BLOCK = 128
-"""Queries of one product."""
+"""Queries per matrix product."""
 KEPT = 512
-"""Keys up to which the probabilities are kept for the backward pass. With more it computes them
-again in bf16; in float32 the fused kernel is faster then."""
+"""Keys up to which probabilities are stored for the backward pass. With more keys they are computed
+again in bf16; in float32 the fused kernel is then faster."""
 
 
 def pays(query: Tensor, keys: int, dropout: float) -> bool:
-    """Whether `attend` is faster than the fused kernel for queries against so many keys."""
+    """Tell whether `attend` is faster than the fused kernel for queries against so many keys."""
     short = keys <= KEPT or query.dtype == torch.bfloat16
     return query.device.type == "cpu" and short and not dropout
 
@@ -32,7 +31,7 @@ def pays(query: Tensor, keys: int, dropout: float) -> bool:
 def visible(
     queries: tuple[int, int], keys: tuple[int, int], window: int | None, device: torch.device
 ) -> Tensor:
-    """Mask ``[queries,keys]`` of two ranges of places in a sequence: what precedes, or a window."""
+    """Mask ``[queries,keys]`` of two ranges of positions: causal, or a causal window."""
     place = torch.arange(*queries, device=device)[:, None]
     distance = place - torch.arange(*keys, device=device)
     return distance >= 0 if window is None else (distance >= 0) & (distance < window)
@@ -48,10 +47,10 @@ def attend(
     before: int,
     window: int | None = None,
 ) -> Tensor:
-    """Masked attention of grouped heads.
+    """Compute masked attention of grouped heads.
 
     Args:
-        query: ``[n,heads,L,D]``; the queries of one kv head lie behind one another.
+        query: ``[n,heads,L,D]``; the query heads of one kv head are neighbours.
         key: ``[n,kv_heads,S,D]``; ``value`` likewise.
         mask: bool ``[n,1,L,S]``, True = may be attended to; at least one key for each query. None:
             query i attends to the last ``window`` of the first ``before + i + 1`` keys, or to all.
@@ -77,7 +76,9 @@ def attend(
 def _probabilities(
     query: Tensor, key: Tensor, mask: Tensor | None, block: tuple[int, ...], options: Any
 ) -> Tensor:
-    """One block's: ``[N,g,L,D]``, ``[N,S,D]``, ``[n,1,L,S]`` -> ``[N,g*b,e]``."""
+    """Compute one block's probabilities: ``[N,g,L,D]``, ``[N,S,D]``, ``[n,1,L,S]`` ->
+    ``[N,g*b,e]``.
+    """
     start, stop, first, last = block
     _, before, window = options
     taken = query[:, :, start:stop]
@@ -93,13 +94,13 @@ def _probabilities(
 
 
 class _Products(torch.autograd.Function):
-    """Scaled queries ``[N,g,L,D]`` against ``[N,S,D]``, where N = n * kv heads."""
+    """Attention of scaled queries ``[N,g,L,D]`` over ``[N,S,D]``, where N = n * kv heads."""
 
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: Any
     ) -> Tensor:
-        if key.dtype == torch.bfloat16:  # its gradient is the same, for the scores' sum to 0
+        if key.dtype == torch.bfloat16:  # same gradient: those of a query's scores sum to 0
             key = key - key.mean(1, keepdim=True)
         out = query.new_empty(*query.shape[:3], value.shape[-1])
         kept = []
@@ -119,7 +120,7 @@ class _Products(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> Any:
         query, key, value, mask, *kept = ctx.saved_tensors
         grad_query = torch.empty_like(query)
-        # float32, for they add up many blocks
+        # float32: sums over many blocks
         grad_key, grad_value = (torch.zeros_like(t, dtype=torch.float32) for t in (key, value))
         for i, block in enumerate(ctx.options[0]):
             start, stop, first, last = block

@@ -1,9 +1,9 @@
 """Packed attention as one call of torch's variable-length flash kernel, on a GPU.
 
-The queries of a segment are its own tokens; its keys are those of all that it continues and then
-its own. So a shared prompt's keys are copied for every continuation, and its queries are computed
-once. No padding, no mask: the kernel's causal mask is aligned to the last key of each segment
-(FlashAttention 2.1 and later), which is what a continuation needs.
+A segment's queries are its own tokens; its keys are those of all segments it continues, then its
+own. So a shared prompt's keys are copied for every continuation, and its queries are computed once.
+There is no padding and no mask: the kernel's causal mask is aligned to the last key of each segment
+(FlashAttention 2.1 and later), as a continuation needs.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from align.models.attention.segments import columns_seen
 from align.types import Segment
 
 OPTIONS = {"scale", "window_size", "enable_gqa"}
-"""Arguments of the kernel that are needed, and that its first releases did not have."""
+"""Arguments of the kernel that are needed here, and missing in its first releases."""
 
 
 def kernel() -> Any:
-    """``torch.nn.attention.varlen.varlen_attn``, as torch 2.13 has it."""
+    """Import ``torch.nn.attention.varlen.varlen_attn``, as of torch 2.13."""
     from torch.nn.attention.varlen import varlen_attn
 
     return varlen_attn
@@ -34,15 +34,15 @@ def kernel() -> Any:
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where the kernel finds each segment, and each column its output.
+    """Index arrays: each segment's queries and keys for the kernel, each column's output.
 
     Attributes:
-        queries: int64 ``[Q]`` columns of the rows laid behind one another.
+        queries: int64 ``[Q]`` columns of the rows, numbered row after row.
         keys: int64 ``[K]``.
         query_ends: int32 ``[n+1]``: segment i has queries ``query_ends[i]`` to
             ``query_ends[i+1]``; ``key_ends`` likewise.
         longest: Queries and keys of the longest segment.
-        order: int64 ``[B*T]`` index into the outputs and one row of zeros after them.
+        order: int64 ``[B*T]`` index into the outputs followed by one row of zeros.
     """
 
     queries: Tensor
@@ -53,7 +53,7 @@ class _Layout:
     order: Tensor
 
 
-@lru_cache(maxsize=16)  # every layer of a forward asks for the same one
+@lru_cache(maxsize=16)  # all layers of a forward pass share it
 def _layout(
     segments: tuple[Segment, ...], rows: int, columns: int, device: torch.device
 ) -> _Layout:
@@ -78,9 +78,9 @@ def attend(
     scale: float,
     window: int | None,
 ) -> Tensor:
-    """``[B,heads,T,D]`` and ``[B,kv_heads,T,D]``, bf16 or fp16 -> ``[B,T,heads,D]``.
+    """Attend ``[B,heads,T,D]`` to ``[B,kv_heads,T,D]``, bf16 or fp16 -> ``[B,T,heads,D]``.
 
-    Columns in no segment give zeros. With a ``window``, a query sees the last that many keys.
+    Columns in no segment give zeros. With a ``window``, a query sees its last ``window`` keys.
     """
     batch, heads, time, dim = query.shape
     layout = _layout(tuple(segments), batch, time, query.device)

@@ -1,7 +1,7 @@
-"""Packed attention by torch's flex attention, on a GPU: a block mask, and scores that are capped.
+"""Packed attention by torch's flex attention, on a GPU: a block mask and capped scores.
 
-Blocks of 128 by 128 that hold nothing which may be seen are skipped, so that neighbours cost
-nothing, and a shared prompt's keys are not copied. Dong et al. 2024, arXiv:2412.05496.
+Blocks of 128 by 128 with nothing visible are skipped, so neighbours in a row cost nothing, and a
+shared prompt's keys are not copied. Dong et al. 2024, arXiv:2412.05496.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from align.models.attention.segments import columns_seen
 from align.types import Segment
 
 LEVELS = 2
-"""What a segment may continue and that in turn: an answer its prompt, that what all open with.
+"""Segments that a segment may continue in a chain: an answer its prompt, a prompt a shared opening.
 
-A mask of fewer is made of as many, and a window is data, so that one compiled graph serves them.
+A mask with fewer is padded to as many, and a window is data, so one compiled graph serves all.
 """
 RECOMPILATIONS = 64
-"""For one model and another, with and without gradients, few tokens and many; torch stops at 8 and
-then holds all scores."""
+"""Compiled variants: several models, with and without gradients, few tokens and many. torch stops
+at 8 and then stores all scores."""
 
 
 @lru_cache(maxsize=1)
@@ -33,18 +33,18 @@ def _compiled() -> Any:
 
     limit = getattr(torch._dynamo.config, "recompile_limit", 0)
     torch._dynamo.config.recompile_limit = max(limit, RECOMPILATIONS)
-    # lengths differ from microbatch to microbatch; a graph in pieces would hold all scores
+    # lengths differ between microbatches; a broken graph would store all scores
     return torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
 
 def kernel(device: torch.device) -> Any:
-    """Compiled on a GPU; elsewhere the plain form, which holds all scores."""
+    """Return flex attention: compiled on a GPU, else the plain form, which stores all scores."""
     from torch.nn.attention.flex_attention import flex_attention
 
     return _compiled() if device.type == "cuda" else flex_attention
 
 
-@lru_cache(maxsize=16)  # every layer of a forward asks for the same one
+@lru_cache(maxsize=16)  # all layers of a forward pass share it
 def block_mask(
     segments: tuple[Segment, ...],
     rows: int,
@@ -52,19 +52,19 @@ def block_mask(
     window: int | None,
     device: torch.device,
 ) -> Any:
-    """BlockMask ``[rows,1,columns,columns]``; columns in no segment see themselves.
+    """Build a BlockMask ``[rows,1,columns,columns]``; columns in no segment see themselves.
 
-    While it is made, some numbers of 4 bytes are held for each of its entries.
+    Building it needs a few numbers of 4 bytes for each of its entries.
 
     Raises:
-        NotImplementedError: A segment stands behind more than `LEVELS` others.
+        NotImplementedError: A segment continues a chain of more than `LEVELS` others.
     """
     from torch.nn.attention.flex_attention import create_block_mask
 
     parents = {(s.row, s.start, s.stop): s for s in segments}
     own_start = np.arange(columns, dtype=np.int32) * np.ones((rows, 1), np.int32)
     place = np.zeros((rows, columns), np.int32)
-    # bounds of what is continued; nothing lies between 0 and 0
+    # bounds of the continued segments; (0, 0) is empty
     bounds = np.zeros((LEVELS, 2, rows, columns), np.int32)
     for s, seen in zip(segments, columns_seen(segments, columns), strict=True):
         own = s.row, slice(s.start, s.stop)
@@ -103,10 +103,10 @@ def attend(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """``[B,heads,T,D]`` and ``[B,kv_heads,T,D]`` -> ``[B,T,heads,D]``.
+    """Attend ``[B,heads,T,D]`` to ``[B,kv_heads,T,D]`` -> ``[B,T,heads,D]``.
 
-    Columns in no segment give zeros. Scores are ``softcap * tanh(score / softcap)`` with a
-    ``softcap`` (Gemma 2, arXiv:2408.00118, section 2).
+    Columns in no segment give zeros. With a ``softcap``, scores are ``softcap * tanh(score /
+    softcap)`` (Gemma 2, arXiv:2408.00118, section 2).
     """
     batch, _, time, _ = query.shape
     segments = tuple(segments)

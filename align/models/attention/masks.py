@@ -1,9 +1,9 @@
-"""Windows that a model's attention layers really see, as transformers' own masks say it.
+"""Read the sliding windows of a model's attention layers from transformers' own masks.
 
-Some architectures hand a sliding window to their attention function, some write it into the mask
-alone, some do both. So each layer is run once with a mask that says what it is, and the layer keeps
-the window found in it. Masks that are neither causal nor a sliding window (chunks, bidirectional
-blocks) are refused.
+Some architectures pass a sliding window to their attention function, some write it into the mask
+alone, some do both. So each layer runs once with a mask that carries its definition, and the layer
+keeps the window found in it. Masks that are neither causal nor a sliding window (chunks,
+bidirectional blocks) are refused.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from align.models.attention.packed import (
 )
 
 RECORDED = "align_recorded"
-"""As ``segments``, and notes what each layer is given."""
+"""Name of an attention function that computes ``segments`` and records each layer's arguments."""
 FAR = 2**20
-"""Tokens, further than any window that is in use."""
+"""Distance in tokens beyond any window in use."""
 
 
 class Record:
-    """Masks that the attention layers of one forward pass were given.
+    """Masks given to the attention layers in one forward pass.
 
     Attributes:
-        windows: Attention module -> its window in tokens, None = sees all that precede.
-        calls: Of attention functions; a layer may be run more than once.
+        windows: Attention module -> its window in tokens, None = full causal attention.
+        calls: Calls of attention functions; a layer may run more than once.
     """
 
     def __init__(self) -> None:
@@ -46,17 +46,17 @@ class Record:
             raise UnpackableError("one attention layer has two sliding windows")
 
     def apply(self) -> None:
-        """Every layer keeps its window, which counts before what it hands over."""
+        """Store each layer's window on the layer; it overrides the window that the layer passes."""
         for module, window in self.windows.items():
             setattr(module, WINDOW, window)
 
 
 def window_of(allowed: Callable[..., Tensor], size: int | None) -> int | None:
-    """The sliding window of a mask function of transformers, None = sees all that precede.
+    """Return the sliding window of a transformers mask function, None = full causal attention.
 
     Args:
-        allowed: ``(batch, head, query, key)`` of integer tensors -> bool, True = may be seen.
-        size: What transformers says it is, of a window or a chunk.
+        allowed: ``(batch, head, query, key)`` of integer tensors -> bool, True = visible.
+        size: Size of the window or chunk, according to transformers.
 
     Raises:
         UnpackableError: It is neither causal nor a sliding window.
@@ -65,7 +65,7 @@ def window_of(allowed: Callable[..., Tensor], size: int | None) -> int | None:
     steps = sorted({0, 1, 2, 3, *(2**i for i in range(2, 20)), *near(size or 1), *near(FAR)})
     distance = torch.tensor([-1, *steps])
     want = distance >= 0 if size is None else (distance >= 0) & (distance < size)
-    for first in (0, 1):  # chunks have borders, and a query stands on one side of them
+    for first in (0, 1):  # chunks have borders: try queries on both sides of one
         query = torch.tensor(4 * FAR + first * ((size or 2) // 2))
         key = query - distance
         if not torch.equal(allowed(zero, zero, query, key).expand_as(want), want):
@@ -83,7 +83,7 @@ def near(size: int) -> range:
 def _mask(
     batch_size: int, q_length: int, kv_length: int, mask_function: Any, **more: Any
 ) -> Tensor:
-    """A causal mask ``[B,1,q,kv]`` that carries its function, and what transformers says of it."""
+    """Make a causal mask ``[B,1,q,kv]`` that carries its function and transformers' size."""
     seen = torch.ones(q_length, kv_length, dtype=torch.bool, device=more.get("device")).tril()
     mask: Any = seen.expand(batch_size, 1, q_length, kv_length)
     mask.function = (mask_function, more.get("local_size"))
@@ -102,7 +102,7 @@ def _attention(
 ) -> tuple[Tensor, None]:
     if record is None:
         raise UnpackableError(
-            "it hands no further arguments to its attention layers, which have to know where a "
+            "it passes no further arguments to its attention layers, which have to know where a "
             "sequence of a packed row begins"
         )
     window = more.pop("sliding_window", None) or None

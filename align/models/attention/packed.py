@@ -1,22 +1,21 @@
-"""Attention over packed rows: the one place that turns segments into what a backend wants.
+"""Attention over packed rows: the one place that turns segments into a backend's arguments.
 
-A segment's keys are its own and those of all that it continues. They travel as an extra keyword of
-the model's forward to a function registered with transformers' ``AttentionInterface``, which any
-architecture on that interface calls. There are three such functions, see `BACKENDS`:
+A segment's keys are its own and those of all segments it continues. Segments travel as an extra
+keyword of the model's forward to a function registered with transformers' ``AttentionInterface``,
+which any architecture on that interface calls. There are three such functions, see `BACKENDS`:
 
-- ``segments``: short segments of like lengths go into one padded call, a long one into a call of
-  its own: of torch's scaled-dot-product attention, or on a CPU, where that is faster, of matrix
-  products (`products`). So hardly anything is computed between neighbours, and where torch or
-  `products` knows what a query sees, which is all but what follows it, there is no ``[T,T]`` mask;
-  a row may be as long as memory allows. It runs everywhere.
-- ``flash``: all segments in one call of a variable-length kernel, on a GPU (`varlen`).
-- ``flex``: a block mask, which can cap scores without holding them, on a GPU (`flex`).
+- ``segments`` runs everywhere. Short segments of similar lengths share one padded call, a long one
+  has its own: of torch's scaled-dot-product attention, or of matrix products (`cpu`) on a CPU where
+  those are faster. So little is computed between neighbours, and a lone segment, which is causal,
+  needs no ``[T,T]`` mask; a row may be as long as memory allows.
+- ``flash`` takes all segments in one call of a variable-length kernel, on a GPU (`flash`).
+- ``flex`` takes a block mask and caps scores without storing them, on a GPU (`flex`).
 
 Decoding, one query per row against a cache, is the same for all.
 
-What it refuses: attention weights as an output, position biases (ALiBi, T5), attention sinks and
-sparse attention (GPT-OSS, DeepSeek 4), and a forward without segments, since that would attend
-across neighbours or padding without a word.
+Refused: attention weights as an output, position biases (ALiBi, T5), attention sinks and sparse
+attention (GPT-OSS, DeepSeek 4), and a forward without segments, which would silently attend across
+neighbours or padding.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ from align.models.attention.segments import columns_seen
 from align.types import Segment
 
 BACKENDS = {"segments": "align_segments", "flash": "align_varlen", "flex": "align_blocks"}
-"""What a recipe calls them, and transformers, which takes any name with "flash" for its own."""
+"""Name in a recipe -> name in transformers, which reserves every name with "flash" in it."""
 
 WINDOW = "align_window"
 """Attribute of an attention layer: its sliding window, found in its mask (`masks`)."""
@@ -51,16 +50,16 @@ UNSUPPORTED = {
     "indices": "sparse attention",
     "block_indices": "sparse attention",
 }
-"""What a model may hand to its attention function that changes the result and is not done here."""
+"""Arguments of an attention function that change the result and are not supported here."""
 
 
 class UnpackableError(NotImplementedError):
-    """What an architecture does that attention over packed rows does not."""
+    """An architecture needs something that attention over packed rows does not do."""
 
 
 @dataclass(frozen=True)
 class DecodeState:
-    """One query per row; row r may look at cache columns ``starts[r]`` onwards.
+    """Cache columns that each row's one query may attend to.
 
     Attributes:
         mask: bool ``[rows, columns]``, True = may be attended to.
@@ -70,7 +69,7 @@ class DecodeState:
 
 
 def require_supported(options: Mapping[str, Any]) -> None:
-    """Refuse what changes the result of an attention function and is not done here."""
+    """Refuse arguments that change the result of an attention function and are not supported."""
     for name, what in UNSUPPORTED.items():
         if options.get(name) is not None:
             raise UnpackableError(f"it has {what} (`{name}`), which align does not compute")
@@ -91,7 +90,7 @@ def segment_attention(
     backend: str = "segments",
     **more: Any,
 ) -> tuple[Tensor, None]:
-    """``[B,heads,T,D]`` queries and ``[B,kv_heads,S,D]`` keys -> ``[B,T,heads,D]``."""
+    """Attend ``[B,heads,T,D]`` queries to ``[B,kv_heads,S,D]`` keys -> ``[B,T,heads,D]``."""
     require_supported(more)
     if torch.is_autocast_enabled(query.device.type):  # rotary embeddings are float32 there
         dtype = torch.get_autocast_dtype(query.device.type)
@@ -114,22 +113,22 @@ class _Options:
 
 
 SHORT = 256
-"""Keys up to which segments share a call: padding costs less than many small calls."""
+"""Most keys of a segment that shares a call: padding costs less than many small calls."""
 STEP = 32
-"""Tokens by which lengths may differ inside one padded call."""
+"""Largest difference of lengths, in tokens, inside one padded call."""
 
 
 @dataclass(frozen=True)
 class _Bucket:
-    """Segments of one call, by the columns of the rows laid behind one another.
+    """Segments of one call, as columns of the rows, numbered row after row.
 
-    A lone segment is as long as it is; the others are padded, with columns of their own.
+    A lone segment has no padding; several are padded with columns of their own.
 
     Attributes:
         queries: int64 ``[n,L]``.
         keys: int64 ``[n,S]``.
-        mask: bool ``[n,1,L,S]``, True = may be attended to; None of a lone segment, where
-            ``before`` and the window say it all.
+        mask: bool ``[n,1,L,S]``, True = may be attended to; None for a lone segment, whose mask
+            follows from ``before`` and the window.
         before: Query i attends to no key from ``before + i + 1`` on.
     """
 
@@ -141,18 +140,18 @@ class _Bucket:
 
 @dataclass(frozen=True)
 class _Plan:
-    """All calls of one layer, and where each column finds its output.
+    """All calls of one layer, and the place of each column's output.
 
     Attributes:
-        order: int64 ``[B*T]`` index into the buckets' outputs laid behind one another, and one row
-            of zeros after them for padding columns.
+        order: int64 ``[B*T]`` index into the buckets' outputs, one after another, followed by one
+            row of zeros for padding columns.
     """
 
     buckets: tuple[_Bucket, ...]
     order: Tensor
 
 
-@lru_cache(maxsize=16)  # every layer of a forward asks for the same plan
+@lru_cache(maxsize=16)  # all layers of a forward pass share it
 def _plan(
     segments: tuple[Segment, ...], rows: int, columns: int, window: int | None, device: torch.device
 ) -> _Plan:
@@ -190,7 +189,7 @@ def _bucket(
         queries[i, :length], queries[i, length:] = columns[len(columns) - length :], columns[-1]
         keys[i, : len(columns)], keys[i, len(columns) :] = columns, columns[-1]
     columns_of = torch.from_numpy(queries).to(device), torch.from_numpy(keys).to(device)
-    if n == 1:  # a mask of its own would be large, and kept with the plan
+    if n == 1:  # its mask would be large, and cached with the plan
         return _Bucket(*columns_of, None, most - longest)
     totals = np.array([len(columns) for columns in seen])[:, None, None]
     before = totals - np.array(lengths)[:, None, None]
@@ -198,7 +197,7 @@ def _bucket(
     allowed = (distance >= 0) & (np.arange(most) < totals)
     if window is not None:
         allowed &= distance < window
-    # a query of padding is thrown away, but it has to look at something to be a number
+    # a padding query is discarded, but without a visible key its softmax would be NaN
     allowed[..., 0] |= ~allowed.any(-1)
     mask = torch.from_numpy(allowed[:, None]).to(device)
     return _Bucket(*columns_of, mask, int(before.max()))
@@ -207,7 +206,7 @@ def _bucket(
 def _packed(
     query: Tensor, key: Tensor, value: Tensor, segments: tuple[Segment, ...], options: _Options
 ) -> Tensor:
-    """``[B,heads,T,D]`` -> ``[B,T,heads,D]``; columns in no segment give zeros."""
+    """Attend within segments: ``[B,heads,T,D]`` -> ``[B,T,heads,D]``, zeros outside segments."""
     batch, heads, time, _ = query.shape
     sizes = [t.shape[-1] for t in (query, key, value)]  # values may be smaller (DeepSeek)
     plan = _plan(segments, batch, time, options.window, query.device)
@@ -250,13 +249,13 @@ _WAYS = {"segments": _packed, "flash": _varlen, "flex": _flex}
 def _decode(
     query: Tensor, key: Tensor, value: Tensor, decode: DecodeState, options: _Options
 ) -> Tensor:
-    """One new token per row: ``[R,heads,1,D]`` against ``[R,kv,C,D]`` -> ``[R,1,heads,D]``."""
+    """Attend one new token per row: ``[R,heads,1,D]`` to ``[R,kv,C,D]`` -> ``[R,1,heads,D]``."""
     rows, heads, _, dim = query.shape
     mask = decode.mask
     if options.window is not None and mask.shape[1] > options.window:
         mask = mask.clone()
         mask[:, : -options.window] = False
-    # The queries of one kv head stand where a sequence's positions would: no key is repeated.
+    # query heads of one kv head take the place of positions, so that no key is repeated
     grouped = query.view(rows, key.shape[1], -1, dim)
     seen = mask[:, None, None, :]
     if options.softcap is None:
@@ -276,13 +275,13 @@ def _attend(
     *,
     before: int,
 ) -> Tensor:
-    """``[n,heads,L,D]`` queries, ``[n,kv,S,D]`` keys -> ``[n,heads,L,D]``; see `_Bucket`."""
+    """Attend ``[n,heads,L,D]`` queries to ``[n,kv,S,D]`` keys -> ``[n,heads,L,D]``."""
     n, heads, length, _ = query.shape
     kv, total = key.shape[1:3]
     if options.softcap is None and products.pays(query, total, options.dropout):
         scale, window = options.scale, options.window
         return products.attend(query, key, value, mask, scale, before=before, window=window)
-    # Grouped queries: kv heads as the batch, their queries as heads; keys expand without a copy.
+    # grouped queries: kv heads as the batch, their queries as heads; keys expand without a copy
     grouped = query.reshape(n * kv, heads // kv, length, -1)
     key, value = (t.flatten(0, 1)[:, None].expand(-1, heads // kv, -1, -1) for t in (key, value))
     fused = partial(F.scaled_dot_product_attention, dropout_p=options.dropout, scale=options.scale)
@@ -302,7 +301,7 @@ def _attend(
 
 
 def _capped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, options: _Options) -> Tensor:
-    """Gemma 2 caps its scores, which no fused kernel on a CPU offers."""
+    """Attend with capped scores (Gemma 2), which no fused kernel on a CPU offers."""
     assert options.softcap is not None
     scores = torch.tanh(query @ key.transpose(-1, -2) * (options.scale / options.softcap))
     scores = (scores.float() * options.softcap).masked_fill(~mask, float("-inf"))
@@ -317,7 +316,7 @@ INSTEAD = "take a decoder such as Llama, Qwen 3, Mistral, Gemma 2, Phi-3, OLMo 2
 
 
 def not_on_the_interface(kind: str) -> str:
-    """Why an architecture that computes its attention by itself is refused."""
+    """Say why an architecture that computes its attention by itself is refused."""
     return (
         f"{kind} is not on transformers' attention interface, through which align packs "
         f"sequences; {INSTEAD}"
@@ -325,6 +324,6 @@ def not_on_the_interface(kind: str) -> str:
 
 
 def own_attention(kind: Any) -> bool:
-    """Whether a class of transformers models computes its attention by itself."""
+    """Tell whether a class of transformers models computes its attention by itself."""
     library = str(kind.__module__).startswith("transformers.")
     return library and not kind._can_set_attn_implementation()

@@ -1,4 +1,4 @@
-"""Which columns of packed rows a segment sees: its own and those of all that it continues."""
+"""List the columns that a segment of packed rows sees: its own and those it continues."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from align.types import Segment
 
 
 def columns_seen(segments: Sequence[Segment], columns: int) -> list[np.ndarray]:
-    """Of each segment, int64 ``[S]``: in order, its own ones last.
+    """Return the visible columns of each segment, int64 ``[S]``, in order, its own last.
 
-    Row r's columns are numbered from ``r * columns`` on. What a segment continues comes before it.
+    The columns of row r are numbered from ``r * columns``. A segment comes after the one it
+    continues.
     """
     seen: dict[tuple[int, int, int], np.ndarray] = {}
     for s in segments:
