@@ -1,4 +1,4 @@
-"""Reward sources: (prompts, responses, references) in, one score for each response out."""
+"""Reward sources: one score for each response, from prompts, responses and references."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ __all__ = [
 def build_reward(
     terms: Sequence[RewardTerm], *, load_model: Callable[[str], RewardSource]
 ) -> RewardSource:
-    """The reward that a recipe names: one source, or the weighted sum of several.
+    """Build the reward of a recipe: one source, or the weighted sum of several.
 
     Args:
         terms: At least one.
-        load_model: Makes a source of a reward model's folder or hub id; given by the caller, so
-            that a recipe without reward models loads none of that machinery.
+        load_model: Loads a reward model from a folder or hub id; passed in, so that a recipe
+            without reward models does not import it.
 
     Raises:
         AlignError: No term, or a term that does not set exactly one of model, function, metric.
@@ -60,14 +60,14 @@ def check_functions(
     *,
     quiet: bool = False,
 ) -> list[FunctionReward]:
-    """The functions among the terms, imported; refused here where they cannot be called by name.
+    """Import the terms' functions, and refuse those that cannot be called by name.
 
-    Called before data are read, without ``columns``, and again with those of all rows before models
-    are loaded, which takes minutes. What a column gives to a parameter with a default is said then.
+    It runs before data are read, without ``columns``, and again with the columns of all rows before
+    models are loaded, which takes minutes. The second call reports columns that replace a default.
 
     Args:
         columns: See `columns_of`.
-        quiet: Says nothing, as on all processes but the main one.
+        quiet: Print nothing, as on all ranks but the main one.
     """
     found = []
     for term in terms:
@@ -85,9 +85,9 @@ def check_functions(
 
 
 def columns_of(examples: Iterable[PromptExample]) -> dict[str, str | None]:
-    """Name of each extra column -> id of the first row that lacks it, None where every row has it.
+    """Map each extra column to the first row without it, None if every row has it.
 
-    Taken over all rows of a run's data: those of one batch may lack a column that others have.
+    All rows of a run's data count: one batch may lack a column that others have.
     """
     lacking: dict[str, str | None] = {}
     first: str | None = None
@@ -107,11 +107,11 @@ def score_responses(
     responses: Sequence[str],
     columns: Iterable[str] | None = None,
 ) -> Sequence[float]:
-    """Each response's score; ``examples`` has its prompt, references and extra columns.
+    """Score responses; ``examples`` has their prompts, references and extra columns.
 
     Args:
-        columns: Names of the extra columns to give, None in a row without; those of ``examples``
-            where these are all rows of the data.
+        columns: Names of the extra columns to pass, None in a row without; by default those of
+            ``examples``, which is right if these are all rows of the data.
     """
     names = columns_of(examples) if columns is None else columns
     values: dict[str, list[Any]] = {name: [e.extra.get(name) for e in examples] for name in names}
@@ -124,7 +124,7 @@ def score_responses(
 
 
 def warn_of_constant(source: RewardSource, scores: Sequence[float]) -> None:
-    """Say it where every response got the same score, from the whole reward or a term of a sum.
+    """Warn if all responses got the same score, from the whole reward or a term of a sum.
 
     A term is judged by the scores of its last call.
     """
@@ -144,7 +144,7 @@ def _is_constant(scores: Sequence[float]) -> bool:
 
 
 def needs_references(source: RewardSource) -> bool:
-    """Whether it compares responses with references; of a function that is not known."""
+    """Tell whether a source compares with references; a function counts as one that does not."""
     terms = [term for _, term in source.terms] if isinstance(source, WeightedReward) else [source]
     return any(isinstance(term, MetricReward) for term in terms)
 

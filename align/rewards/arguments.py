@@ -1,4 +1,4 @@
-"""Arguments of a user's function, matched by name: what it may ask for, and how it is called."""
+"""Match the arguments of a user's function by name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from align.base.suggest import nearest
 from align.types import AlignError
 
-# what other libraries and people call them, for the hint
+# names in other libraries -> ours, for the hint
 MEANT = {
     **dict.fromkeys(("completion", "completions", "predictions", "outputs", "texts"), "responses"),
     **dict.fromkeys(("ground_truth", "solution", "targets", "labels", "answer"), "references"),
@@ -56,14 +56,14 @@ def check_arguments(
     Args:
         key: The recipe's key, such as ``reward.function``.
         name: ``module:function``.
-        arguments: Names that are always given.
+        arguments: Names that are always passed.
         columns: Extra columns of the data, each with the id of the first row that lacks it, if one
-            does. None where they are not known yet, which lets a name pass that is like none of
-            ``arguments``.
+            does. None if they are not known yet; a name that is unlike all of ``arguments`` then
+            passes.
 
     Raises:
-        AlignError: A class, an async function or a generator; a parameter that nothing is given
-            for, or a column that not every row has; no parameter at all.
+        AlignError: A class, an async function or a generator; a parameter without a value; a column
+            that not every row has; no parameter at all.
     """
     told = f"{key}={name!r}"
     if isinstance(function, type):
@@ -107,7 +107,7 @@ def check_arguments(
 
 
 def filled_defaults(function: Callable[..., Any], columns: Container[str]) -> list[str]:
-    """Parameters whose default gives way to a column of the data."""
+    """List parameters whose default is replaced by a column of the data."""
     return [
         p.name
         for p in _parameters(function) or ()
@@ -116,9 +116,9 @@ def filled_defaults(function: Callable[..., Any], columns: Container[str]) -> li
 
 
 def _meant(parameter: inspect.Parameter, allowed: Sequence[str]) -> str | None:
-    """The argument that a parameter is another name of.
+    """Return the argument that a parameter is another name of.
 
-    One with a default is likely the function's own: only a well-known other name counts there.
+    A parameter with a default is likely the function's own: only a well-known name counts there.
     """
     known = MEANT.get(parameter.name)
     if known in allowed:

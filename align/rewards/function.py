@@ -1,8 +1,8 @@
-"""A Python function as a reward source.
+"""Use a Python function as a reward source.
 
 The function is named in a recipe or on the command line, never in data: naming it runs it. Its
-arguments are matched by name (`arguments`), it works on copies, and whatever it does ends in its
-scores or in one line (`guard`).
+arguments are matched by name (`arguments`), it gets copies, and whatever it does ends in its scores
+or in one line (`guard`).
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from align.types import AlignError, Columns, NonFiniteError, RewardFunction, Tex
 
 REWARD_ARGUMENTS = ("prompts", "responses", "references")
 LARGEST = 3.4028234e38
-"""Limit of float32, in which a rollout's scores are kept."""
+"""Largest float32, the dtype of a rollout's scores."""
 
 
 @dataclass
 class FunctionReward:
-    """A function that is called by name with copies, its answers checked."""
+    """A function that is called by name with copies, its scores checked."""
 
     name: str
     function: RewardFunction
     # seconds that a call may take; None waits for ever
     timeout: float | None = None
-    # what a message calls it
+    # its name in messages
     kind: str = "reward function"
 
     def __call__(
@@ -48,12 +48,12 @@ class FunctionReward:
         columns: Columns | None = None,
     ) -> list[float]:
         given = {"prompts": prompts, "responses": responses, "references": references}
-        # ours first: a function without a signature gets them by position
+        # our arguments first: a function without a signature gets them by position
         given |= {name: values for name, values in (columns or {}).items() if name not in given}
         return checked_scores(self.name, self.call(given), len(responses))
 
     def call(self, given: Mapping[str, Sequence[Any]]) -> Any:
-        """Call the function with copies, so that nothing it changes reaches the run."""
+        """Call the function with copies, so that its changes to them do not reach the run."""
         copies = {name: copy.deepcopy(list(column)) for name, column in given.items()}
         return guarded(
             f"{self.kind} {self.name}",
@@ -66,12 +66,12 @@ class FunctionReward:
 def load_function(
     name: str, timeout: float | None = None, *, key: str = "reward.function"
 ) -> FunctionReward:
-    """Import ``module:function``; the working directory counts as a place for modules.
+    """Import ``module:function``; modules in the working directory count too.
 
     Args:
         name: ``module:function``.
         timeout: Seconds that a call may take.
-        key: The recipe's key that names it.
+        key: Recipe key that names it.
 
     Raises:
         AlignError: No such form, module or function, or the module does not import.
@@ -85,7 +85,7 @@ def load_function(
     working_directory = str(Path.cwd())
     if working_directory not in sys.path:
         sys.path.append(working_directory)
-    # a module written after Python listed the folder would not be found
+    # Python caches folder listings and would miss a module written since
     importlib.invalidate_caches()
     try:
         with importing(f"module {module_name}"):
@@ -99,7 +99,7 @@ def load_function(
             f"{key}={name!r}: no module {error.name!r} in {working_directory} "
             "or among the installed packages; put it there or mend the name"
         ) from error
-    except BaseException as error:  # a script that ends with sys.exit() too
+    except BaseException as error:  # also a script that ends with sys.exit()
         raise _import_error(key, name, module_name, error) from error
     function = getattr(module, function_name, None)
     if not callable(function):
@@ -118,21 +118,20 @@ def require_arguments(
     *,
     columns: Mapping[str, str | None] | None = MappingProxyType({}),
 ) -> FunctionReward:
-    """Refuse a function that cannot be called with these by name, before anything is computed.
+    """Refuse a function that cannot be called with these names, before anything is computed.
 
     Args:
         columns: Extra columns of the data, which it may ask for too, each with the first row that
-            lacks it; None where the data have not been read yet, so that a name may still turn out
-            to be one.
+            lacks it; None if the data have not been read yet, so that any name may be a column.
     """
     check_arguments(key, source.name, source.function, arguments, columns)
     return source
 
 
 def checked_scores(name: str, scores: object, count: int) -> list[float]:
-    """One finite float for each response, or an AlignError that says which is not.
+    """Return one finite float for each response; raise an AlignError that names one that is not.
 
-    Lists, tuples, tensors, arrays and series are scores; so are numbers of NumPy, booleans and
+    Lists, tuples, tensors, arrays and series are accepted; so are NumPy numbers, booleans and
     tensors of one element in a list.
     """
     told = f"reward {name}: returned {_kind(scores)}"
@@ -160,17 +159,17 @@ def checked_scores(name: str, scores: object, count: int) -> list[float]:
 
 
 def _listed(scores: Any) -> list[Any] | None:
-    """Scores as a list; None where they are no sequence, tensor or array."""
+    """Return scores as a list; None if they are no sequence, tensor or array."""
     if hasattr(scores, "tolist") and not isinstance(scores, type):
         scores = scores.detach() if hasattr(scores, "detach") else scores
-        scores = scores.tolist()  # of an array without dimensions: a number
+        scores = scores.tolist()  # a number if the array has no dimensions
     if isinstance(scores, Sequence) and not isinstance(scores, str | bytes | bytearray):
         return list(scores)
     return None
 
 
 def _number(score: Any) -> float | None:
-    """A real number, or a tensor or array of one element, as a float."""
+    """Convert a real number, or a tensor or array of one element, to a float."""
     if hasattr(score, "tolist") and getattr(score, "size", None) is not None:
         count = score.numel() if hasattr(score, "numel") else score.size
         score = score.reshape(-1).tolist()[0] if count == 1 else None
@@ -183,9 +182,9 @@ def _number(score: Any) -> float | None:
 
 
 def _kind(scores: Any) -> str:
-    """Name the type of what was returned, for a message."""
+    """Name the type of the returned object, for a message."""
     if inspect.iscoroutine(scores):
-        scores.close()  # else Python warns that nobody awaited it
+        scores.close()  # prevents Python's warning that it was never awaited
         return "a coroutine"
     return type(scores).__name__
 

@@ -1,8 +1,8 @@
-"""Run a user's function so that whatever it does ends in its numbers or in one line.
+"""Run a user's function so that it ends in its result or in one line.
 
-A function shares the process with the training run. It may end the process, change a default that
-the rest computes by, or close the terminal; a run must not end as if it were finished because of
-that, nor go on with another dtype. What was changed is put back, and said once.
+A function shares the process with the training run. It may end the process, change a default such
+as torch's dtype, or close stdout; a run must not end as if it had finished because of that, nor
+continue with another dtype. Changes are reverted and reported once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from align.types import AlignError
 
 LONGEST_REASON = 300
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
-# that end or replace the process at once, past every `finally`
+# functions that end or replace the process at once, skipping every `finally`
 EXITS = ("_exit", "abort", "execv", "execve")
 
 _told: set[tuple[str, str]] = set()
@@ -34,17 +34,17 @@ _told: set[tuple[str, str]] = set()
 def guarded(
     name: str, call: Callable[[], Any], timeout: float | None = None, *, rows: int = 0
 ) -> Any:
-    """Result of ``call``; whatever it raises is an AlignError that begins with ``name``.
+    """Return the result of ``call``; whatever it raises becomes an AlignError about ``name``.
 
-    It runs in a thread of its own, so that one that hangs ends the run with a line instead of
-    holding it, and so that what torch keeps for each thread (gradients off, a default device) ends
-    with it. A thread that hangs cannot be stopped: it is left behind, and ends with the process.
+    It runs in a thread of its own, so that a call that hangs ends the run with a line, and so that
+    torch's per-thread state (gradients off, a default device) ends with it. A thread that hangs
+    cannot be stopped: it ends with the process.
 
     Args:
-        name: What a message begins with, such as ``reward function my_rewards:brevity``.
-        call: Takes nothing.
+        name: Start of a message, such as ``reward function my_rewards:brevity``.
+        call: Takes no arguments.
         timeout: Seconds; None waits for ever.
-        rows: Responses that it is asked about, for the message.
+        rows: Number of responses to score, for the message.
 
     Raises:
         AlignError: It raised, tried to end the process, or took more than ``timeout`` seconds.
@@ -55,7 +55,7 @@ def guarded(
         try:
             _here.process = os.getpid()
             done.put((call(), None))
-        except BaseException as error:  # SystemExit and GeneratorExit end no run as if it were done
+        except BaseException as error:  # SystemExit must not end the run as if it had finished
             done.put((None, error))
 
     with put_right(name), _no_exit():
@@ -76,7 +76,7 @@ def guarded(
 
 @contextmanager
 def put_right(name: str) -> Iterator[None]:
-    """Put back what the code inside changed of the process; say each kind of change once."""
+    """Revert what the code inside changed of the process; report each kind of change once."""
     before = {what: _read(read) for what, (read, _) in STATE.items()}
     streams = _Streams()
     try:
@@ -101,20 +101,17 @@ def importing(name: str) -> Iterator[None]:
 
 
 def reason(error: BaseException) -> str:
-    """Kind and text of an exception on one line of bounded length."""
+    """Describe an exception, kind and text, on one line of bounded length."""
     if isinstance(error, _Exited):
         return f"{error} (it would have ended the run)"
     try:
         text = str(error)
-    except Exception:  # of a class whose own __str__ fails
+    except Exception:  # its class's own __str__ fails
         text = ""
     text = one_line(text)
     kind = type(error).__name__
     short = text if len(text) <= LONGEST_REASON else f"{text[:LONGEST_REASON]}…"
     return f"{kind}: {short}" if short else kind
-
-
-# ---------------------------------------------------------------- what is put back
 
 
 def _set_device(device: torch.device) -> None:
@@ -136,7 +133,7 @@ def _set_handlers(handlers: dict[str, Any]) -> None:
 
 
 class _Seed:
-    """The state of torch's random numbers; two are equal where nobody has called manual_seed."""
+    """The state of torch's random numbers; two are equal unless manual_seed was called between."""
 
     def __init__(self) -> None:
         self.seed, self.state = torch.initial_seed(), torch.get_rng_state()
@@ -166,7 +163,7 @@ STATE: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     ),
     "handlers of signals": (_handlers, _set_handlers),
 }
-"""Name of a change -> how it is read, and how it is written."""
+"""Name of a change -> its getter and setter."""
 
 
 def _read(read: Callable[[], Any]) -> Any:
@@ -177,7 +174,7 @@ def _read(read: Callable[[], Any]) -> Any:
 
 
 class _Streams:
-    """stdout and stderr with their file descriptors, as they were."""
+    """stdout and stderr with copies of their file descriptors."""
 
     def __init__(self) -> None:
         self.objects = {name: getattr(sys, name) for name in ("stdout", "stderr")}
@@ -189,7 +186,7 @@ class _Streams:
                 continue
 
     def put_back(self) -> bool:
-        """Whether anything had to be put back."""
+        """Revert both streams; return whether anything had changed."""
         changed = False
         for handle, copy in self.copies.items():
             if not _same_file(handle, copy):
@@ -213,24 +210,21 @@ def _same_file(handle: int, copy: int) -> bool:
         return False
 
 
-# ---------------------------------------------------------------- ways out of the process
-
-
 class _Exited(BaseException):
-    """A call of ``os._exit`` or one of its relatives, which was not let through."""
+    """A call of ``os._exit`` or one of its relatives that was intercepted."""
 
 
 _inside: Counter[int] = Counter()
-"""Process -> its calls that are in progress; a forked child has none of its own."""
+"""Process id -> its calls in progress; a forked child has none of its own."""
 _lock = threading.Lock()
 _here = threading.local()
-"""``process`` is set in a function's own thread, whose ways out stay closed: one that hangs is left
-behind, and the rest of the process may end as it likes again."""
+"""``process`` is set in a function's own thread, where exits stay intercepted: it may hang and
+outlive its call, while the rest of the process may exit normally again."""
 
 
 @contextmanager
 def _no_exit() -> Iterator[None]:
-    """Turn ``os._exit`` of this process into an exception; its children may end as they like."""
+    """Turn ``os._exit`` of this process into an exception; its children are not affected."""
     _intercept()
     process = os.getpid()
     with _lock:

@@ -1,4 +1,4 @@
-"""A sentence metric against the references as a reward source, 0-100, by sacreBLEU."""
+"""Use a sentence metric against the references as a reward source, 0-100, by sacreBLEU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sacrebleu.metrics.base import Metric
 
 from align.types import AlignError, Columns, Text
 
-# effective order: a sentence without any 4-gram in common still scores for its shorter ones
+# effective order: a sentence with no 4-gram in common still scores for shorter n-grams
 METRICS: dict[str, Metric] = {
     "chrf": CHRF(),
     "chrf1": CHRF(beta=1),

@@ -1,8 +1,8 @@
-"""A trained reward model as a reward source, with its own tokenizer and chat template.
+"""Use a trained reward model as a reward source, with its own tokenizer and chat template.
 
-A score is a function of the text: the prompt and the response are tokenised the way the reward
-model was trained, end token included, whatever tokens the policy sampled. So a response has one
-score, in training, in PPO, in evaluation and through plain transformers.
+A score is a function of the text: prompt and response are tokenised as in the reward model's
+training, end token included, whatever tokens the policy sampled. So a response has one score, in
+training, in PPO, in evaluation and through plain transformers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from align.types import AlignError, Columns, Text, TokenGroup
 
 
 class ModelReward:
-    """Scores in the reward model's unit; ``mean`` is that of its training data, 0 if unknown."""
+    """Scores in the reward model's unit; ``mean`` is its training data's mean, 0 if unknown."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class ModelReward:
         return checked_scores(self.name, scores, len(responses))
 
     def _groups(self, prompts: Sequence[Text], responses: Sequence[str]) -> list[TokenGroup]:
-        """Neighbouring responses to one prompt share it."""
+        """Group neighbouring responses to one prompt, which is then computed once."""
         groups: list[TokenGroup] = []
         start = 0
         for stop in range(1, len(prompts) + 1):
@@ -81,7 +81,7 @@ def reward_model_loader(
     base_model: str | None = None,
     tokens_per_microbatch: int,
 ) -> Callable[[str], ModelReward]:
-    """``load(folder or hub id)``, frozen, for `build_reward`."""
+    """Make ``load(folder or hub id)``, which returns a frozen model, for `build_reward`."""
 
     def load(model: str) -> ModelReward:
         scalar = load_scalar_model(
@@ -103,7 +103,7 @@ def reward_model_loader(
 
 
 def _recorded_mean(model: str) -> float:
-    """From the file beside the weights, in a folder or on the hub; 0 where there is none."""
+    """Read the mean beside the weights, in a folder or on the hub; 0 if there is no file."""
     path = cached_file(
         model,
         "reward_stats.json",

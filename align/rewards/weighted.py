@@ -10,11 +10,13 @@ from align.types import Columns, RewardSource, Text
 
 @dataclass
 class WeightedReward:
-    """sum over the terms of weight * score; ``name`` reads ``0.5*chrf + 2*my_rewards:brevity``."""
+    """Sum of weight * score over the terms; ``name`` is like ``0.5*chrf +
+    2*my_rewards:brevity``.
+    """
 
     terms: Sequence[tuple[float, RewardSource]]
     name: str = field(init=False)
-    # each term's scores, unweighted, of the last call
+    # unweighted scores of each term in the last call
     last_scores: dict[str, Sequence[float]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -22,7 +24,7 @@ class WeightedReward:
 
     @property
     def mean(self) -> float:
-        """What an average training response of the reward models scores, 0 for other sources."""
+        """Mean score of the reward models' training responses; other sources count as 0."""
         return sum(weight * getattr(source, "mean", 0.0) for weight, source in self.terms)
 
     def __call__(

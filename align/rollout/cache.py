@@ -1,8 +1,8 @@
-"""Keys and values of the sequences being decoded, side by side in slots.
+"""Slots that hold keys and values of the sequences being decoded.
 
-All slots share one write column. A prompt's keys lie right before the column at which its slot was
-filled, so a slot can be refilled at any time and a row's keys are always one contiguous run that
-ends at the write column. Rotary positions are in the keys already; the column means nothing.
+All slots share one write column. A prompt's keys end at the column at which its slot was filled, so
+a slot can be refilled at any time and a row's keys are always one contiguous run that ends at the
+write column. Rotary positions are in the keys already; the column has no meaning to the model.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from align.models.attention.packed import DecodeState
 
 
 class _RecordLayer(CacheLayerMixin):
-    """Hands keys and values through and remembers them: a prefill over packed prompts."""
+    """Store keys and values unchanged: a prefill over packed prompts."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
@@ -53,7 +53,7 @@ class _SlotLayer(_RecordLayer):
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
     def reserve(self, first: int, more: int) -> None:
-        """Forget the columns before ``first`` and make room for ``more`` new ones."""
+        """Drop the columns before ``first`` and allocate ``more`` new ones."""
         kept = self.length - first
         for name in ("keys", "values"):
             old = getattr(self, name)
@@ -68,7 +68,7 @@ def recording_cache() -> Cache:
 
 
 class SlotCache(Cache):
-    """A cache with slots that are filled, refilled and given up one by one.
+    """A cache whose slots are filled, refilled and released one by one.
 
     Attributes:
         starts: int64 ``[slots]``, first column of each slot's sequence.
@@ -80,7 +80,7 @@ class SlotCache(Cache):
         layers = []
         for recorded in prefill.layers:
             layer = _SlotLayer()
-            # under autocast values have its dtype, and keys, once they are rotated, float32
+            # under autocast values have its dtype; keys may be float32 after rotation
             for name in ("keys", "values"):
                 _, heads, _, size = getattr(recorded, name).shape
                 empty = recorded.values.new_zeros((num_slots, heads, columns, size))
@@ -95,12 +95,14 @@ class SlotCache(Cache):
         return self.layers[0].length
 
     def fill(self, slots: list[int], prefill: Cache, prompts: list[list[int]]) -> None:
-        """Put columns ``prompts[i]`` of a packed prefill into ``slots[i]``, before the column."""
+        """Copy columns ``prompts[i]`` of a packed prefill into ``slots[i]``, up to the write
+        column.
+        """
         longest = max(len(columns) for columns in prompts)
         if longest > self.length:
             self._shift(longest - self.length)
         end = self.length
-        # right-aligned; what stands in front of a shorter prompt is before its start, so never read
+        # right-aligned; columns before a shorter prompt are before its start, so never read
         index = torch.zeros(len(slots), longest, dtype=torch.int64)
         for i, columns in enumerate(prompts):
             index[i, longest - len(columns) :] = torch.tensor(columns)
@@ -115,11 +117,11 @@ class SlotCache(Cache):
             self.starts[slot] = end - len(columns)
 
     def release(self, slot: int) -> None:
-        """Nothing of this slot is needed any more, until it is filled again."""
+        """Mark a slot as empty until it is filled again."""
         self.starts[slot] = self.length
 
     def keep(self, slots: Tensor) -> None:
-        """Give up every slot that is not listed, and the columns that none of the rest uses."""
+        """Drop every slot that is not listed, and the columns that none of the others uses."""
         self.starts = self.starts[slots]
         unused = int(self.starts.min())
         for layer in self.layers:
@@ -129,9 +131,9 @@ class SlotCache(Cache):
         self.starts -= unused
 
     def next_step(self) -> DecodeState:
-        """Make room for one more column and say which columns each slot may look at."""
+        """Reserve one more column and return the columns that each slot may attend to."""
         if self.length == self.layers[0].keys.shape[2]:
-            # refilled slots start further right: a long run would else drag its past along
+            # refilled slots start further right, so the first columns may be unused
             unused = int(self.starts.min())
             for layer in self.layers:
                 layer.reserve(unused, self.GROW)
@@ -141,7 +143,9 @@ class SlotCache(Cache):
         return DecodeState(mask.to(self.layers[0].keys.device))
 
     def _shift(self, by: int) -> None:
-        """Move everything right by ``by`` columns, so that a longer prompt fits in front."""
+        """Move all columns right by ``by``, so that a longer prompt fits before the write
+        column.
+        """
         for layer in self.layers:
             for name in ("keys", "values"):
                 old = getattr(layer, name)

@@ -1,4 +1,4 @@
-"""What samples responses: align's own sampler or vLLM, behind one function."""
+"""Sampling engines, align's own and vLLM, behind one function."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ENGINES = {"align": sampler.sample, "vllm": vllm_engine.sample}
 
 
 def require_engine(options: GenerationOptions) -> None:
-    """Refuse an engine that cannot be had here, before anything slow.
+    """Refuse an engine that is not available, before anything slow.
 
     Raises:
         AlignError: vLLM is not installed, or several processes were started.
@@ -36,10 +36,10 @@ def sample(
     prefill_tokens: int = 4096,
     on_tokens: Callable[[int], None] | None = None,
 ) -> Rollout:
-    """The policy's current weights and prompts -> responses with the policy's log-probabilities.
+    """Sample responses with the engine of ``options.engine``; log-probs are the policy's.
 
-    By the engine that ``options.engine`` names. Row ``i * k + j`` is sample j of prompt i;
-    `align.rollout.sampler.sample` says what the arguments are, and every engine keeps to it.
+    Row ``i * k + j`` is sample j of prompt i; `align.rollout.sampler.sample` documents the
+    arguments.
     """
     return ENGINES[options.engine](
         policy,

@@ -1,4 +1,4 @@
-"""A rollout -> what an update needs: reference log-probs, values, shaped rewards, advantages."""
+"""Turn a rollout into experience: shaped rewards, advantages and returns."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from align.types import Experience, Rollout, TokenBatch, TokenGroup, TokenSequen
 
 
 def decode_rollout(tokenizer: Tokenizer, rollout: Rollout, *, end_ids: Sequence[int]) -> list[str]:
-    """The text of each response, its end token removed."""
+    """Decode each response, its end token removed."""
     tokens, mask = rollout.input_ids.cpu(), rollout.response_mask.cpu()
     return [
         decode_response(tokenizer, ids[own].tolist(), end_ids=end_ids)
@@ -25,7 +25,7 @@ def decode_rollout(tokenizer: Tokenizer, rollout: Rollout, *, end_ids: Sequence[
 
 
 def rollout_groups(rollout: Rollout, samples_per_prompt: int) -> list[TokenGroup]:
-    """Each prompt once with its responses; response j of prompt i is row ``i * k + j``."""
+    """Group responses by prompt; response j of prompt i is row ``i * k + j``."""
     lengths = rollout.response_mask.sum(1).tolist()
     tokens = rollout.input_ids.cpu().numpy().astype(np.int32)
     answers = [
@@ -58,7 +58,7 @@ def over_rollout(
     like: Tensor,
     tokens_per_microbatch: int,
 ) -> Tensor:
-    """``compute`` gives a number for each counted token of a batch; back to ``[B,R]`` ``like``."""
+    """Compute a number for each counted token by batches, and scatter them into ``[B,R]``."""
     out = torch.zeros_like(like)
     for batch in pack(groups, tokens_per_microbatch=tokens_per_microbatch):
         batch = batch.to(out.device)
@@ -79,11 +79,11 @@ def make_experience(
     whiten_rewards: bool,
     whiten_advantages: bool,
 ) -> Experience:
-    """Charge KL, pay the scores, and estimate advantages over one whole rollout.
+    """Shape rewards from KL and scores, and estimate advantages over one whole rollout.
 
     Args:
-        scores: What is paid on each response's last token, reward units ``[B]``.
-        kl_coef: Reward units per nat charged in the reward; 0 where KL is a loss term.
+        scores: Score paid on each response's last token, reward units ``[B]``.
+        kl_coef: Reward units per nat charged in the reward; 0 if KL is a loss term.
     """
     mask = rollout.response_mask
     rewards = shape_rewards(

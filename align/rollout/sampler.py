@@ -1,8 +1,8 @@
-"""Sample responses: prompts prefilled once, finished sequences dropped, their slots refilled.
+"""Sample responses: prefill each prompt once, drop finished sequences, refill their slots.
 
-A prompt's keys and values are computed once for all of its samples, over packed rows without
-padding. The log-probability of every sampled token is recorded from the very logits that it was
-drawn from, at the sampling temperature: these are PPO's old log-probabilities.
+A prompt's keys and values are computed once for all its samples, over packed rows without padding.
+The log-probability of every sampled token is taken from the logits that it was drawn from, at the
+sampling temperature: these are PPO's old log-probabilities.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ REFILL_SHARE = 0.25
 
 
 class _Request:
-    """One response being written, with the uniform numbers that will draw its tokens."""
+    """One response in progress, with the uniform numbers that draw its tokens."""
 
     __slots__ = ("logprobs", "prompt", "row", "tokens", "uniforms")
 
@@ -49,16 +49,16 @@ def sample(
     prefill_tokens: int = 4096,
     on_tokens: Callable[[int], None] | None = None,
 ) -> Rollout:
-    """``samples_per_prompt`` responses to each prompt; row ``i * k + j`` is sample j of prompt i.
+    """Sample ``samples_per_prompt`` responses; row ``i * k + j`` is sample j of prompt i.
 
     Token t of sample j of prompt i is drawn by a random number that depends on (seed, i, j, t)
-    only: neither slots nor prefills nor processes change what is sampled, but for rounding. With
+    only: slots, prefills and ranks do not change the samples, except by rounding. With
     ``temperature=0`` decoding is greedy and the log-probabilities are those at temperature 1.
 
     Args:
         prompts: int32 token ids of each prompt, at least one token each.
         end_ids: Token ids that end a response; the end token is part of the response.
-        numbers: What i is for each prompt, where these are a part of all prompts.
+        numbers: The i of each prompt, if these are a part of all prompts.
         prefill_tokens: Prompt tokens of one prefill: bounds memory, changes no result.
         on_tokens: Called with the number of tokens that each step produced.
     """
@@ -113,7 +113,7 @@ class _Sampler:
         self.last = torch.zeros(0, dtype=torch.int64)
 
     def run(self, requests: Sequence[_Request], on_tokens: Callable[[int], None] | None) -> None:
-        # longest prompts first: neighbours in the cache then start at about the same column
+        # longest prompts first: slots filled together then start at about the same column
         queue = sorted(requests, key=lambda r: (-len(r.prompt), r.row))[::-1]
         while queue or any(self.live):
             free = [i for i, request in enumerate(self.live) if request is None]
@@ -129,7 +129,7 @@ class _Sampler:
     def _admit(self, queue: list[_Request], free: list[int]) -> int:
         """Prefill the next prompts of the queue and draw the first token of their responses."""
         if not any(self.live):
-            # as many slots as there are requests for, however few of them fit into this prefill
+            # a slot for every request, even if only some fit into this prefill
             num_slots = min(self.options.slots, len(queue))
             self.cache, self.live, free = None, [None] * num_slots, list(range(num_slots))
         taken: list[_Request] = []
@@ -154,7 +154,7 @@ class _Sampler:
             use_cache=True,
             segments=batch.segments,
         ).last_hidden_state
-        segments = batch.segments[-len(groups) :]  # in front of them, perhaps, a shared opening
+        segments = batch.segments[-len(groups) :]  # a shared opening may come before them
         columns = [path(batch, segment) for segment in segments]
         places = [columns[distinct[id(r.prompt)]] for r in taken]
         slots = free[: len(taken)]
@@ -169,7 +169,7 @@ class _Sampler:
         return self._draw(hidden[0, ends], slots)
 
     def _step(self) -> int:
-        """One more token for every live slot."""
+        """Draw one more token for every live slot."""
         assert self.cache is not None
         decode = self.cache.next_step()
         positions = self.cache.length - self.cache.starts
@@ -189,7 +189,7 @@ class _Sampler:
         assert self.cache is not None
         logits = self.policy.logits(hidden)
         requests = [request for request in (self.live[slot] for slot in slots) if request]
-        # a token drawn from NaN would be an arbitrary one; minus infinity forbids a token: allowed
+        # a token drawn from NaN would be arbitrary; minus infinity just forbids a token
         largest = logits.amax(-1).tolist()
         require_finite("the", "logits", largest, [request.row for request in requests])
         uniforms = torch.tensor(
@@ -209,7 +209,7 @@ class _Sampler:
     def _compact(self) -> None:
         assert self.cache is not None
         keep = [i for i, request in enumerate(self.live) if request is not None]
-        # copying the cache has a price too: wait until an eighth of the slots is idle
+        # copying the cache costs too: wait until an eighth of the slots is idle
         if len(keep) > 0.875 * len(self.live):
             return
         index = torch.tensor(keep)
@@ -219,7 +219,7 @@ class _Sampler:
 
 
 def require_finite(article: str, what: str, values: Sequence[float], rows: Sequence[int]) -> None:
-    """Refuse to go on with NaN or infinity; ``rows`` are the responses that ``values`` are of."""
+    """Refuse NaN and infinity; ``rows`` are the responses that ``values`` belong to."""
     bad = [(row, value) for row, value in zip(rows, values, strict=True) if not isfinite(value)]
     if bad:
         cure = "try precision=fp32, or lower optim.lr"
@@ -236,7 +236,7 @@ def require_finite(article: str, what: str, values: Sequence[float], rows: Seque
 def draw_tokens(
     logits: Tensor, options: GenerationOptions, uniforms: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """``[N,V]`` float32 logits -> token ids ``[N]`` and their log-probabilities ``[N]``, nats.
+    """Draw from ``[N,V]`` float32 logits: token ids ``[N]`` and log-probabilities ``[N]``, nats.
 
     Under ``top_p < 1`` the log-probabilities are still those of the untruncated distribution.
     """
@@ -251,7 +251,7 @@ def draw_tokens(
 
 
 def _nucleus(probs: Tensor, top_p: float) -> Tensor:
-    """The most probable tokens that together reach ``top_p``; the others become 0."""
+    """Set to 0 all but the most probable tokens that together reach ``top_p``."""
     if top_p == 1:
         return probs
     ordered, order = probs.sort(-1, descending=True)
@@ -264,12 +264,11 @@ BLOCK = 256
 
 
 def _choose(probs: Tensor, uniforms: Tensor) -> Tensor:
-    """One index per row of ``[N,V]`` weights, by inverting their cumulative sum in float64.
+    """Draw one index per row of ``[N,V]`` weights by inverting their cumulative sum, float64.
 
-    ``uniforms`` ``[N]``, float64 in [0, 1), says where in the cumulative sum.
-
-    In two steps, a block of the vocabulary and a token in it: `torch.multinomial` draws a random
-    number for every entry, which on a CPU costs as much as the model's own products.
+    ``uniforms`` ``[N]``, float64 in [0, 1), are places in the cumulative sum. The draw has two
+    steps, a block of the vocabulary and a token in it: `torch.multinomial` draws a random number
+    for every entry, which on a CPU costs as much as the model's own products.
     """
     blocks = F.pad(probs, (0, -probs.shape[1] % BLOCK)).view(len(probs), -1, BLOCK)
     mass = blocks.sum(-1).double()
@@ -283,8 +282,8 @@ def _choose(probs: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def _first_above(reached: Tensor, point: Tensor) -> Tensor:
-    """First index whose cumulative sum exceeds ``point``: never one of weight 0."""
-    # rounding may put the point at the very end
+    """Return the first index whose cumulative sum exceeds ``point``, never one of weight 0."""
+    # rounding may move the point to the very end
     point = torch.minimum(point, reached[:, -1:] * (1 - 1e-12))
     return torch.searchsorted(reached, point, right=True)
 
@@ -297,7 +296,7 @@ def to_rollout(
     end_ids: Sequence[int],
     device: torch.device,
 ) -> Rollout:
-    """One row for each response; each has a token at least."""
+    """Pad responses to a `Rollout`, one row each; each has at least one token."""
     lengths = torch.tensor([len(row) for row in tokens])
     width = int(lengths.max())
     input_ids = torch.zeros(len(tokens), width, dtype=torch.int64)

@@ -1,12 +1,12 @@
-"""Sample responses with vLLM, in this process, with the policy's weights of this moment.
+"""Sample responses with vLLM, in this process, with the policy's current weights.
 
-vLLM computes with kernels of its own, so what it thinks of a token is not quite what the policy
-thinks of it. A rollout's ``logprobs`` are therefore the policy's, from one packed pass over the
-sampled tokens; vLLM's stand beside them in ``engine_logprobs``.
+vLLM's kernels give slightly other log-probabilities than the policy. A rollout's ``logprobs`` are
+therefore the policy's, from one packed pass over the sampled tokens; vLLM's are kept in
+``engine_logprobs``.
 
-One engine lives in a process, for one architecture, and is given all weights anew before each
-rollout: full ones as they are, LoRA's merged in float32. It starts with random weights, so one that
-was left out would show in the first rollout, which is refused. Several processes are refused.
+A process has one engine, for one architecture, and loads all weights before each rollout: full ones
+unchanged, LoRA's merged in float32. The engine starts with random weights, so a weight that was not
+loaded shows in the first rollout, which is refused. Several processes are refused.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ from align.types import AlignError, Rollout
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
 LARGEST_MISMATCH = {"bf16": 0.1, "fp32": 0.02}
-"""Nats per token, on average, by which vLLM may differ from the policy at temperature 1. Measured
-on a CPU: 0.01 in bf16, 0.000001 in fp32."""
+"""Largest mean difference of vLLM from the policy at temperature 1, nats per token. Measured on a
+CPU: 0.01 in bf16, 0.000001 in fp32."""
 
 BATCH = 4096
-"""Tokens of one pass of vLLM's through its model, at least: several short prompts at once."""
+"""Fewest tokens of one forward pass of vLLM: several short prompts at once."""
 
 OURS = "set generation.engine=align"
 
 
 def require_vllm() -> None:
-    """Refuse where vLLM is not installed, or where several processes were started."""
+    """Refuse if vLLM is not installed, or if several processes were started."""
     if importlib.util.find_spec("vllm") is None:
         raise AlignError(
             "generation.engine: vllm is not installed; run pip install 'align-rlhf[vllm]', "
@@ -72,13 +72,13 @@ def sample(
     prefill_tokens: int = 4096,
     on_tokens: Callable[[int], None] | None = None,
 ) -> Rollout:
-    """As `align.rollout.sampler.sample`, but for the random numbers: other ones than there.
+    """Sample like `align.rollout.sampler.sample`, with other random numbers.
 
     Sample j of prompt i has a generator of its own, seeded by (seed, i, j).
 
     Args:
-        prefill_tokens: Tokens of one of the policy's passes over what was sampled.
-        on_tokens: Called once, with all tokens.
+        prefill_tokens: Tokens of one of the policy's passes over the samples.
+        on_tokens: Called once, with the number of all tokens.
 
     Raises:
         AlignError: vLLM is missing, cannot run this model, or computes another one.
@@ -107,14 +107,14 @@ def sample(
 
 
 def _seed(seed: int, number: int, j: int) -> int:
-    """63 bits, because vLLM holds a seed in an int64 and takes -1 for none."""
+    """Derive a seed of 63 bits: vLLM holds it in an int64 and takes -1 for none."""
     return int(np.random.SeedSequence([seed, number, j]).generate_state(1, np.uint64)[0] >> 1)
 
 
 def _logprobs(
     policy: Policy, drawn: Rollout, options: GenerationOptions, tokens_per_microbatch: int
 ) -> Tensor:
-    """Of the sampled tokens under the policy, ``[B,R]``, as `align.stages.ppo.update` has them."""
+    """Compute the policy's log-probs of the sampled tokens, ``[B,R]``, as the PPO update does."""
     temperature = options.temperature or 1.0
     training = policy.training
     policy.eval()
@@ -129,13 +129,12 @@ def _logprobs(
         policy.train(training)
 
 
-# ---------------------------------------------------------------- the engine
-
-
 @dataclass(frozen=True)
 class _Settings:
-    """What an engine is started with. ``model`` is the configuration, as JSON; ``tokens`` a prompt
-    and its response may have."""
+    """Start arguments of an engine.
+
+    ``model`` is the configuration as JSON; ``tokens`` bounds a prompt with its response.
+    """
 
     model: str
     dtype: str
@@ -149,7 +148,7 @@ class _Engine:
 
     def __init__(self, settings: _Settings, name: str) -> None:
         self.settings = settings
-        # in this process, so that weights are handed over as they are; vLLM asks when it starts
+        # in this process, so that weights need no copy; vLLM reads this when it starts
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         try:
@@ -172,12 +171,12 @@ class _Engine:
                     dtype=settings.dtype,
                     max_model_len=settings.tokens,
                     max_num_seqs=settings.slots,
-                    # a prompt cut in two draws and takes back random numbers: on a CPU it fails
+                    # a chunked prompt draws and returns random numbers, which fails on a CPU
                     enable_chunked_prefill=False,
                     max_num_batched_tokens=max(settings.tokens, settings.slots, BATCH),
                     gpu_memory_utilization=settings.vllm.gpu_memory_utilization,
                     enforce_eager=settings.vllm.eager,
-                    # after the temperature, of which there is none in greedy decoding
+                    # after the temperature, which greedy decoding does not apply
                     logprobs_mode="processed_logprobs",
                 )
             except Exception as error:
@@ -194,7 +193,7 @@ class _Engine:
             )
 
     def load(self, policy: Policy) -> None:
-        """Every weight of the policy anew, and nothing kept that older weights computed."""
+        """Load every weight of the policy and drop the keys and values of older weights."""
         try:
             self.llm.collective_rpc(
                 "reload_weights", kwargs={"weights_iterator": plain_weights(policy.model)}
@@ -218,7 +217,7 @@ class _Engine:
         options: GenerationOptions,
         end_ids: Sequence[int],
     ) -> tuple[list[list[int]], list[list[float]]]:
-        """Tokens of a response to each prompt, its end token included, and vLLM's log-probs."""
+        """Generate a response to each prompt: tokens, end token included, and vLLM's log-probs."""
         params = [
             self.params(
                 temperature=options.temperature,
@@ -226,7 +225,7 @@ class _Engine:
                 seed=seed,
                 max_tokens=options.max_new_tokens,
                 stop_token_ids=list(end_ids),
-                ignore_eos=True,  # `end_ids` are all that end a response
+                ignore_eos=True,  # `end_ids` alone end a response
                 logprobs=0,  # of the sampled token alone
                 detokenize=False,
             )
@@ -255,12 +254,15 @@ class _Engine:
 
 
 def _pack_tied_head(model: torch.nn.Module) -> None:
-    """On a CPU vLLM 0.32 computes logits by a packed copy of the head, and `reload_weights` leaves
-    the old one where the head is the embedding: seen by `_require_same`."""
+    """Pack a tied head again after its weights changed.
+
+    On a CPU vLLM 0.32 computes logits from a packed copy of the head, which `reload_weights` does
+    not renew if the head is the embedding; `_require_same` caught it.
+    """
     module: Any
     for module in model.modules():
         weight = getattr(module, "weight", None)
-        # other layers give their weight away as they pack it, and were packed anew
+        # other layers drop their weight once packed, and were packed again
         if hasattr(module, "cpu_linear") and weight is not None and weight.numel():
             module.quant_method.process_weights_after_loading(module)
 
@@ -269,7 +271,7 @@ _running: list[_Engine] = []
 
 
 def _engine_for(policy: Policy, options: GenerationOptions) -> _Engine:
-    """The process's engine, started by the first who asks: vLLM does not give its memory back."""
+    """Return the process's one engine, started on first use: vLLM does not free its memory."""
     settings = _settings(policy, options)
     if not _running:
         require_vllm()
@@ -284,7 +286,7 @@ def _engine_for(policy: Policy, options: GenerationOptions) -> _Engine:
 
 
 def _stop() -> None:
-    """At exit, before the process's group ends, which vLLM then would not find."""
+    """Stop the engine at exit, before the process group ends, which vLLM needs to shut down."""
     while _running:
         _running.pop().llm.llm_engine.engine_core.shutdown()
 
@@ -302,7 +304,7 @@ def _settings(policy: Policy, options: GenerationOptions) -> _Settings:
 
 @contextmanager
 def _random_numbers_kept(device: torch.device) -> Iterator[None]:
-    """vLLM seeds this process's generators when it starts; what comes after must not notice."""
+    """Restore this process's generators, which vLLM seeds when it starts."""
     python, numpy = random.getstate(), np.random.get_state()
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices):
@@ -313,13 +315,10 @@ def _random_numbers_kept(device: torch.device) -> Iterator[None]:
             np.random.set_state(numpy)
 
 
-# ---------------------------------------------------------------- what cannot be right
-
-
 def _require_same(policy: Policy, own: Tensor, drawn: Rollout, options: GenerationOptions) -> None:
-    """Refuse responses of another model than the policy."""
+    """Refuse responses whose log-probs show that vLLM ran another model than the policy."""
     difference = (drawn.logprobs - own).abs()[drawn.response_mask].mean().item()
-    # differences of logits grow as they are divided; a nucleus is up to 1 / top_p more probable
+    # dividing logits scales their differences; a nucleus is up to 1 / top_p more probable
     allowed = LARGEST_MISMATCH[policy.precision] / min(options.temperature or 1.0, 1.0)
     allowed += -math.log(options.top_p)
     if not difference <= allowed:
