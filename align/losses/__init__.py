@@ -1,4 +1,4 @@
-"""Pure tensors in, tensors out: no models, no configuration, hyperparameters by keyword."""
+"""Losses as pure functions of tensors: no models, no configuration, hyperparameters by keyword."""
 
 from align.losses.advantages import gae, kl_estimate, shape_rewards
 from align.losses.dpo import DPOLosses, dpo_loss

@@ -1,6 +1,6 @@
-"""From scores to advantages: KL estimates, reward shaping, generalised advantage estimation.
+"""KL estimates, reward shaping, and generalised advantage estimation.
 
-Whitening is the caller's business (``masked.masked_whiten``): returns need unwhitened advantages.
+Whitening is left to the caller (``masked.masked_whiten``): returns need unwhitened advantages.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from align.losses.masked import Number, upcast, where_counted
 
-# each maps log p - log ref of a token sampled from p to an estimate of KL(p || ref)
+# name -> estimate of KL(p || ref) from log p - log ref of a token sampled from p
 _KL_ESTIMATES: dict[str, Callable[[Tensor], Tensor]] = {
     "k1": lambda log_ratio: log_ratio,
     "k2": lambda log_ratio: 0.5 * log_ratio**2,
@@ -26,13 +26,21 @@ def kl_estimate(
     ref_logprobs: Float[Tensor, "*shape"],
     kind: str = "k1",
 ) -> Float[Tensor, "*shape"]:
-    """Estimate KL(policy || reference) from tokens sampled from the policy, nats.
+    """Estimate KL(policy || reference) from tokens sampled from the policy.
 
         k1 = logp - ref        k2 = (logp - ref)^2 / 2        k3 = e^(ref - logp) - 1 - (ref - logp)
 
-    k1 and k3 are unbiased, k2 is not; k2 and k3 are never negative. As a *loss* they differ
-    otherwise: on fresh samples k1's gradient averages to 0 (it moves nothing), k2's is that of
-    KL(policy || reference), k3's that of KL(reference || policy).
+    k1 and k3 are unbiased, k2 is not; k2 and k3 are never negative. As *losses* they behave
+    differently: on fresh samples the gradient of k1 averages to 0 (it moves nothing), that of k2 is
+    the gradient of KL(policy || reference), and that of k3 of KL(reference || policy).
+
+    Args:
+        logprobs: Sampled tokens under the policy that sampled them, nats.
+        ref_logprobs: The same tokens under the frozen reference, nats.
+        kind: ``k1``, ``k2`` or ``k3``.
+
+    Returns:
+        The estimate of each token, nats, float32.
 
     Source: Schulman, "Approximating KL divergence", 2020.
     """
@@ -96,18 +104,18 @@ def gae(
     gamma: Number,
     gae_lambda: Number,
 ) -> tuple[Float[Tensor, "batch response"], Float[Tensor, "batch response"]]:
-    """Generalised advantage estimation over each row's counted tokens.
+    """Estimate advantages over each row's counted tokens.
 
         delta[t] = r[t] + gamma V[t+1] - V[t]
         A[t] = delta[t] + gamma gae_lambda A[t+1],    returns = A + V
 
-    V after the last token is 0. For a response that was cut at the length limit that is a choice,
-    and the one of OpenAI and TRL too: its score was paid in full on its last token, so a bootstrap
-    from a critic would pay for the unseen rest as well, and would reward never ending.
+    V after the last token is 0, also for a response cut at the length limit. OpenAI and TRL choose
+    the same: its score was paid in full on its last token, so a bootstrap from the critic would pay
+    for the unseen rest as well, and would reward never ending.
 
     Args:
-        rewards: Per token, from ``shape_rewards``.
-        values: The critic's value *before* each token.
+        rewards: Per token, from ``shape_rewards``, reward units.
+        values: The critic's value *before* each token, reward units.
         response_mask: True on sampled tokens. Masked columns take no time: the token before a gap
             is followed by the token after it.
         gamma: Discount per token, in [0, 1].
@@ -116,7 +124,7 @@ def gae(
     Returns:
         Advantages (not whitened) and returns, both detached and exactly 0 outside the mask.
 
-    Source: Schulman et al. 2016, eq. 16 (arXiv:1506.02438).
+    Source: Schulman et al. 2016, eq. 16 (arXiv:1506.02438). Differs: gaps in the mask take no time.
     """
     for name, number in (("gamma", gamma), ("gae_lambda", gae_lambda)):
         if not 0 <= number <= 1:

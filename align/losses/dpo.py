@@ -2,9 +2,9 @@
 
 Notation of the formulas: c and r are the log-ratios policy / reference of the chosen and the
 rejected response, D = s(c) - s(r) with the f-divergence's map s (s(x) = x for reverse KL),
-b = beta, e = label_smoothing, len = counted tokens. All of them are per pair; the caller averages.
-Smoothing and a divergence are refused by a loss that has no use for them; the other options of
-`dpo_loss` are read by the losses that their lines name.
+b = beta, e = label_smoothing, len = counted tokens. Every loss is per pair, ``[batch]``, nats; the
+caller averages. A loss that does not use smoothing or a divergence refuses them; which losses read
+the other options of `dpo_loss` is said there.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ class DPOLosses(NamedTuple):
     rejected_rewards: Float[Tensor, " batch"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class _Pair:
-    """What the losses read, by the names of their formulas.
+    """Inputs of the losses, named as in their formulas.
 
     Without a reference (simpo, orpo) c and r are the policy's log-probs. ``mean_c`` is c / len_c;
-    NaN if no lengths came, which ``_check_options`` refuses to every loss that reads it.
+    NaN without lengths, which ``_check_options`` requires for every loss that reads it.
     """
 
     c: Tensor
@@ -63,7 +63,7 @@ def _hinge(p: _Pair) -> Tensor:
 
 
 def _ipo(p: _Pair) -> Tensor:
-    """(c/len_c - r/len_r - 1/(2b))^2: IPO by token means, as TRL has it."""
+    """(c/len_c - r/len_r - 1/(2b))^2: IPO by token means, as in TRL."""
     return (p.mean_c - p.mean_r - 1 / (2 * p.b)) ** 2
 
 
@@ -128,7 +128,7 @@ def _orpo(p: _Pair) -> Tensor:
 
 
 def _log_odds(mean_logprobs: Tensor) -> Tensor:
-    """log(p / (1 - p)), exact where p is close to 0 or 1."""
+    """log(p / (1 - p)), exact if p is close to 0 or 1."""
     mean_logprobs = mean_logprobs.clamp(max=MAX_MEAN_LOGPROB)
     return mean_logprobs - torch.log(-torch.expm1(mean_logprobs))
 
@@ -152,18 +152,16 @@ LOSSES: dict[str, Callable[[_Pair], Tensor]] = {
 LOSSES_WITH_LENGTHS = frozenset({"ipo", "sigmoid_norm", "simpo", "orpo"})
 LOSSES_WITHOUT_REFERENCE = frozenset({"simpo", "orpo"})
 LOSSES_WITH_SMOOTHING = frozenset({"sigmoid", "robust", "exo_pair"})
-# those written in D
-LOSSES_WITH_DIVERGENCE = frozenset({"sigmoid", "hinge", "robust", "exo_pair"})
+LOSSES_WITH_DIVERGENCE = frozenset({"sigmoid", "hinge", "robust", "exo_pair"})  # written in D
 
-# f'(ratio) up to a constant, as a function of the log-ratio x: Wang et al. 2023 (arXiv:2309.16240)
-# e^30: large enough never to matter, small enough that its square is still a float32
-MAX_EXPONENT = 30.0
+MAX_EXPONENT = 30.0  # e^30 is above any ratio that matters, and its square is a float32
 
 
 def _expm1(x: Tensor) -> Tensor:
     return torch.expm1(x.clamp(max=MAX_EXPONENT))
 
 
+# f'(ratio) up to a constant, as a function of the log-ratio x: Wang et al. 2023 (arXiv:2309.16240)
 DIVERGENCES: dict[str, Callable[[Tensor, Number], Tensor]] = {
     "reverse_kl": lambda x, alpha: x,
     "forward_kl": lambda x, alpha: -_expm1(-x),
@@ -188,55 +186,57 @@ def dpo_loss(
     simpo_gamma: Number = 0.5,
     orpo_coef: Number = 0.1,
 ) -> DPOLosses:
-    """Per-pair loss of the named kind, with the implicit rewards.
+    """Compute a preference loss per pair, and the implicit rewards.
+
+        sigmoid: -log sigmoid(beta * (c - r)),   c, r = log(policy / reference), chosen, rejected
 
     Args:
-        policy_chosen_logprobs: Sum over the response's tokens, nats; the gradient flows here and
-            through the rejected ones only.
-        policy_rejected_logprobs: The same for the rejected response.
-        ref_chosen_logprobs: Under the frozen reference; None (or not read) for simpo and orpo.
-        ref_rejected_logprobs: The same for the rejected response.
+        policy_chosen_logprobs, policy_rejected_logprobs: Sum over the response's tokens, nats; the
+            gradient flows here only.
+        ref_chosen_logprobs, ref_rejected_logprobs: The same under the frozen reference; None (or
+            ignored) for simpo and orpo.
         beta: Temperature of the implicit reward, reward units per nat.
-        loss_type: A key of ``LOSSES``.
+        loss_type: A key of ``LOSSES``; each is one function of this module, with its source.
         label_smoothing: Probability that a label is wrong, in [0, 0.5): sigmoid (cDPO), robust, and
             exo_pair, which needs it above 0.
-        chosen_lengths: Counted tokens, at least 1: needed by ipo, sigmoid_norm, simpo and orpo.
-        rejected_lengths: The same for the rejected response.
+        chosen_lengths, rejected_lengths: Counted tokens, at least 1: needed by ipo, sigmoid_norm,
+            simpo and orpo.
         f_divergence: A key of ``DIVERGENCES``: sigmoid, hinge, robust and exo_pair.
         f_alpha: alpha of the alpha divergence, not 1 (that limit is reverse_kl).
-        simpo_gamma: Margin that simpo asks for, reward units.
+        simpo_gamma: Target margin of simpo, reward units.
         orpo_coef: Weight of orpo's odds-ratio term.
 
     Returns:
-        Losses and rewards. A reward is beta * log-ratio of the sums, whatever the loss; for simpo
-        and orpo, which have no reference, it is beta * mean token log-prob.
+        Losses and rewards: beta * log-ratio of the sums, or beta * mean token log-prob for simpo
+        and orpo.
 
     Raises:
         ValueError: An unknown name, a number out of range, or an option that the loss cannot use.
+
+    Source: Rafailov et al. 2023, eq. 7 (arXiv:2305.18290); of the others, see each function.
     """
     has_lengths = chosen_lengths is not None and rejected_lengths is not None
     _check_options(loss_type, beta, label_smoothing, f_divergence, f_alpha, has_lengths)
-    c, r = upcast(policy_chosen_logprobs), upcast(policy_rejected_logprobs)
-    if loss_type not in LOSSES_WITHOUT_REFERENCE:
-        if ref_chosen_logprobs is None or ref_rejected_logprobs is None:
-            raise ValueError(f"loss_type={loss_type!r} needs the reference's log-probs of both")
-        c = c - upcast(ref_chosen_logprobs).detach()
-        r = r - upcast(ref_rejected_logprobs).detach()
+    c = _log_ratio(loss_type, policy_chosen_logprobs, ref_chosen_logprobs)
+    r = _log_ratio(loss_type, policy_rejected_logprobs, ref_rejected_logprobs)
     s = DIVERGENCES[f_divergence]
-    pair = _Pair(
-        c=c,
-        r=r,
-        D=s(c, f_alpha) - s(r, f_alpha),
-        mean_c=c / (math.nan if chosen_lengths is None else chosen_lengths),
-        mean_r=r / (math.nan if rejected_lengths is None else rejected_lengths),
-        b=beta,
-        e=label_smoothing,
-        simpo_gamma=simpo_gamma,
-        orpo_coef=orpo_coef,
-    )
+    difference = s(c, f_alpha) - s(r, f_alpha)
+    mean_c = c / (math.nan if chosen_lengths is None else chosen_lengths)
+    mean_r = r / (math.nan if rejected_lengths is None else rejected_lengths)
+    options = (beta, label_smoothing, simpo_gamma, orpo_coef)
+    per_example = LOSSES[loss_type](_Pair(c, r, difference, mean_c, mean_r, *options))
     if loss_type in LOSSES_WITHOUT_REFERENCE:
-        c, r = pair.mean_c, pair.mean_r
-    return DPOLosses(LOSSES[loss_type](pair), beta * c.detach(), beta * r.detach())
+        c, r = mean_c, mean_r
+    return DPOLosses(per_example, beta * c.detach(), beta * r.detach())
+
+
+def _log_ratio(loss_type: str, logprobs: Tensor, ref_logprobs: Tensor | None) -> Tensor:
+    """Subtract the reference's log-probs, for a loss with a reference."""
+    if loss_type in LOSSES_WITHOUT_REFERENCE:
+        return upcast(logprobs)
+    if ref_logprobs is None:
+        raise ValueError(f"loss_type={loss_type!r} needs the reference's log-probs of both")
+    return upcast(logprobs) - upcast(ref_logprobs).detach()
 
 
 def _check_options(
@@ -247,7 +247,7 @@ def _check_options(
     f_alpha: Number,
     has_lengths: bool,
 ) -> None:
-    """Refuse what would be silently ignored or undefined."""
+    """Refuse an option that would be silently ignored, or make the loss undefined."""
     if loss_type not in LOSSES:
         raise ValueError(f"loss_type={loss_type!r}: allowed are {', '.join(LOSSES)}")
     if f_divergence not in DIVERGENCES:
@@ -280,7 +280,16 @@ def sft_term(
     policy_chosen_logprobs: Float[Tensor, " batch"],
     chosen_lengths: Int[Tensor, " batch"] | Float[Tensor, " batch"],
 ) -> Float[Tensor, " batch"]:
-    """Token-mean NLL on chosen, per pair: add ``sft_coef`` times this to the loss (RPO).
+    """Token-mean NLL of the chosen response, per pair (RPO).
+
+        -logp(chosen) / len(chosen)
+
+    Args:
+        policy_chosen_logprobs: Sum over the response's tokens, nats ``[batch]``.
+        chosen_lengths: Counted tokens, at least 1.
+
+    Returns:
+        Nats per token; add ``sft_coef`` times this to the preference loss.
 
     Source: Pang et al. 2024 (arXiv:2404.19733).
     """
@@ -290,12 +299,17 @@ def sft_term(
 def wpo_weights(
     chosen: Float[Tensor, " batch"], rejected: Float[Tensor, " batch"]
 ) -> Float[Tensor, " batch"]:
-    """How likely the policy is to write this pair itself: multiply the loss by it (WPO). Detached.
+    """Weight each pair by how likely the policy is to sample it (WPO).
+
+        exp(chosen + rejected)
 
     Args:
-        chosen: Mean over the chosen response's tokens of logp - log sum_v p(v)^2, the second being
-            what a token drawn from the policy has on average; nats per token.
+        chosen: Mean over the chosen response's tokens of logp - log sum_v p(v)^2, nats per token;
+            the second term is the average for a token drawn from the policy.
         rejected: The same for the rejected response.
+
+    Returns:
+        Factors of the loss ``[batch]``, detached.
 
     Source: Zhou et al. 2024 (arXiv:2406.11827).
     """

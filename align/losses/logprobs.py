@@ -1,8 +1,7 @@
-"""Log-probabilities of given tokens without ever holding ``[N, V]`` logits.
+"""Log-probabilities of given tokens without ``[N, V]`` logits in memory.
 
-The linear layer and the log-sum-exp run over chunks of rows; the backward pass computes a chunk
-again instead of keeping it, unless there is only one. Everything that is returned is float32,
-whatever the weights are.
+The linear layer and the log-sum-exp run over chunks of rows; the backward pass recomputes a chunk
+instead of storing it, unless there is only one. Results are float32 for weights of any dtype.
 """
 
 from __future__ import annotations
@@ -17,14 +16,13 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 CHUNK_ELEMENTS = 2**26
-"""Logits held at a time: rows per chunk = this / vocabulary. Their gradient is written over them.
+"""Logits per chunk: rows = this / vocabulary. Their gradient overwrites them.
 
-128 MB in bf16; on a GPU float32 copies of the chunk, 256 MB each, are made of both on the way.
-
-A minibatch of one chunk computes them once; of more, again in the backward pass.
+A chunk takes 128 MB in bf16; on a GPU, logits and gradient each need a float32 copy of 256 MB. With
+one chunk logits are computed once, with several again in the backward pass.
 """
 PIECE_ELEMENTS = 2**21
-"""Logits that a CPU works on at a time in float32: what its cache holds (8 MB)."""
+"""Logits that a CPU processes at a time in float32: the size of its cache (8 MB)."""
 
 
 def token_logprobs(
@@ -36,7 +34,7 @@ def token_logprobs(
     bias: Float[Tensor, " vocab"] | None = None,
     softcap: float | None = None,
 ) -> Float[Tensor, " tokens"]:
-    """``log softmax(head(hidden) / temperature)[targets]`` in nats, float32.
+    """Compute ``log softmax(head(hidden) / temperature)[targets]`` in nats, float32.
 
     Args:
         hidden: Hidden states that predict ``targets``, after the final norm.
@@ -44,7 +42,10 @@ def token_logprobs(
         targets: Token ids, int64.
         temperature: Sampling temperature, > 0; divides the (soft-capped) logits.
         bias: Output bias, if the head has one.
-        softcap: ``logits = softcap * tanh(logits / softcap)``, as Gemma 2 does.
+        softcap: ``logits = softcap * tanh(logits / softcap)``, as in Gemma 2.
+
+    Returns:
+        ``[tokens]`` nats, float32; differentiable once, in ``hidden``, ``weight`` and ``bias``.
 
     Raises:
         ValueError: temperature is not positive.
@@ -53,12 +54,12 @@ def token_logprobs(
 
 
 class TokenStatistics(NamedTuple):
-    """Per counted token, float32 ``[N]``.
+    """Statistics of each counted token, float32 ``[N]``.
 
     Attributes:
-        logprobs: Of the given token, nats.
-        entropy: Of the token's distribution, nats; differentiable. 0 if not asked for.
-        log_collision: ``log sum_v p(v)^2``, detached: what WPO compares a log-prob with.
+        logprobs: Log-probability of the given token, nats.
+        entropy: Entropy of the token's distribution, nats; differentiable. 0 if not requested.
+        log_collision: ``log sum_v p(v)^2``, detached: WPO compares a log-prob with it.
     """
 
     logprobs: Float[Tensor, " tokens"]
@@ -75,7 +76,7 @@ def token_statistics(
     bias: Float[Tensor, " vocab"] | None = None,
     softcap: float | None = None,
 ) -> TokenStatistics:
-    """As `token_logprobs`, with what each token's whole distribution looks like beside it."""
+    """Compute `token_logprobs` with entropy and collision of each token's distribution."""
     return _chunked(hidden, weight, targets, temperature, bias, softcap, True)
 
 
@@ -91,7 +92,7 @@ def _chunked(
     if temperature <= 0:
         raise ValueError(f"temperature must be > 0 to give log-probabilities, got {temperature}")
     device = hidden.device.type
-    # The products run in one dtype, fixed here: autograd calls backward outside autocast.
+    # one dtype for all products, fixed here: autograd calls backward outside autocast
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     options = (temperature, softcap, with_entropy, dtype)
     with torch.autocast(device, enabled=False):
@@ -105,13 +106,13 @@ def _parts(start: int, stop: int, size: int) -> Iterator[slice]:
 
 
 def _pieces(raw: Tensor) -> Iterator[slice]:
-    """Rows of a chunk of logits that are worked on together."""
+    """Split a chunk of logits into the rows that are processed together."""
     size = PIECE_ELEMENTS // raw.shape[1] if raw.device.type == "cpu" else len(raw)
     return _parts(0, len(raw), max(1, size))
 
 
 def _finished(raw: Tensor, bias: Tensor | None, softcap: float | None, temp: float) -> Tensor:
-    """The head's products -> float32 logits, in new memory."""
+    """Turn the head's products into float32 logits, in new memory."""
     logits = raw.to(torch.float32, copy=True)
     if bias is not None:
         logits += bias
@@ -121,7 +122,7 @@ def _finished(raw: Tensor, bias: Tensor | None, softcap: float | None, temp: flo
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """Forward keeps ``lse`` and entropy, ``[N]`` each, and one chunk's products at most."""
+    """Autograd function that saves ``lse`` and entropy, ``[N]`` each, and at most one chunk."""
 
     @staticmethod
     def forward(
@@ -152,7 +153,7 @@ class _TokenLogprobs(torch.autograd.Function):
                     entropy[at] = lse[at] - probs.mul_(logits).sum(-1)
         ctx.mark_non_differentiable(collision)
         ctx.save_for_backward(hidden, weight, targets, bias, lse, entropy)
-        # not saved as the others are, for the first backward writes over it
+        # not a saved tensor, because the first backward overwrites it
         ctx.kept = raw if len(hidden) <= rows and any(ctx.needs_input_grad) else None
         ctx.options = (temperature, softcap, with_entropy, rows)
         return logprobs, entropy, collision
@@ -165,7 +166,7 @@ class _TokenLogprobs(torch.autograd.Function):
         temperature, softcap, with_entropy, rows = ctx.options
         needs_hidden, needs_weight, _, needs_bias, _ = ctx.needs_input_grad
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_weight = None  # float32, though the products that it adds up have the others' dtype
+        grad_weight = None  # summed in float32 over products of the weights' dtype
         grad_bias = torch.zeros_like(bias) if needs_bias else None
         for part in _parts(0, len(hidden), rows):
             raw = F.linear(hidden[part], weight) if kept is None else kept

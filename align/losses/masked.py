@@ -1,7 +1,7 @@
 """Sums, means and whitening over the entries that count.
 
-A masked entry may hold anything, NaN and inf included: it reaches neither the value nor the
-gradient. Nothing counted at all gives 0 with gradient 0, so that an empty microbatch adds nothing.
+A masked entry may be anything, NaN and inf included: it affects neither the value nor the gradient.
+If no entry counts, the result is 0 with gradient 0, so that an empty microbatch adds nothing.
 """
 
 from __future__ import annotations
@@ -19,19 +19,21 @@ VARIANCE_EPS = 1e-8
 
 
 def upcast(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """float32 at least: bf16 holds three digits, too few for a sum of log-probabilities."""
+    """Convert to float32 or wider: bf16 has three digits, too few for a sum of
+    log-probabilities.
+    """
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def where_counted(
     x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]
 ) -> Float[Tensor, "*shape"]:
-    """x where it counts, exactly 0 elsewhere (a product with the mask would keep NaN)."""
+    """Set entries that do not count to exactly 0 (a product with the mask would keep NaN)."""
     return torch.where(mask, upcast(x), 0.0)
 
 
 def masked_sum(x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]) -> Float[Tensor, ""]:
-    """Sum over the counted entries."""
+    """Sum the counted entries."""
     return where_counted(x, mask).sum()
 
 
@@ -41,14 +43,15 @@ def masked_mean(
     *,
     denominator: Number | None = None,
 ) -> Float[Tensor, ""]:
-    """Mean over the counted entries.
+    """Average the counted entries.
+
+        sum(x[mask]) / denominator,   denominator = number of counted entries unless given
 
     Args:
         x: Any shape.
         mask: True = counts.
-        denominator: Divide by this instead of by the number of counted entries: with the count of
-            the whole minibatch, the results of its microbatches add up to one mean over all tokens,
-            which a mean of microbatch means is not.
+        denominator: The minibatch's count, for a microbatch: the results of the microbatches then
+            add up to one mean over all tokens, which a mean of microbatch means is not.
     """
     total = masked_sum(x, mask)
     if denominator is None:
@@ -61,7 +64,7 @@ def masked_mean(
 def masked_var(
     x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"], *, unbiased: bool = False
 ) -> Float[Tensor, ""]:
-    """Variance over the counted entries: divided by n, or by n - 1 if ``unbiased``.
+    """Variance of the counted entries: divided by n, or by n - 1 if ``unbiased``.
 
     One counted entry has variance 0 either way.
     """
@@ -84,10 +87,9 @@ def masked_whiten(
     Args:
         x: Any shape; whiten over everything that one update sees, not over a microbatch.
         mask: True = counts.
-        unbiased: Divide by the variance with n - 1 (TRL) rather than with n (ours, as OpenAI's and
-            the N+ details').
-        keep_mean: Put the mean back: for rewards, whose level means something; never for
-            advantages.
+        unbiased: Divide by the variance with n - 1 (TRL) rather than with n (ours, OpenAI's and
+            that of the N+ details).
+        keep_mean: Add the mean back: for rewards, whose level matters; never for advantages.
 
     Returns:
         Whitened entries, exactly 0 outside the mask (also with ``keep_mean``).

@@ -1,7 +1,7 @@
-"""PPO's clipped objectives, what is logged about them, and the adaptive KL coefficient.
+"""PPO's clipped objectives, their diagnostics, and the adaptive KL coefficient.
 
-Every function averages over all counted tokens that it is given. With ``denominator`` (the counted
-tokens of the minibatch) the results of microbatches are summed instead of averaged.
+Every function averages over all counted tokens that it gets. With ``denominator`` (the counted
+tokens of the minibatch) the results of microbatches add up to the minibatch's mean.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ def _policy_losses(
     response_mask: Tensor,
     clip_range: Number,
 ) -> tuple[Tensor, Tensor]:
-    """-A rho and -A clip(rho), per token."""
+    """Compute -A rho and -A clip(rho) per token."""
     if clip_range <= 0:
         raise ValueError(f"clip_range={clip_range}: must be positive")
-    # masked before exp: an overflow there would come back as 0 * inf in the gradient
+    # masked before exp, whose overflow would become 0 * inf in the gradient
     log_ratio = where_counted(upcast(logprobs) - upcast(old_logprobs).detach(), response_mask)
     advantages = where_counted(advantages, response_mask).detach()
     ratio = log_ratio.exp()
@@ -40,19 +40,20 @@ def ppo_policy_loss(
     clip_range: Number,
     denominator: Number | None = None,
 ) -> Float[Tensor, ""]:
-    """Clipped surrogate, to be minimised.
+    """Clipped surrogate objective, to be minimised.
 
         mean of max(-A rho, -A clip(rho, 1 - clip_range, 1 + clip_range)),   rho = p / p_old
 
     Args:
-        logprobs: Sampled tokens under the policy that learns; the gradient flows here only.
+        logprobs: Sampled tokens under the current policy, nats; the gradient flows here only.
         old_logprobs: The same under the policy that sampled them, at the same temperature.
         advantages: From ``gae``, whitened or not.
         response_mask: True on sampled tokens.
-        clip_range: How far the ratio may leave 1 before it earns nothing more.
+        clip_range: Distance of the ratio from 1 beyond which it gains nothing.
         denominator: Counted tokens of the minibatch, if this is one microbatch of it.
 
-    Source: Schulman et al. 2017, eq. 7 (arXiv:1707.06347).
+    Source: Schulman et al. 2017, eq. 7 (arXiv:1707.06347). Differs: the sign, and a mean over all
+        counted tokens of the minibatch rather than over sequences.
     """
     unclipped, clipped = _policy_losses(
         logprobs, old_logprobs, advantages, response_mask, clip_range
@@ -69,17 +70,19 @@ def value_loss(
     clip_range: Number | None,
     denominator: Number | None = None,
 ) -> Float[Tensor, ""]:
-    """Squared error of the critic, the worse of plain and clipped.
+    """Squared error of the critic, the larger of plain and clipped.
 
         0.5 * mean of max((V - R)^2, (clip(V, V_old - clip_range, V_old + clip_range) - R)^2)
 
     Args:
-        values: The critic now; the gradient flows here only.
-        old_values: The critic at the time of the rollout.
+        values: The critic's values now, reward units; the gradient flows here only.
+        old_values: Its values at the time of the rollout.
         returns: From ``gae``.
         response_mask: True on sampled tokens.
         clip_range: Reward units by which a value may move per rollout; None = no clipping.
         denominator: Counted tokens of the minibatch, if this is one microbatch of it.
+
+    Source: OpenAI baselines' ppo2; Huang et al. 2024, "N+ details" (arXiv:2403.17031).
     """
     if clip_range is not None and clip_range <= 0:
         raise ValueError(f"clip_range={clip_range}: must be positive, or None for no clipping")
@@ -103,7 +106,7 @@ def clip_fraction(
     clip_range: Number,
     denominator: Number | None = None,
 ) -> Float[Tensor, ""]:
-    """Share of tokens that teach nothing because the clipped branch is the larger one."""
+    """Share of tokens without gradient, because the clipped branch is the larger one."""
     unclipped, clipped = _policy_losses(
         logprobs, old_logprobs, advantages, response_mask, clip_range
     )
@@ -118,8 +121,8 @@ def approx_kl(
     *,
     denominator: Number | None = None,
 ) -> Float[Tensor, ""]:
-    """KL(old || now) in nats per token by k3: how far this update went, never negative."""
-    # the samples come from the old policy, which is why it takes the policy's place here
+    """KL(old || now) in nats per token by k3: the size of the update so far, never negative."""
+    # the samples come from the old policy, so it takes the policy's place here
     kl = kl_estimate(old_logprobs, logprobs, "k3")
     return masked_mean(kl, response_mask, denominator=denominator)
 
@@ -130,9 +133,12 @@ def explained_variance(
     returns: Float[Tensor, "batch response"],
     response_mask: Bool[Tensor, "batch response"],
 ) -> Float[Tensor, ""]:
-    """1 - var(returns - values) / var(returns): 1 = perfect, 0 = no better than a constant.
+    """Share of the returns' variance that the values explain.
 
-    Returns that do not vary give 0: there was nothing to explain.
+        1 - var(returns - values) / var(returns)
+
+    1 = perfect, 0 = no better than a constant. Constant returns give 0: there is nothing to
+    explain.
     """
     variance = masked_var(returns, response_mask)
     residual = masked_var(upcast(returns) - upcast(values), response_mask)
@@ -149,9 +155,9 @@ def adapt_kl_coef(
     Args:
         coef: Reward units per nat.
         observed_kl: Mean KL of this rollout's responses to the reference, nats per response.
-        target: The same unit.
+        target: Target of ``observed_kl``, nats per response.
         batch: Sequences in this rollout.
-        horizon: Sequences over which the coefficient may change by a fifth, about.
+        horizon: Sequences over which the coefficient changes by at most about a fifth.
 
     Source: Ziegler et al. 2019, section 2.2 (arXiv:1909.08593).
     """

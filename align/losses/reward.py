@@ -1,4 +1,4 @@
-"""The reward model's loss on preference pairs."""
+"""Loss of the reward model on preference pairs."""
 
 from __future__ import annotations
 
@@ -21,10 +21,13 @@ def bradley_terry_loss(
         -log sigmoid(chosen - rejected - margin) + center_coef * (chosen + rejected)^2
 
     Args:
-        chosen_scores: Scalar head at the last token of the preferred response.
-        rejected_scores: The same for the other response.
-        margin: By how much chosen should win, reward units; 0 for a pair that has none.
-        center_coef: Weight of the term that keeps scores near 0, which the pairs leave free.
+        chosen_scores: Scores of the preferred responses, reward units.
+        rejected_scores: Scores of the other responses.
+        margin: Margin by which chosen should win, reward units; 0 for a pair without one.
+        center_coef: Weight of the term that keeps scores near 0; pairs do not fix their level.
+
+    Returns:
+        ``[batch]`` nats, float32.
 
     Source: Ouyang et al. 2022, eq. 1 (arXiv:2203.02155); margin: Touvron et al. 2023
         (arXiv:2307.09288); centring: Eisenstein et al. 2023 (arXiv:2312.09244).

@@ -9,12 +9,14 @@ from align.losses.masked import Number, upcast
 
 
 def nll_loss(logprobs: Float[Tensor, " tokens"], *, denominator: Number) -> Float[Tensor, ""]:
-    """Sum of NLL over these tokens, divided by the counted tokens of the whole global batch.
+    """Negative log-likelihood of these tokens over the counted tokens of the global batch.
+
+        -sum(logprobs) / denominator
 
     Args:
         logprobs: Counted tokens only, flat, nats; may be empty.
-        denominator: Counted tokens over all microbatches of the optimizer step and all processes,
-            so that microbatches of unequal length add up to the mean of one large batch.
+        denominator: Counted tokens over all microbatches and ranks of the optimizer step, so that
+            microbatches of unequal length add up to the mean of one large batch.
     """
     if denominator <= 0:
         raise ValueError(f"denominator={denominator}: the global batch has no counted token")
