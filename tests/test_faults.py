@@ -497,7 +497,7 @@ def test_data_that_change_under_a_resumed_run(
     align: Align, sft_recipe: str, tmp_path: Path, trust: Trust
 ) -> None:
     align("sft", sft_recipe, code=0)
-    assert "is done, so there is nothing to go on with" in align("sft", sft_recipe, "resume=auto")
+    assert "is done, so there is nothing to resume" in align("sft", sft_recipe, "resume=auto")
     undone(tmp_path / "run")
     path = tmp_path / "sft.jsonl"
     path.write_text(path.read_text().replace("red", "blue"), encoding="utf-8")

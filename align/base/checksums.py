@@ -1,7 +1,7 @@
-"""SHA-256 of what a checkpoint holds, so that a changed bit is found and named.
+"""SHA-256 sums of a checkpoint's files, so that a changed bit is found and named.
 
-A folder's sums are in ``SHA256SUMS``, as ``sha256sum -c`` reads it. A tensor file that stands alone
-carries its sum in its own header, so that both change in one rename.
+A folder's sums are in ``SHA256SUMS``, in the format of ``sha256sum -c``. A single tensor file has
+its sum in its own header, so that both change in one rename.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from align.base.files import Unreadable, fsync, load_text, move_into_place, pars
 SUMS = "SHA256SUMS"
 CHUNK = 1 << 20
 HASHERS = 8
-"""Files that are hashed at the same time; ``hashlib`` lets other threads run meanwhile."""
+"""Files hashed in parallel; ``hashlib`` releases the GIL."""
 
 
 def sha256_of(path: Path, size: int | None = None) -> Any:
-    """The running hash of a file, or of its first ``size`` bytes."""
+    """Hash a file, or its first ``size`` bytes; the hash can be updated further."""
     digest, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK))
     left = os.path.getsize(path) if size is None else size
     with open(path, "rb") as file:
@@ -43,9 +43,9 @@ def sha256_of(path: Path, size: int | None = None) -> Any:
 
 @contextmanager
 def summing(folder: Path) -> Iterator[Callable[[str], None]]:
-    """Write the sums of files of a folder at the end, and force them to disk.
+    """Write the sums of a folder's files on exit, and force them to disk.
 
-    A file is hashed from when its name is given, on a thread, while the next one is written.
+    A file is hashed on a thread as soon as its name is added, while the next one is written.
     """
     sums: dict[str, Future[Any]] = {}
     with ThreadPoolExecutor(HASHERS) as pool:
@@ -60,11 +60,11 @@ def summing(folder: Path) -> Iterator[Callable[[str], None]]:
 
 
 def check_sums(folder: Path, names: Collection[str], *, only: Collection[str] = ()) -> bool:
-    """Whether the folder has sums; all of them were right then.
+    """Check a folder's sums; False if it has none.
 
     Args:
-        names: Files that must be among them.
-        only: Those that are hashed; all by default.
+        names: Files that must be listed.
+        only: Files to hash; all by default.
 
     Raises:
         Unreadable: A file is missing or has changed; the reason names it.
@@ -104,13 +104,14 @@ def _parsed(line: str) -> tuple[str, str]:
 def save_tensors(
     tensors: Mapping[str, torch.Tensor], path: Path, state: Mapping[str, Any] | None = None
 ) -> None:
-    """Write tensors and JSON values whole, with their sum; raises OSError or SafetensorError."""
+    """Write tensors and JSON values atomically, with their sum; raises OSError or
+    SafetensorError.
+    """
     held = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     values = dict(state or {})
-    # one key: of several the file's header has them in no fixed order, and equal content is to be
-    # equal bytes
+    # one key, because safetensors orders several at random, and equal content should be equal bytes
     text = json.dumps({**values, "sha256": _sum(held, json.dumps(values))})
-    # a name of its own: two machines may write the same entry, and have equal process numbers
+    # a random name: two machines may write the same entry with equal process ids
     beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         save_file(held, beside, {"state": text})
@@ -121,7 +122,7 @@ def save_tensors(
 
 
 def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Tensors and values that `save_tensors` wrote, compared with its sum, if it has one.
+    """Load tensors and values of `save_tensors`, and check their sum if there is one.
 
     Raises:
         OSError, SafetensorError, ValueError: It is missing, damaged, or something else.

@@ -1,7 +1,7 @@
-"""Every line that this package prints, with nothing in it that a terminal would obey.
+"""Print lines without anything that a terminal would interpret.
 
-File names, model names, data and the text of errors come from elsewhere. An escape sequence in one
-of them could recolour, retitle or overwrite the terminal, so it is shown as text instead.
+File names, model names, data and error texts come from elsewhere. An escape sequence in one of them
+could recolour, retitle or overwrite the terminal, so it is shown as text instead.
 """
 
 from __future__ import annotations
@@ -14,39 +14,39 @@ from contextlib import contextmanager
 from typing import TextIO
 
 LONGEST_ERROR = 600
-"""Characters of an error line; the middle of a longer one is left out."""
+"""Longest error line, in characters; the middle of a longer one is cut."""
 
-# C0 and C1 control characters with ESC, CSI, BEL and DEL; Unicode's two line separators; the marks
-# that turn the reading direction (an override can show a name backwards); lone surrogates, which
-# no stream can encode. Newline and tab stay.
+# C0 and C1 control characters with ESC, CSI, BEL and DEL; Unicode's two line separators; marks of
+# reading direction (an override can show a name backwards); lone surrogates, which no stream can
+# encode. Newline and tab are kept.
 _OBEYED = (*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029, *range(0x202A, 0x202F))
 _OBEYED += (*range(0x2066, 0x206A), *range(0xD800, 0xE000))
-# \u001b rather than \x1b: what is JSON stays JSON
+# \u001b rather than \x1b, so that JSON stays valid
 _SHOWN = {code: f"\\u{code:04x}" for code in _OBEYED if chr(code) not in "\n\t"}
 
 
 def printable(text: str) -> str:
-    """``text`` with control characters and bidirectional overrides shown as ``\\u001b``."""
+    r"""Show control characters and bidirectional overrides as ``\\u001b``."""
     return text.translate(_SHOWN)
 
 
 def one_line(text: str) -> str:
-    """`printable` text with every run of white space, newlines included, as one space."""
+    """Make text `printable`, with every run of white space, newlines included, as one space."""
     return printable(" ".join(text.split()))
 
 
 def say(text: str) -> None:
-    """Print a line, or several, on stdout at once."""
+    """Print one or several lines on stdout at once."""
     _print(printable(text), sys.stdout)
 
 
 def complain(line: str) -> None:
-    """Print one line of bounded length on stderr behind the program's name."""
+    """Print one line of bounded length on stderr, after the program's name."""
     _print(f"align: {bounded(one_line(line))}", sys.stderr)
 
 
 def bounded(line: str, longest: int = LONGEST_ERROR) -> str:
-    """A line of at most ``longest`` characters: its beginning and its end say the most."""
+    """Shorten a line to ``longest`` characters; its beginning and end are kept."""
     if len(line) <= longest:
         return line
     left_out = len(line) - longest + 40
@@ -55,20 +55,20 @@ def bounded(line: str, longest: int = LONGEST_ERROR) -> str:
 
 
 def say_traceback() -> None:
-    """Print the traceback of the exception that is being handled, on stderr."""
+    """Print the traceback of the current exception on stderr."""
     _print(printable(traceback.format_exc().rstrip()), sys.stderr)
 
 
 def _print(text: str, stream: TextIO) -> None:
     encoding = getattr(stream, "encoding", None) or "utf-8"
     with terminal_may_be_gone():
-        # a terminal that knows no UTF-8 gets escapes, not an error
+        # a terminal without UTF-8 gets escapes, not an error
         print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
 
 
 @contextmanager
 def terminal_may_be_gone() -> Iterator[None]:
-    """Go on without a terminal that was closed: a run has to save then, not to die of a line."""
+    """Ignore a closed terminal: a run must save its state, not die of a printed line."""
     try:
         yield
     except OSError as error:

@@ -1,8 +1,8 @@
-"""Files that are read through one guard, and written whole or not at all.
+"""Read files through one guard, and write them atomically.
 
-A file that cannot be read, or does not hold what it should, is one line with its name and the
-reason. A file that is written appears at once or not at all, and a disk that is full, or gone, is
-one line with what is needed and what is free.
+A file that cannot be read, or has the wrong content, is reported in one line with its name and the
+reason. A written file appears complete or not at all; a full or failed disk is one line with the
+bytes needed and free.
 """
 
 from __future__ import annotations
@@ -23,20 +23,17 @@ from safetensors import SafetensorError
 
 from align.types import AlignError
 
-RESUME = "make room, then go on with resume=auto"
-AGAIN = "make room, then run the command again"
+RESUME = "free some space, then resume with resume=auto"
+AGAIN = "free some space, then run the command again"
 UNTOUCHED = "what was there before is untouched"
 
 
-# ---------------------------------------------------------------- reading
-
-
 class Unreadable(ValueError):
-    """Why a file cannot be used, without its name."""
+    """Reason why a file cannot be used, without its name."""
 
 
 def load_text(path: Path) -> str:
-    """Text of a regular UTF-8 file; a byte-order mark is dropped.
+    """Read a regular UTF-8 file; a byte-order mark is dropped.
 
     Raises:
         Unreadable: It is missing, a folder, a pipe or a device, forbidden, or not UTF-8.
@@ -62,7 +59,7 @@ def load_text(path: Path) -> str:
 
 
 def parse_object(text: str) -> dict[str, Any]:
-    """A JSON object.
+    """Parse a JSON object.
 
     Raises:
         Unreadable: The text is empty, is not JSON, or is another JSON value.
@@ -81,12 +78,12 @@ def parse_object(text: str) -> dict[str, Any]:
 
 
 def load_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; raises `Unreadable`."""
+    """Load a file's JSON object; raises `Unreadable`."""
     return parse_object(load_text(path))
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
-    """The YAML mapping in a file; raises `Unreadable`."""
+    """Load a file's YAML mapping; raises `Unreadable`."""
     try:
         value = yaml.safe_load(load_text(path))
     except yaml.YAMLError as error:
@@ -95,7 +92,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
         raise Unreadable(f"not YAML: {place}{getattr(error, 'problem', error)}") from error
     except RecursionError as error:
         raise Unreadable("YAML that is nested too deeply") from error
-    except ValueError as error:  # a date that is none, a number of thousands of digits
+    except ValueError as error:  # an invalid date, a number of thousands of digits
         raise error if isinstance(error, Unreadable) else Unreadable(str(error)) from error
     if not isinstance(value, dict):
         raise Unreadable(f"wanted a mapping `key: value`, got {_kind(value)}")
@@ -103,23 +100,23 @@ def load_yaml(path: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path, remedy: str = "") -> dict[str, Any]:
-    """The JSON object in a file, or one line that names the file."""
+    """Load a file's JSON object, or raise one line that names the file."""
     with reading(path, remedy):
         return load_json(path)
 
 
 def read_yaml(path: Path, remedy: str = "") -> dict[str, Any]:
-    """The YAML mapping in a file, or one line that names the file."""
+    """Load a file's YAML mapping, or raise one line that names the file."""
     with reading(path, remedy):
         return load_yaml(path)
 
 
 @contextmanager
 def reading(place: Path | str, remedy: str = "") -> Iterator[None]:
-    """Turn what broken content raises into one line about ``place``.
+    """Turn errors over broken content into one line about ``place``.
 
-    To stand around what uses a file that somebody may have damaged: a key that is missing, a list
-    where an object should be. Lines that are clear already pass.
+    It wraps code that uses a file which may be damaged: a key is missing, or a list is where an
+    object should be. Lines that are clear already pass.
     """
     try:
         yield
@@ -137,23 +134,23 @@ BROKEN = (
     OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError,
     RecursionError, yaml.YAMLError,
 )  # fmt: skip
-"""Errors of reading a damaged file, or of using its content."""
+"""Errors raised by reading a damaged file, or by using its content."""
 
 
 def reason(error: BaseException) -> str:
-    """The words of an error, without the system's number for it."""
+    """Return an error's message without the system's error number."""
     name = getattr(error, "filename", None)
     said = str(getattr(error, "strerror", None) or error)
     return f"{name}: {said}" if name and str(name) not in said else said
 
 
 def read_logged(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSONL file that a run has written; a last line that was cut short is left out."""
+    """Read a JSONL file written by a run; a last line cut short is skipped."""
     if not os.path.lexists(path):
         return []
     rows = []
     with reading(path):
-        # not splitlines: a text may hold U+2028, which is a line end to it
+        # not splitlines, which also splits at U+2028
         *lines, _cut_short = load_text(path).split("\n")
         for number, line in enumerate(lines, start=1):
             if line.strip():
@@ -165,7 +162,7 @@ def read_logged(path: Path) -> list[dict[str, Any]]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of ``metrics.jsonl``: a step, and numbers."""
+    """Read ``metrics.jsonl``: rows of a step and numbers."""
     rows = read_logged(path)
     for number, row in enumerate(rows, start=1):
         wrong = [name for name, value in row.items() if not _is_number(value)]
@@ -192,19 +189,16 @@ def _behind(remedy: str) -> str:
     return f"; {remedy}" if remedy else ""
 
 
-# ---------------------------------------------------------------- writing
-
-
 @contextmanager
 def writing(
     path: Path, kept: str = UNTOUCHED, *, again: str = RESUME, needs: int = 0
 ) -> Iterator[None]:
-    """Turn a disk that is full, or gone, into one line about ``path``.
+    """Turn a full or failed disk into one line about ``path``.
 
     Args:
-        kept: What is not lost.
-        again: How to go on.
-        needs: Bytes that are to be written, where that is known.
+        kept: Reassurance about existing data.
+        again: How to continue.
+        needs: Bytes to be written, if known.
     """
     try:
         yield
@@ -220,7 +214,7 @@ def reason_on_disk(error: Exception) -> str:
 
 
 def _room(path: Path, error: Exception, needs: int) -> str:
-    """Room that is needed and free, where the disk or a quota is full."""
+    """Return the bytes needed and free, if the disk or a quota is full."""
     full = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
     if getattr(error, "errno", None) not in full and "No space left" not in str(error):
         return ""
@@ -232,7 +226,7 @@ def _room(path: Path, error: Exception, needs: int) -> str:
 
 
 def free_in(path: Path) -> tuple[int, Path] | None:
-    """Bytes that are free where ``path`` is or would be, and in which folder."""
+    """Return the free bytes where ``path`` is or would be, and the folder asked."""
     folder = next((p for p in (path, *path.parents) if p.is_dir()), None)
     with suppress(OSError):
         return (shutil.disk_usage(folder).free, folder) if folder else None
@@ -240,7 +234,7 @@ def free_in(path: Path) -> tuple[int, Path] | None:
 
 
 def in_words(size: float) -> str:
-    """Bytes in the largest unit that leaves a number of at least 1."""
+    """Format bytes in the largest unit that gives a number of at least 1."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if size < 1000:
             return f"{size:.3g} {unit}"
@@ -251,9 +245,9 @@ def in_words(size: float) -> str:
 def write_whole(
     path: Path, content: str | bytes | Iterable[str], *, new: bool = False, again: str = AGAIN
 ) -> None:
-    """Replace a file, in pieces if need be: a crash leaves the old content or the new one.
+    """Replace a file atomically, in pieces if given: a crash leaves the old content or the new.
 
-    A link is followed, and what is no regular file (``/dev/stdout``) is written to as it is.
+    A link is followed, and a special file (``/dev/stdout``) is written to directly.
 
     Args:
         new: Refuse to replace a file.
@@ -272,7 +266,7 @@ def write_whole(
             if place.exists():
                 shutil.copymode(place, partial)
             fsync(partial)
-            require_new(path, new)  # what another process has put there meanwhile stays
+            require_new(path, new)  # another process may have written it meanwhile
             move_into_place(partial, place)
         finally:
             with suppress(OSError):
@@ -282,7 +276,7 @@ def write_whole(
 def _write(path: Path, pieces: Iterable[str | bytes]) -> None:
     with path.open("wb") as file:
         for piece in pieces:
-            # a lone surrogate becomes \udXXX, which is what JSON writes for it
+            # a lone surrogate becomes \udXXX, as in JSON
             data = piece.encode("utf-8", "backslashreplace") if isinstance(piece, str) else piece
             file.write(data)
 
@@ -293,11 +287,11 @@ def require_new(path: Path, new: bool = True) -> None:
 
 
 def require_writable(path: Path, what: str = "", *, new: bool = False) -> None:
-    """Refuse a file that could not be written in the end, before work is spent on its content.
+    """Refuse a file that cannot be written, before work is spent on its content.
 
     Args:
         what: The option that names it, for the line, such as ``--output``.
-        new: Whether a file that is there is refused.
+        new: Refuse an existing file.
     """
     named = f"{what} {path}".strip()
     require_new(path, new)
@@ -325,7 +319,7 @@ def move_into_place(partial: Path, place: Path) -> None:
 
 
 def fsync(path: Path) -> None:
-    """Force a file, or the names in a folder, to disk; a system that cannot is not asked."""
+    """Force a file, or the names in a folder, to disk; Windows cannot sync folders."""
     if path.is_dir() and os.name == "nt":
         return
     handle = os.open(path, os.O_RDONLY)

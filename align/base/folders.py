@@ -1,4 +1,4 @@
-"""Folders that are replaced as a whole or not at all."""
+"""Replace folders atomically."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from align.types import AlignError
 
 @contextmanager
 def whole_folder(folder: Path, *, needs: int = 0) -> Iterator[Path]:
-    """A folder to be filled that takes the place of ``folder`` once all is in it and on disk.
+    """Yield a new folder that replaces ``folder`` once it is filled and on disk.
 
-    All that was in ``folder`` is removed then, so it must hold nothing of the user's: see
+    All content of ``folder`` is then removed, so it must hold nothing of the user's: see
     `require_no_folder`. A link is followed.
     """
     place = Path(os.path.realpath(folder))
@@ -38,10 +38,10 @@ def whole_folder(folder: Path, *, needs: int = 0) -> Iterator[Path]:
 
 
 def replace_folder(partial: Path, place: Path, old: Path) -> None:
-    """Rename a finished folder into its place; what was there is put back where that fails.
+    """Rename a finished folder into its place; restore the old one if that fails.
 
     Args:
-        old: Name of what was there, in between: a folder cannot be renamed onto another one.
+        old: Temporary name of the old folder: a folder cannot be renamed onto another one.
     """
     if not os.path.lexists(place):
         move_into_place(partial, place)
@@ -61,7 +61,7 @@ def _put_back(partial: Path, place: Path, old: Path, error: BaseException) -> No
     if not os.path.lexists(old):
         return
     try:
-        if os.path.lexists(place):  # the rename was made and could not be forced to disk
+        if os.path.lexists(place):  # the rename succeeded, but could not be forced to disk
             os.replace(place, partial)
         os.replace(old, place)
     except OSError as again:
@@ -72,7 +72,7 @@ def _put_back(partial: Path, place: Path, old: Path, error: BaseException) -> No
 
 
 def require_no_folder(folder: Path) -> None:
-    """Refuse a place that holds something already: it would be removed with all that is in it."""
+    """Refuse a place with content, which would be removed."""
     if not os.path.lexists(folder):
         return
     if not folder.is_dir():

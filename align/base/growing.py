@@ -1,7 +1,7 @@
-"""JSONL files of a run's folder that rows are added to, and what a checkpoint says of them.
+"""Append to a run's JSONL files, and restore them to a checkpoint's state.
 
-A checkpoint keeps the length of each file and the hash of its bytes. A run that goes on finds out
-from them whether a file is still what it was, and cuts off the rows of steps that it will do again.
+A checkpoint records the length of each file and the hash of its bytes. A resumed run checks from
+them that a file is unchanged up to there, and cuts off the rows of steps that it will repeat.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from align.base.files import fsync, writing
 from align.types import AlignError
 
 Marks = Mapping[str, Any]
-"""``{"sizes": {name: bytes}, "sha256": {name: hash of them}}``; an older one has no hashes."""
+"""``{"sizes": {name: bytes}, "sha256": {name: hash}}``; old checkpoints have no hashes."""
 
 
 class GrowingFiles:
-    """The files ``names`` of one folder, of which this process alone writes."""
+    """The files ``names`` of one folder, written by this process alone."""
 
     def __init__(self, folder: Path, names: Sequence[str]) -> None:
         self._folder, self._names = folder, names
@@ -30,7 +30,7 @@ class GrowingFiles:
         self._so_far: dict[str, tuple[int, Any]] = {}
 
     def append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Add rows at the end of one of the files."""
+        """Append rows to one of the files."""
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         data = text.encode("utf-8", "backslashreplace")
         size, digest = self._state(name)
@@ -41,7 +41,7 @@ class GrowingFiles:
         self._so_far[name] = size + len(data), digest
 
     def marks(self) -> dict[str, Any]:
-        """Sizes and sums for a checkpoint to keep, with the files' bytes on disk before it."""
+        """Return sizes and hashes for a checkpoint, after forcing the files to disk."""
         there = [name for name in self._names if (self._folder / name).is_file()]
         for name in there:
             with writing(self._folder / name):
@@ -53,10 +53,10 @@ class GrowingFiles:
         }
 
     def require(self, marks: Marks, checkpoint: Path) -> None:
-        """Refuse to go on where a file lacks rows, or has other ones, from before a checkpoint.
+        """Refuse to resume if a file lacks rows from before the checkpoint, or has changed.
 
         Raises:
-            AlignError: With the file, what is wrong with it, and what can be done.
+            AlignError: One line with the file, the problem, and the remedy.
         """
         for name, size in (marks.get("sizes") or {}).items():
             path = self._folder / name
@@ -71,12 +71,12 @@ class GrowingFiles:
 
     def _refuse(self, path: Path, wrong: str, checkpoint: Path) -> None:
         raise AlignError(
-            f"resume: {path}: {wrong}; restore it, or remove {checkpoint} to go on from an older "
+            f"resume: {path}: {wrong}; restore it, or remove {checkpoint} to resume from an older "
             "checkpoint, or start anew with overwrite=true"
         )
 
     def cut_back(self, marks: Marks) -> None:
-        """Drop the rows of steps that a resumed run will do again, and what a crash cut short."""
+        """Drop rows of steps that a resumed run will repeat, and a row cut short by a crash."""
         sizes = marks.get("sizes") or {}
         for name in self._names:
             path = self._folder / name

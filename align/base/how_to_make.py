@@ -1,4 +1,4 @@
-"""What makes the files that shipped recipes read, for the line that says that one is missing."""
+"""Say how to make files that shipped recipes read, for the line that says one is missing."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ TARGETS = {
     "runs/tiny/base_init": "base",
     "runs/tiny/base": "base",
 }
-"""Folder -> the target of the Makefile that makes it."""
+"""Folder -> its target in the Makefile."""
 
 SHIPPED = ("models/tiny", "data/kjv_web")
-"""Folders that a clone has and an installed package has not."""
+"""Folders in a clone that are missing in an installed package."""
 
 SUITES = ("tiny", "smollm2", "sentiment", "gpu")
 RESULTS = {
@@ -25,13 +25,13 @@ RESULTS = {
     "pairs/pairs.jsonl": "generate",
     "pairs/best.jsonl": "generate",
 }
-"""What a stage leaves in ``runs/SUITE`` -> its command; its recipe is named as its folder."""
+"""Output of a stage in ``runs/SUITE`` -> its command; the recipe is named like the folder."""
 
 
 def made_by(path: str) -> str | None:
-    """What makes a missing ``path``, as half a sentence; None where no shipped recipe reads it.
+    """Say how to make a missing ``path``, as half a sentence; None if no shipped recipe reads it.
 
-    A name beside what is there already is not made by anything: it is misspelt.
+    A missing name inside an existing folder is misspelt, so nothing makes it.
     """
     parts = Path(path).parts
     in_clone = Path("Makefile").is_file() and Path("recipes").is_dir()

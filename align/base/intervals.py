@@ -1,9 +1,9 @@
-"""95% intervals of one number, and the resampling that the paired tests share.
+"""95% intervals of one number, and resampling shared by the paired tests.
 
 `python -m benchmarks.statistics` simulates how often each interval covers the truth, from 3 prompts
-to 400; docs/evaluation.md has its table. An interval is None where the data do not say how much
-the number varies: one value, equal values of unknown range, or too few rows for a bootstrap.
-All of it is fixed by a seed.
+to 400; docs/evaluation.md has its table. An interval is None if the data do not show how much the
+number varies: one value, equal values of unknown range, or too few rows for a bootstrap. Results
+are fixed by a seed.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ Interval: TypeAlias = tuple[float, float]
 DEFAULT_SEED = 12345
 
 MIN_BOOTSTRAP_ROWS = 8
-"""Fewer rows have so few different resamples that no percentile of them covers 95%."""
+"""Fewest rows for a bootstrap; below it, resamples are too few for percentiles to cover 95%."""
 
 Z95 = float(special.ndtri(0.975))
 
 
-# tokens and nats: no shares, even where every one of them is 0 or 1
+# tokens and nats are not shares, even if every value is 0 or 1
 NO_SHARES = {"length", "kl"}
 
 
@@ -34,8 +34,8 @@ def mean_ci95(values: Sequence[float], metric: str = "") -> tuple[float, Interva
     """Mean and its 95% interval by Student's t.
 
     Values that are all 0 or 1 are shares, unless ``metric`` counts something, and get the interval
-    of ``share_ci95``. There is none for a single value, nor for equal ones: 3 rewards of 10 do not
-    say that the mean is exactly 10.
+    of ``share_ci95``. A single value and equal values have no interval: 3 rewards of 10 do not show
+    that the mean is exactly 10.
     """
     numbers = finite_values(values, "values")
     mean = float(numbers.mean())
@@ -91,7 +91,7 @@ def _upper_end(x: np.ndarray, w: np.ndarray, count: float) -> float:
     def excess(m: float) -> float:
         return (m - mean) ** 2 * count - Z95**2 * _variance_at(x, w, m)
 
-    # at the mean itself both terms may be 0; there is nothing above 1
+    # at the mean itself both terms may be 0; no mean exceeds 1
     start, end = mean + 1e-9 * (1 - mean), 1 - 1e-12
     if start >= end or excess(end) <= 0:
         return 1.0
@@ -103,7 +103,7 @@ def _variance_at(x: np.ndarray, w: np.ndarray, m: float) -> float:
 
         p_i = w_i / (1 - t (x_i - m)),   0 <= t <= 1 / (1 - m)
 
-    with what is left of the mass at 1, where t is at its bound.
+    with the remaining mass at 1 if t is at its bound.
     """
     gap, bound = x - m, 1 / (1 - m)
     t = bound
@@ -124,15 +124,15 @@ def proportion_ci95(share: float, count: int) -> Interval:
 
 
 def percentiles(resampled: np.ndarray, num_rows: int) -> Interval | None:
-    """Percentile interval, as much wider than [2.5%, 97.5%] as Student's t is than the normal.
+    """Percentile interval, wider than [2.5%, 97.5%] as Student's t is wider than the normal.
 
         level = Phi(-t_{.975, n - 1} sqrt(n / (n - 1)))
 
-    A plain one is too narrow with few rows: resamples vary by (n - 1) / n of the variance, and its
-    own error is ignored. At 400 rows the level is 2.45%.
+    The plain interval is too narrow with few rows: resamples vary by (n - 1) / n of the variance,
+    and its own error is ignored. At 400 rows the level is 2.45%.
 
     Returns:
-        None below ``MIN_BOOTSTRAP_ROWS`` rows, and where no resample differs from another.
+        None below ``MIN_BOOTSTRAP_ROWS`` rows, and if all resamples are equal.
 
     Source: Hesterberg 2015 (The American Statistician 69:371), section 4.3, "expanded percentile".
     """
@@ -154,7 +154,7 @@ def student_t_quantile(share: float, df: float) -> float:
 
 
 def bootstrap_rows(num_rows: int, num_resamples: int, seed: int) -> np.ndarray:
-    """The rows of every resample; drawn exactly as sacreBLEU draws them."""
+    """Draw the rows of every resample, exactly as sacreBLEU does."""
     rng = np.random.default_rng(seed)
     return rng.choice(num_rows, size=(num_resamples, num_rows), replace=True)
 

@@ -1,4 +1,4 @@
-"""What a run was made on: versions of the libraries, and the hardware."""
+"""Versions of the libraries, and the hardware, for a run's manifest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Content-Security-Policy of the pages that this package writes: their script, and no network."""
+"""Content-Security-Policy of align's pages: their own script, and no network."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ NOTHING = "'none'"
 
 
 def content_security_policy(page: str, *, connect: str = NOTHING) -> str:
-    """Let the page's own inline scripts run, and nothing that slipped into it.
+    """Allow the page's own inline scripts, and nothing injected into it.
 
     Scripts are allowed by their hash. Styles are allowed inline (drawings have them in attributes):
-    without a network they can show things wrongly, but tell nobody.
+    without a network they can change the display, but leak nothing.
 
     Args:
         page: HTML as it is sent; its ``<script>`` elements have no attributes.
-        connect: Source that scripts may ask, such as ``'self'``.
+        connect: Source that scripts may fetch from, such as ``'self'``.
     """
     scripts = re.findall(r"<script>(.*?)</script>", page, flags=re.DOTALL)
     digests = (hashlib.sha256(script.encode("utf-8")).digest() for script in scripts)

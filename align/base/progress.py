@@ -1,4 +1,4 @@
-"""Progress bars and closing tables: there on a terminal, quiet in a log."""
+"""Progress bars and closing tables: bars on a terminal only, tables also in a log."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Progress", "change", "duration", "say", "table", "warn"]
 
 
 class Progress:
-    """A bar over steps with ETA and tokens per second; nothing at all when not on a terminal."""
+    """A bar over steps with ETA and tokens per second; nothing if stderr is no terminal."""
 
     def __init__(self, total: int, what: str, *, unit: str = "step", shown: bool = True) -> None:
         self._bar = tqdm(
@@ -51,7 +51,9 @@ class Progress:
 
 
 def table(rows: Sequence[Sequence[str]], *, title: str) -> str:
-    """Aligned plain text: the first row is the heading, the first column the names."""
+    """Format rows as aligned plain text: the first row is the heading, the first column the
+    names.
+    """
     rows = [[printable(cell.replace("\n", " ")) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
 
@@ -81,12 +83,12 @@ def change(before: Mapping[str, float], after: Mapping[str, float]) -> list[list
 
 
 def _short(value: float) -> str:
-    """Four digits; what rounding leaves of 0 is 0."""
+    """Format with four digits; 0 with rounding error is 0."""
     return "0" if abs(value) < 1e-6 else f"{value:.4g}"
 
 
 def warn(text: str) -> None:
-    """A line for the user on stderr, above a bar that may stand there."""
+    """Print a warning line on stderr, above a progress bar if there is one."""
     with terminal_may_be_gone():
         tqdm.write(f"align: warning: {one_line(text)}", file=sys.stderr)
         sys.stderr.flush()

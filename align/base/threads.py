@@ -1,9 +1,9 @@
-"""Whether torch's waiting threads spin or sleep, chosen before torch is imported.
+"""Choose whether torch's waiting threads spin or sleep, before torch is imported.
 
 Between two parallel regions the threads of OpenMP spin, which is fastest on an idle machine. Beside
-one busy process a spinning thread takes the time that the working one waits for: a run on two cores
-was then 3.5 times as slow, and with sleeping threads 1.4 times. Sleeping threads cost a tenth on an
-idle machine, so they sleep only where others are busy when the run starts. The runtime reads its
+one busy process a spinning thread takes the time of the working one: a run on two cores was then
+3.5 times as slow, and with sleeping threads 1.4 times. Sleeping threads cost a tenth on an idle
+machine, so they sleep only if other processes are busy when the run starts. The runtime reads its
 variables once, when torch loads it, so the choice holds for the run.
 """
 
@@ -15,11 +15,11 @@ from collections.abc import MutableMapping
 from dataclasses import dataclass
 
 THEIRS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-"""Variables by which a user has chosen already."""
+"""Variables with which the user may have chosen already."""
 BUSY = 0.25
-"""Processors that others keep busy from which on threads sleep: above the noise of a desktop."""
+"""Processors kept busy by others above which threads sleep: above a desktop's noise."""
 WINDOW = 0.2
-"""Seconds of measurement: processor times are counted in hundredths."""
+"""Length of the measurement, seconds: processor times are counted in hundredths."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Load:
 
     Attributes:
         at: Monotonic time of the reading, seconds.
-        busy: Seconds in which the processors worked, summed over them.
+        busy: Seconds of work, summed over the processors.
         own: Seconds of these that this process and its finished children used.
     """
 
@@ -38,7 +38,7 @@ class Load:
 
 
 def read_load() -> Load | None:
-    """Read the processor times, or None where the system does not tell them."""
+    """Read the processor times; None if the system does not report them."""
     try:
         import psutil
 
@@ -57,16 +57,16 @@ def read_load() -> Load | None:
 
 
 def busy_processors(before: Load, after: Load) -> float:
-    """Processors that other processes kept busy between two readings, on average."""
+    """Average number of processors that other processes kept busy between two readings."""
     seconds = max(after.at - before.at, 1e-9)
     return max(0.0, (after.busy - before.busy) - (after.own - before.own)) / seconds
 
 
 def choose_wait_policy(before: Load | None, environ: MutableMapping[str, str]) -> None:
-    """Set ``OMP_WAIT_POLICY=passive`` where other processes have been busy since ``before``.
+    """Set ``OMP_WAIT_POLICY=passive`` if other processes have been busy since ``before``.
 
-    Does nothing where the user has chosen, or where the run has one thread, which waits for none.
-    Sleeps until `WINDOW` seconds have passed since ``before``.
+    Nothing changes if the user has chosen, or if the run has only one thread. Sleeps until `WINDOW`
+    seconds have passed since ``before``.
     """
     if before is None or any(name in environ for name in THEIRS):
         return
@@ -79,7 +79,7 @@ def choose_wait_policy(before: Load | None, environ: MutableMapping[str, str]) -
 
 
 def _usable(count: int) -> list[int]:
-    """Numbers of the processors that this process may run on."""
+    """List the processors that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return sorted(number for number in os.sched_getaffinity(0) if number < count)
     return list(range(count))

@@ -1,1 +1,1 @@
-"""What people and models think of responses -> strengths, agreement, preference pairs."""
+"""Turn judgements of responses into strengths, agreement and preference pairs."""

@@ -1,4 +1,4 @@
-"""How far annotators agree, and how far each can be relied on: pure maths on labels."""
+"""Measure agreement and reliability of annotators: pure maths on labels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from align.base.intervals import Interval, share_ci95
 from align.feedback.ranking import Comparison, bradley_terry
 
 PRIOR = 0.1
-"""Precision of the prior on the others' strengths, so that few judgements of theirs suffice."""
+"""Precision of the prior on the others' strengths, so that a few judgements suffice."""
 
 
 def cohen_kappa(a: Sequence[Hashable], b: Sequence[Hashable]) -> float:
@@ -20,7 +20,7 @@ def cohen_kappa(a: Sequence[Hashable], b: Sequence[Hashable]) -> float:
 
         kappa = (p_observed - p_chance) / (1 - p_chance)
 
-    NaN where both always say the same one thing, or there is no item. Source: Cohen 1960.
+    NaN if both always give the same one label, or without items. Source: Cohen 1960.
     """
     if len(a) != len(b):
         raise ValueError(f"{len(a)} labels of one annotator and {len(b)} of the other")
@@ -34,9 +34,9 @@ def cohen_kappa(a: Sequence[Hashable], b: Sequence[Hashable]) -> float:
 
 
 def kappa_ci95(a: Sequence[Hashable], b: Sequence[Hashable]) -> Interval | None:
-    """95% interval of Cohen's kappa: Wilson's of the share agreed on, agreement by chance as found.
+    """95% interval of Cohen's kappa: Wilson's of the observed agreement, with fixed chance.
 
-    None where kappa is undefined. docs/evaluation.md has its coverage.
+    None if kappa is undefined. docs/evaluation.md has its coverage.
     """
     kappa = cohen_kappa(a, b)
     agreed = [float(x == y) for x, y in zip(a, b, strict=True)]
@@ -49,10 +49,10 @@ def kappa_ci95(a: Sequence[Hashable], b: Sequence[Hashable]) -> Interval | None:
 
 
 def alpha_ci95(units: Sequence[Sequence[Hashable]]) -> Interval | None:
-    """95% interval of Krippendorff's alpha, as ``kappa_ci95``: of the agreement within units.
+    """95% interval of Krippendorff's alpha, like ``kappa_ci95``, from agreement within units.
 
-    A unit's agreement is the share of its pairs of labels that are equal; units weigh as much as
-    they have labels.
+    A unit's agreement is the share of its pairs of labels that are equal; a unit's weight is its
+    number of labels.
     """
     pairable = [unit for unit in units if len(unit) > 1]
     totals = Counter(label for unit in pairable for label in unit)
@@ -71,12 +71,12 @@ def alpha_ci95(units: Sequence[Sequence[Hashable]]) -> Interval | None:
 
 
 def krippendorff_alpha(units: Sequence[Sequence[Hashable]]) -> float:
-    """Agreement of any number of annotators, nominal labels, items may lack some of them.
+    """Agreement of any number of annotators on nominal labels; labels may be missing.
 
         alpha = 1 - D_observed / D_expected
 
     Args:
-        units: For each item the labels that it got; items with fewer than two say nothing.
+        units: Labels of each item; items with fewer than two labels have no effect.
 
     Returns:
         1 perfect, 0 chance, below 0 systematic disagreement; NaN without two different labels.
@@ -90,7 +90,7 @@ def krippendorff_alpha(units: Sequence[Sequence[Hashable]]) -> float:
     for unit in pairable:
         counts = Counter(unit)
         m = len(unit)
-        # ordered pairs of different labels, each unit weighted so that it counts m labels
+        # ordered pairs of different labels, each unit weighted by its m labels
         disagreeing += (m * m - sum(c * c for c in counts.values())) / (m - 1)
     expected = n * n - sum(c * c for c in totals.values())
     return 1 - (n - 1) * disagreeing / expected if expected else float("nan")
@@ -99,15 +99,15 @@ def krippendorff_alpha(units: Sequence[Sequence[Hashable]]) -> float:
 def reliability(
     by_annotator: Mapping[str, Sequence[Comparison]], num_items: int
 ) -> dict[str, tuple[float, float]]:
-    """For each annotator ``(slope, standard error)`` against the others' strengths.
+    """Compare each annotator with the others' strengths: ``(slope, standard error)``.
 
-    The strengths t come from everybody else's comparisons; of the annotator's own, ties aside,
+    The strengths t come from everybody else's comparisons; the annotator's own, without ties, give
 
         P(i beats j) = sigmoid(slope * (t_i - t_j))
 
-    so that 1 is as sharp as the others together, 0 is a coin, and below 0 says the opposite. NaN
-    where the others, or the annotator, say nothing of these items. Compare Chen et al. 2013
-    (Crowd-BT), which fits all at once.
+    1 is as sharp as the others together, 0 is a coin, and below 0 the opposite. NaN if the others,
+    or the annotator, have no comparison of these items. Compare Chen et al. 2013 (Crowd-BT), which
+    fits all at once.
     """
     found = {}
     for name, own in by_annotator.items():
@@ -118,13 +118,13 @@ def reliability(
             continue
         strengths = bradley_terry(others, num_items, prior=PRIOR).values
         gaps = np.array([(strengths[i] - strengths[j]) * (2 * o - 1) for i, j, o in decided])
-        told = bool(np.any(np.abs(gaps) > 1e-6))  # else the others never saw any of these items
-        found[name] = _slope(gaps) if told else (float("nan"), float("nan"))
+        known = bool(np.any(np.abs(gaps) > 1e-6))  # else the others never saw any of these items
+        found[name] = _slope(gaps) if known else (float("nan"), float("nan"))
     return found
 
 
 def _slope(gaps: np.ndarray) -> tuple[float, float]:
-    """Newton's method on one logistic slope; a weak prior around 0 keeps it finite."""
+    """Fit one logistic slope by Newton's method; a weak prior around 0 keeps it finite."""
     slope, weight = 0.0, 0.01
     for _ in range(50):
         wrong = 1 / (1 + np.exp(slope * gaps))

@@ -1,4 +1,4 @@
-"""``align data check`` of judgements, which no stage trains on: of what kind, and what is none."""
+"""``align data check`` for files of judgements, which no stage trains on."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from align.types import DataSource, SourceReport
 
 
 def inspect_judgements(files: Sequence[str]) -> Inspection:
-    """Read every row as `align data rank` would, bad ones counted."""
+    """Read every row like `align data rank`, and count bad ones."""
     findings: list[Finding] = []
     formats, reports = {}, []
     for file in files:
@@ -50,5 +50,5 @@ def inspect_judgements(files: Sequence[str]) -> Inspection:
 
 def _of_bad(bad: dict[str, list[str]]) -> Iterator[Finding]:
     for reason, places in bad.items():
-        advice = "`align data rank` stops at it: mend the row"
+        advice = "`align data rank` stops at it: fix the row"
         yield Finding("error", f"bad rows: {reason}", len(places), advice, tuple(places[:PLACES]))

@@ -1,13 +1,13 @@
-"""Which pair a person is shown next: the one whose answer says most about the ranking.
+"""Choose the next pair to show: the one whose answer says most about the ranking.
 
-Of responses i and j with strengths t and their covariance (Bradley–Terry under a prior),
+For responses i and j with strengths t and their covariance (Bradley–Terry under a prior),
 
     information = p (1 - p) Var(t_i - t_j),   p = sigmoid(t_i - t_j),
 
 how much one answer is expected to narrow t_i - t_j (the first-order expected information of a
-Bernoulli answer; compare Chen et al. 2013). Models that the responses name are ranked likewise, and
-both informations are added. A share of the pairs is taken from those that others have answered, so
-that agreement can be measured.
+Bernoulli answer; compare Chen et al. 2013). The models that wrote the responses are ranked in the
+same way, and both informations are added. A share of the pairs is taken from those that others have
+answered, so that agreement can be measured.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from align.feedback.ranking import Comparison, Strengths, bradley_terry
 from align.feedback.store import Answer, Response
 
 PRIOR = 1.0
-"""Precision of the prior on strengths, nats^-2: before any answer they are N(0, 1)."""
+"""Precision of the prior on strengths, nats^-2: N(0, 1) before any answer."""
 
 
 class Chooser:
-    """Keeps the ranking up to date as answers come in."""
+    """Ranking that is updated as answers come in."""
 
     def __init__(
         self, responses: Sequence[Response], answers: Sequence[Answer], *, overlap: float = 0.2
@@ -60,12 +60,14 @@ class Chooser:
         return sum(annotator in said for said in self._answers.values())
 
     def next(self, annotator: str) -> tuple[int, int] | None:
-        """``(left, right)`` that the annotator has not answered; None when all are."""
+        """Return a pair ``(left, right)`` that the annotator has not answered; None if there is
+        none.
+        """
         mine = [p for p in self.pairs if annotator not in self._answers.get(p, {})]
         if not mine:
             return None
         number = self.done(annotator)
-        # of every 1 / overlap pairs one that somebody else has answered, if there is one
+        # one of every 1 / overlap pairs is one that somebody else has answered, if any
         due = math.floor((number + 1) * self.overlap) > math.floor(number * self.overlap)
         shared = [p for p in mine if self._answers.get(p)] if due else []
         models = self._fit_models()
@@ -74,7 +76,7 @@ class Chooser:
             return self._information[pair] + self._of_models(pair, models), _hash(annotator, pair)
 
         low, high = max(shared or mine, key=worth)
-        swapped = int(_hash(annotator, (low, high))[:8], 16) % 2  # which side, by no one's habit
+        swapped = int(_hash(annotator, (low, high))[:8], 16) % 2  # random sides
         return (high, low) if swapped else (low, high)
 
     def _rank(self, group: Sequence[int]) -> None:
@@ -111,7 +113,7 @@ class Chooser:
 
 
 def _fit(comparisons: Sequence[Comparison], num_items: int) -> Strengths:
-    """Strengths under the prior; without any answer the prior itself."""
+    """Fit strengths under the prior; without answers return the prior itself."""
     if comparisons:
         return bradley_terry(comparisons, num_items, prior=PRIOR)
     import numpy as np

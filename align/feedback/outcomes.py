@@ -1,10 +1,10 @@
-"""Files of judgements -> comparisons and rankings.
+"""Read files of judgements as comparisons and rankings.
 
-A comparison is ``{"prompt", "a", "b", "winner": "a" | "b" | "tie"}``, capitals or not, with
-``annotator`` and the names ``model_a`` and ``model_b`` where there are any; ``align label`` writes
-such rows. An arena's columns (``response_a``, ``response_b``, ...) are found by ``comparison_of``.
-A ranking is ``{"prompt", "ranking": [best, ..., worst]}``, with ``annotator``. Without ``prompt``
-the texts are themselves the names of what is ranked (models, players).
+A comparison is ``{"prompt", "a", "b", "winner": "a" | "b" | "tie"}``, in any case, with optional
+``annotator`` and the models' names ``model_a`` and ``model_b``; ``align label`` writes such rows. An
+arena's columns (``response_a``, ``response_b``, ...) are found by ``comparison_of``. A ranking is
+``{"prompt", "ranking": [best, ..., worst]}``, with optional ``annotator``. Without ``prompt`` the
+texts are the names of the ranked things (models, players).
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ from align.types import AlignError, DataSource, Text
 
 @dataclass(frozen=True)
 class Judgement:
-    """What one annotator said of items ``best first``; equal ones are a tie of two."""
+    """One annotator's judgement of items, best first; ``is_tie``: the two are equal."""
 
     where: str
     prompt: Text | None
     items: tuple[str, ...]
     is_tie: bool = False
     annotator: str = ""
-    # names of who wrote the items, in their order
+    # names of the items' models, in their order
     models: tuple[str, ...] = ()
 
     def comparisons(self, names: Sequence[str]) -> Iterator[tuple[str, str, float]]:
-        """Every two of ``names``, which stand for the items, and what the first of them got."""
+        """Yield every pair of ``names``, one for each item, with the first one's outcome."""
         for first, second in combinations(names, 2):
             yield first, second, 0.5 if self.is_tie else 1.0
 
 
 def read_judgements(files: Sequence[str]) -> list[Judgement]:
-    """All judgements of the files.
+    """Read all judgements of the files.
 
     Raises:
-        AlignError: A row that is none, with file, line, field and reason.
+        AlignError: A bad row, with file, line, field and reason.
     """
     found = []
     for file in files:
@@ -59,7 +59,7 @@ def read_judgements(files: Sequence[str]) -> list[Judgement]:
 
 
 def judgements_of(file: str) -> Iterator[Judgement | BadRow]:
-    """What each row of the file says, in its order."""
+    """Yield the judgement of each row of the file, or its `BadRow`."""
     for row in read_source(DataSource(path=file)):
         try:
             yield row if isinstance(row, BadRow) else _whole(row)
@@ -68,7 +68,7 @@ def judgements_of(file: str) -> Iterator[Judgement | BadRow]:
 
 
 def _whole(row: Row) -> Judgement:
-    """The judgement, of which no column with a meaning of its own is lost."""
+    """Parse a row, and refuse columns that have a meaning but were not read."""
     values = {name: value for name, value in row.values.items() if value is not None}
     fields = Fields(values, row.where, "preference")
     judgement = _judgement(row, fields)
@@ -114,9 +114,6 @@ def _strings(fields: Fields, name: str) -> tuple[str, ...]:
     return tuple(fields.string(name, item) for item in value)
 
 
-# ---------------------------------------------------------------- what is compared with what
-
-
 @dataclass(frozen=True)
 class Field:
     """Named items and every comparison of them, by annotator; ties are 0.5."""
@@ -130,13 +127,13 @@ class Field:
 
 
 def field_of(judgements: Iterable[tuple[Judgement, Sequence[str]]]) -> Field:
-    """Number the names in the order in which they turn up."""
+    """Number the names in order of appearance, and collect their comparisons."""
     numbers: dict[str, int] = {}
     comparisons: dict[str, list[Comparison]] = defaultdict(list)
     rankings = []
     for judgement, names in judgements:
         ids = [numbers.setdefault(name, len(numbers)) for name in names]
-        if len(set(ids)) < len(ids):  # a model against itself says nothing of models
+        if len(set(ids)) < len(ids):  # a model against itself has no outcome
             continue
         for a, b, outcome in judgement.comparisons(names):
             comparisons[judgement.annotator].append((numbers[a], numbers[b], outcome))
@@ -146,7 +143,7 @@ def field_of(judgements: Iterable[tuple[Judgement, Sequence[str]]]) -> Field:
 
 
 def labels(judgements: Sequence[Judgement]) -> dict[tuple[str, str, str], dict[str, str]]:
-    """(prompt, item, item) -> annotator -> the item that won, or ``tie``; the last word counts."""
+    """Map (prompt, item, item) to annotator -> winner or ``tie``; the last judgement counts."""
     found: dict[tuple[str, str, str], dict[str, str]] = defaultdict(dict)
     for judgement in judgements:
         for first, second in combinations(judgement.items, 2):

@@ -1,6 +1,6 @@
-"""Scored responses to one prompt -> which of them are chosen and rejected: the one definition.
+"""Choose preference pairs from scored responses to one prompt: the one definition.
 
-The scores may be a reward's, a metric's, or strengths from people's comparisons.
+Scores may come from a reward, a metric, or strengths from people's comparisons.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ def choose_pairs(
     min_margin: float = 0.0,
     threshold: float = 0.0,
 ) -> tuple[list[tuple[int, int]], dict[str, int]]:
-    """Indices ``(chosen, rejected)``, and the number of pairs left out by reason.
+    """Choose pairs of indices ``(chosen, rejected)``; count the pairs skipped, by reason.
 
     Args:
         responses: The answers to one prompt.
         scores: One for each; higher is better.
         choose: ``best_worst`` one pair; ``all`` every two; ``threshold`` every response that
             scores at least ``threshold`` against every one that scores less.
-        min_margin: Score units by which chosen has to beat rejected.
+        min_margin: Smallest difference of scores.
         threshold: Score units.
     """
     order = sorted(range(len(responses)), key=lambda i: -scores[i])

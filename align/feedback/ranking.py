@@ -1,7 +1,7 @@
-"""Strengths of items from comparisons and rankings: pure maths on index arrays.
+"""Estimate strengths of items from comparisons and rankings: pure maths on index arrays.
 
-Bradley–Terry with ties (Davidson 1970) and Plackett–Luce are one model here: in each observation
-one of several alternatives was chosen, with probability softmax of their log-strengths. A tie is an
+Bradley–Terry with ties (Davidson 1970) and Plackett–Luce are one model here: each observation is a
+choice of one of several alternatives, with probability softmax of their log-strengths. A tie is an
 alternative of its own, half-way between the two items:
 
     P(i beats j) ~ exp(t_i),  P(j beats i) ~ exp(t_j),  P(tie) ~ exp(e + (t_i + t_j) / 2)
@@ -23,15 +23,15 @@ from align.base.intervals import percentiles
 
 Floats = npt.NDArray[np.float64]
 Comparison = tuple[int, int, float]
-"""Items i and j, and what i got: 1 it won, 0 it lost, 0.5 a tie."""
+"""Items i and j, and the outcome for i: 1 won, 0 lost, 0.5 tie."""
 
 ELO_PER_NAT = 400 / np.log(10)
 Z95 = 1.959964
-"""Standard errors on each side of a 95% interval."""
+"""Half width of a 95% interval, in standard errors."""
 
 
 class NoMaximum(ValueError):
-    """The likelihood grows for ever: some items never lost to, or never met, some others."""
+    """The likelihood has no maximum: some items never lost to, or never met, some others."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Strengths:
         values: nats ``[n]``, mean 0.
         errors: Standard errors of ``values``, nats ``[n]``.
         covariance: nats^2 ``[n, n]``, of rank n - 1.
-        tie: ``e`` above, nats; None where nothing was tied.
+        tie: ``e`` above, nats; None without ties.
     """
 
     values: Floats
@@ -51,20 +51,20 @@ class Strengths:
     tie: float | None = None
 
     def interval(self) -> tuple[Floats, Floats]:
-        """95% intervals ``(low, high)``."""
+        """Return 95% intervals ``(low, high)``."""
         return self.values - Z95 * self.errors, self.values + Z95 * self.errors
 
 
 def bradley_terry(
     comparisons: Sequence[Comparison], num_items: int, *, prior: float = 0.0
 ) -> Strengths:
-    """Strengths by maximum likelihood, ties included.
+    """Fit strengths to comparisons by maximum likelihood, ties included.
 
     Args:
         comparisons: ``(i, j, outcome)``.
         num_items: Items are numbered ``0 .. num_items - 1``.
         prior: Precision (1 / variance) of a normal prior around 0 on every strength; 0 is plain
-            maximum likelihood. Anything above 0 has a maximum always.
+            maximum likelihood. Above 0 a maximum always exists.
 
     Raises:
         NoMaximum: ``prior`` is 0 and the likelihood has no maximum (Ford 1957: the items split in
@@ -111,7 +111,7 @@ def bradley_terry(
 def plackett_luce(
     rankings: Sequence[Sequence[int]], num_items: int, *, prior: float = 0.0
 ) -> Strengths:
-    """Strengths by maximum likelihood from whole or partial rankings, best first.
+    """Fit strengths to whole or partial rankings, best first, by maximum likelihood.
 
     Raises:
         NoMaximum: ``prior`` is 0 and some items were never ranked below some others.
@@ -151,11 +151,11 @@ def elo(
     k_factor: float = 16.0,
     start: float = 1000.0,
 ) -> Floats:
-    """Elo ratings after the comparisons in their order, points ``[n]``; 400 points are 10 to 1.
+    """Compute Elo ratings after the comparisons in order, points ``[n]``; 400 points are 10 to 1.
 
         R_i += k_factor * (outcome - 1 / (1 + 10 ^ ((R_j - R_i) / 400)))
 
-    Source: Elo 1978. The last comparisons count most; ``elo_intervals`` averages over orders.
+    Source: Elo 1978. The last comparisons weigh most; ``elo_intervals`` averages over orders.
     """
     ratings = np.full(num_items, start)
     for i, j, outcome in comparisons:
@@ -173,10 +173,10 @@ def elo_intervals(
     seed: int = 0,
     k_factor: float = 16.0,
 ) -> tuple[Floats, Floats, Floats]:
-    """``(mean, low, high)`` of Elo over bootstrap resamples in random order, 95% percentiles.
+    """Average Elo over bootstrap resamples in random order: ``(mean, low, high)``, 95% percentiles.
 
-    The ends are NaN below ``MIN_BOOTSTRAP_ROWS`` comparisons, and for an item whose rating is the
-    same in every resample: few comparisons have few resamples, which would look like certainty.
+    The ends are NaN below ``MIN_BOOTSTRAP_ROWS`` comparisons, and for an item with the same rating
+    in every resample: few comparisons have few resamples, which would look like certainty.
     """
     rng = np.random.default_rng(seed)
     found = np.array(
@@ -199,19 +199,19 @@ def _fit(
     num_items: int,
     prior: float,
 ) -> tuple[Floats, Floats]:
-    """(parameters, covariance) of a multinomial logit: P(k) = softmax_k(designs[m, k] @ params).
+    """Fit a multinomial logit, P(k) = softmax_k(designs[m, k] @ params): (params, covariance).
 
     Args:
         designs: ``[M, K, P]`` features of the alternatives of each observation.
-        there: ``[M, K]`` True where there is such an alternative.
-        chosen: ``[M]`` index of the one that was chosen.
-        counts: ``[M]`` how often.
+        there: ``[M, K]`` True where the alternative exists.
+        chosen: ``[M]`` index of the chosen alternative.
+        counts: ``[M]`` repetitions of the observation.
         num_items: The first parameters, whose mean is fixed to 0.
         prior: Precision of the normal prior on these.
     """
     size = designs.shape[2]
     is_item = np.arange(size) < num_items
-    # along the strengths' common direction the likelihood is flat; this term fixes their mean at 0
+    # the likelihood is flat along the strengths' common direction; this term fixes their mean at 0
     level = np.outer(is_item, is_item) / num_items
     penalty = np.diag(prior * is_item) + level
     params = np.zeros(size)
@@ -241,13 +241,15 @@ def _fit(
             scale /= 2
         params, value, shares = params + scale * step, after, shares_after
     covariance = np.linalg.inv(information)
-    # the strengths are measured from their mean, so its (fixed) variance is taken out
+    # strengths are relative to their mean, so remove its (fixed) variance
     centre = np.eye(size) - level
     return params, centre @ covariance @ centre.T
 
 
 def _check_connected(beats: set[tuple[int, int]], num_items: int) -> None:
-    """Every item reaches every other by "beat or tied with": then the maximum exists."""
+    """Require that every item reaches every other by "beat or tied with", so that a maximum
+    exists.
+    """
     for start, edges in ((0, beats), (0, {(j, i) for i, j in beats})):
         reached, todo = {start}, [start]
         while todo:

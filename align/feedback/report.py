@@ -1,4 +1,4 @@
-"""Judgements -> a leaderboard, agreement, and preference pairs with margins."""
+"""Turn judgements into a leaderboard, agreement, and preference pairs with margins."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from align.types import AlignError
 def leaderboard(
     judgements: Sequence[Judgement], *, prior: float = 0.0, seed: int = 0
 ) -> list[dict[str, Any]]:
-    """Models, or items that have no prompt, best first; empty where the judgements name none.
+    """Rank models, or items without a prompt, best first; empty if the judgements name none.
 
     Raises:
         AlignError: The likelihood has no maximum; the message names who never lost or never met.
@@ -62,7 +62,7 @@ def leaderboard(
 
 
 def _strengths(field: Field, prior: float) -> Strengths:
-    """Plackett–Luce where all judgements are rankings of more than two, else Bradley–Terry."""
+    """Fit Plackett–Luce if all judgements are rankings of more than two, else Bradley–Terry."""
     num = len(field.names)
     whole = len(field.rankings) > 0 and any(len(r) > 2 for r in field.rankings)
     comparisons = field.all()
@@ -89,7 +89,7 @@ def _results(field: Field) -> list[dict[str, int]]:
 
 
 def agreement(judgements: Sequence[Judgement]) -> dict[str, Any]:
-    """Krippendorff's alpha over all annotators, Cohen's kappa of every two, and reliability."""
+    """Compute Krippendorff's alpha over all annotators, Cohen's kappa of every two, reliability."""
     units = labels(judgements)
     annotators = sorted({j.annotator for j in judgements})
     kappas = []
@@ -101,7 +101,7 @@ def agreement(judgements: Sequence[Judgement]) -> dict[str, Any]:
             kappas.append(
                 {"a": a, "b": b, "common": len(common), "kappa": _finite(kappa), "ci95": ends}
             )
-    # one field for all prompts: an item is a text under its prompt
+    # one field for all prompts: an item is a text with its prompt
     field = field_of((j, [f"{j.prompt}\x00{item}" for item in j.items]) for j in judgements)
     slopes = reliability(field.comparisons, len(field.names)) if len(annotators) > 1 else {}
     return {
@@ -126,7 +126,7 @@ def preference_pairs(
     min_margin: float = 0.0,
     prior: float = 0.1,
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """Pairs for training, the margin in nats of Bradley–Terry strength, and what was left out.
+    """Make training pairs with margins in nats of strength; count the pairs skipped, by reason.
 
     The strengths of a prompt's responses are fitted under a prior, since a few comparisons seldom
     have a maximum; so a margin from one comparison is smaller than one from many that agree.
@@ -160,5 +160,5 @@ def preference_pairs(
 
 
 def _finite(value: float) -> float | None:
-    """JSON has no NaN."""
+    """Replace NaN by None for JSON."""
     return value if math.isfinite(value) else None

@@ -1,8 +1,8 @@
-"""The labelling page: a Flask app for people on this machine, and nobody else.
+"""Serve the labelling page: a Flask app for people on this machine only.
 
-It answers on the loopback address only, to requests that name that address (so that no page of the
-web can reach it by a name of its own), that no other page sent, and whose path begins with a random
-token. A request that makes no sense is answered with 400 and changes nothing.
+It listens on the loopback address, and accepts requests that name that address (so that no web page
+reaches it through a domain of its own), that no other page sent, and whose path begins with a
+random token. A malformed request is answered with 400 and changes nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LONGEST_NAME = 40
 ALLOWED = f"said: one of {', '.join(SAID)}; pair: two responses to one prompt"
 LONGEST_BODY = 16_384
 LONGEST_ANSWER = 1e7
-"""Seconds; nobody thinks for four months."""
+"""Largest valid time for one answer, seconds (four months)."""
 HEADERS = {
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
@@ -36,11 +36,11 @@ HEADERS = {
 
 
 def make_app(store: Store, *, goal: int | None = None, overlap: float = 0.2) -> Flask:
-    """The app over one store.
+    """Build the app over one store.
 
     Args:
-        store: Where responses come from and answers go.
-        goal: Answers asked of each annotator; None is every pair.
+        store: Source of responses and destination of answers.
+        goal: Answers asked of each annotator; None asks for every pair.
         overlap: Share of an annotator's pairs that somebody else has answered.
     """
     app = Flask(__name__, static_folder=None)
@@ -93,9 +93,9 @@ def make_app(store: Store, *, goal: int | None = None, overlap: float = 0.2) -> 
 
 
 class _Labelling:
-    """Who has answered what, and what is asked next; one request at a time.
+    """State of the answers and the next question; one request at a time.
 
-    Every method gives what the page shows then.
+    Every method returns the page's next content.
     """
 
     def __init__(self, store: Store, *, goal: int | None, overlap: float) -> None:
@@ -125,7 +125,7 @@ class _Labelling:
             return self._shown(annotator)
 
     def _shown(self, annotator: str) -> dict[str, Any]:
-        """The next pair, how far this annotator is, how far all agree."""
+        """Return the next pair, this annotator's progress, and the agreement of all."""
         chooser = self.chooser
         total = len(chooser.pairs) if self.goal is None else min(self.goal, len(chooser.pairs))
         done = chooser.done(annotator)
@@ -148,9 +148,9 @@ def _annotator(name: Any) -> str:
 
 
 def _body() -> dict[str, Any]:
-    """The request's JSON object.
+    """Parse the request's JSON object.
 
-    It has to say that it is JSON: a form of another site cannot, without asking first.
+    Its content type must be JSON, which a form of another site cannot send without a preflight.
     """
     if request.mimetype != "application/json":
         abort(400, "wanted application/json")
@@ -164,7 +164,7 @@ def _body() -> dict[str, Any]:
 
 
 def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is no JSON")  # Python reads NaN and Infinity
+    raise ValueError(f"{constant} is no JSON")  # Python's parser accepts NaN and Infinity
 
 
 def _seconds(body: dict[str, Any]) -> float:
@@ -182,7 +182,7 @@ def _answer(body: dict[str, Any]) -> Answer:
 
 
 def _agreement(answers: list[Answer]) -> dict[str, Any]:
-    """Over pairs that two or more people have answered."""
+    """Measure agreement over pairs that two or more people have answered."""
     said: dict[tuple[int, int], list[float]] = {}
     for answer in answers:
         said.setdefault(answer.pair, []).append(answer.outcome())

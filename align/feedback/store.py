@@ -1,7 +1,7 @@
-"""Answers of people, in one SQLite file: every answer is on disk before the next pair is shown.
+"""Store people's answers in one SQLite file, each on disk before the next pair is shown.
 
-A killed process loses nothing that it confirmed, and several annotators share one file. Answers are
-never deleted: an undone one is marked.
+A killed process loses no confirmed answer, and several annotators share one file. Answers are never
+deleted: an undone one is marked.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Answer:
         return min(self.left, self.right), max(self.left, self.right)
 
     def outcome(self) -> float:
-        """Answer for the lower-numbered response of the pair."""
+        """Outcome for the lower-numbered response of the pair: 1, 0.5 or 0."""
         left = {"left": 1.0, "right": 0.0, "tie": 0.5}[self.said]
         return left if self.left < self.right else 1 - left
 
@@ -85,13 +85,15 @@ class Store:
 
     @property
     def token(self) -> str:
-        """Random, the same for the life of the file, so that an open page goes on after a crash."""
+        """Random token, fixed for the life of the file, so that an open page works after a
+        crash.
+        """
         (value,) = self._db.execute("SELECT value FROM meta WHERE key = 'token'").fetchone()
         return str(value)
 
     @property
     def port(self) -> int | None:
-        """Port that the file was last served at, so that a page that is open finds it again."""
+        """Port that the file was last served at, so that an open page finds it again."""
         row = self._db.execute("SELECT value FROM meta WHERE key = 'port'").fetchone()
         return int(row[0]) if row else None
 
@@ -101,7 +103,7 @@ class Store:
 
     @contextmanager
     def served_alone(self) -> Iterator[None]:
-        """Refuse a second server on one file: each would show pairs that the other has answered."""
+        """Refuse a second server on one file, which would show pairs already answered."""
         lock = FileLock(f"{self.path}.lock")
         try:
             lock.acquire(timeout=0)
@@ -115,7 +117,7 @@ class Store:
             yield
 
     def add_responses(self, rows: Sequence[tuple[Any, str, str | None]]) -> int:
-        """(prompt, text, model) of each response; those that are there already are left alone."""
+        """Add (prompt, text, model) of each response; existing ones are kept."""
         with self._lock, self._db:
             self._db.execute("BEGIN IMMEDIATE")
             before = self._count("responses")
@@ -130,7 +132,7 @@ class Store:
         return [Response(*row) for row in rows]
 
     def answers(self) -> list[Answer]:
-        """All that hold, oldest first, skips included."""
+        """List all answers that are not undone, oldest first, skips included."""
         with self._lock:
             rows = self._db.execute(
                 "SELECT annotator, left, right, said FROM answers WHERE undone = 0 ORDER BY id"
@@ -138,7 +140,7 @@ class Store:
         return [Answer(*row) for row in rows]
 
     def add_answer(self, answer: Answer, *, seconds: float) -> bool:
-        """Write one answer through to the disk; False if this annotator had answered already."""
+        """Write one answer to disk; False if this annotator had answered already."""
         values = (answer.annotator, answer.left, answer.right, answer.said, seconds, time.time())
         with self._lock:
             try:
@@ -154,7 +156,7 @@ class Store:
         return True
 
     def undo(self, annotator: str) -> Answer | None:
-        """Take back this annotator's last answer."""
+        """Undo this annotator's last answer."""
         with self._lock:
             row = self._db.execute(
                 "SELECT id, annotator, left, right, said FROM answers"
@@ -167,7 +169,7 @@ class Store:
         return Answer(*row[1:])
 
     def judgements(self) -> list[dict[str, Any]]:
-        """Rows for ``align data rank``; skips are no judgements."""
+        """List rows for ``align data rank``, without skips."""
         by_id = {response.id: response for response in self.responses()}
         winners = {"left": "a", "right": "b", "tie": "tie"}
         rows = []

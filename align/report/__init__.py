@@ -1,1 +1,1 @@
-"""``align report``: what runs have left in their folders, on one page and in the terminal."""
+"""``align report``: runs on one HTML page or live in the terminal."""

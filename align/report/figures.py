@@ -1,7 +1,7 @@
-"""Figures as SVG that lies in the page: drawn by matplotlib, coloured by the page's own colours.
+"""Draw figures as inline SVG with matplotlib, in the page's own colours.
 
-Lines and text take CSS variables, so one figure serves light and dark. A figure's title is its
-name to a screen reader; what it shows stands in a table or in words beside it.
+Lines and text use CSS variables, so one figure serves light and dark. Screen readers get the
+figure's title; its content is also in a table or in words beside it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup, escape
 
-# stand-ins in the drawing for the page's --c1 ... --c6
+# placeholders in the drawing for the page's --c1 ... --c6
 COLOURS = ("#010101", "#020202", "#030303", "#040404", "#050505", "#060606")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 MAX_POINTS = 300
@@ -24,7 +24,7 @@ MAX_POINTS = 300
 
 @dataclass(frozen=True)
 class Line:
-    """One curve: x, y, and what it is called."""
+    """One curve with its label."""
 
     label: str
     x: Sequence[float]
@@ -45,7 +45,7 @@ class Point:
 
 
 def curves(title: str, lines: Sequence[Line], *, xlabel: str = "step") -> Markup:
-    """Lines over steps; of two lines the second is drawn with dots."""
+    """Draw lines over steps; with two lines, the second has dots."""
     figure, axes = _axes(3.4, 2.1)
     for number, line in enumerate(lines):
         x, y = _thinned(line.x, line.y)
@@ -60,7 +60,7 @@ def curves(title: str, lines: Sequence[Line], *, xlabel: str = "step") -> Markup
 
 
 def frontier(title: str, points: Sequence[Point], paths: Sequence[Line], *, ylabel: str) -> Markup:
-    """Reward against KL: models as points with intervals, best-of-n and training as lines."""
+    """Draw reward against KL: models as points with intervals, best-of-n and training as lines."""
     figure, axes = _axes(4.4, 3.2)
     groups = list(dict.fromkeys(p.group or p.label for p in points))
     for number, group in enumerate(groups):
@@ -92,7 +92,7 @@ def frontier(title: str, points: Sequence[Point], paths: Sequence[Line], *, ylab
 
 
 def reliability(title: str, bins: Sequence[dict[str, float]]) -> Markup:
-    """Share right against confidence; the diagonal is perfect calibration."""
+    """Draw the share right against confidence; the diagonal is perfect calibration."""
     figure, axes = _axes(3.4, 3.0)
     axes.plot([0.5, 1], [0.5, 1], color="black", linewidth=0.8, linestyle=":", label="perfect")
     sizes = [20 + 200 * b["pairs"] / sum(x["pairs"] for x in bins) for b in bins]
@@ -116,7 +116,7 @@ def histogram(title: str, values: Sequence[float], *, xlabel: str, ylabel: str) 
 
 
 def _axes(width: float, height: float) -> tuple[Any, Any]:
-    # the figure class itself, not pyplot: no window, no global state, no warning about many
+    # the figure class, not pyplot: no window, no global state, no warning about many figures
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -133,7 +133,7 @@ def _svg(figure: Any, title: str, *, largest: float = 1.35) -> Markup:
     import matplotlib
     from matplotlib.text import Text
 
-    for text in figure.findobj(Text):  # two dollars in a name are no formula
+    for text in figure.findobj(Text):  # two dollars in a name are not a formula
         text.set_parse_math(False)
     stream = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
@@ -147,7 +147,7 @@ def _svg(figure: Any, title: str, *, largest: float = 1.35) -> Markup:
     for number, colour in enumerate(COLOURS, start=1):
         drawing = drawing.replace(colour, f"var(--c{number})")
     drawing = re.sub(r"#000000|\bblack\b", "currentColor", drawing)
-    # matplotlib leaves out the fill of black text
+    # matplotlib omits the fill of black text
     drawing = drawing.replace("<text ", '<text fill="currentColor" ')
     drawing = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font: \1 system-ui, sans-serif", drawing)
     drawing = _own_ids(drawing, f"{title}{drawing}")
@@ -162,7 +162,7 @@ def _svg(figure: Any, title: str, *, largest: float = 1.35) -> Markup:
 
 
 def _own_ids(drawing: str, salt: str) -> str:
-    """Ids that are unique in a page of many figures; those that nothing refers to go."""
+    """Make ids unique in a page of many figures, and remove those without references."""
     used = set(re.findall(r'(?:url\(#|href="#)([\w.-]+)', drawing))
     prefix = f"f{_digest(salt)}-"
 
@@ -178,7 +178,7 @@ def _digest(text: str) -> str:
 
 
 def _thinned(x: Sequence[float], y: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """At most MAX_POINTS points, each the mean of those around it."""
+    """Reduce to MAX_POINTS points at most, each the mean of its neighbourhood."""
     a, b = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
     if len(a) <= MAX_POINTS:
         return a, b

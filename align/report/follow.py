@@ -1,4 +1,4 @@
-"""``align report --follow``: a run's numbers in the terminal while it goes on."""
+"""``align report --follow``: live numbers of running runs in the terminal."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from align.report.runs import RunRecord, read_run
 
 BARS = "▁▂▃▄▅▆▇█"
 WIDTH = 32
-# what is looked at first; the other numbers follow in the order of the file
+# shown first; the other numbers follow in the order of the file
 FIRST = ("loss", "eval_loss", "score_mean", "eval_score", "kl", "accuracy", "eval_accuracy")
 HIDDEN = {"step", "seconds", "epoch"}
 
 
 def follow(folders: list[Path], *, console: Console | None = None, every: float = 2.0) -> None:
-    """Show every run until none is running any more, or until Ctrl-C."""
+    """Show the runs until none is running any more, or until Ctrl-C."""
     shown = console or Console()
     with Live(console=shown, auto_refresh=False) as live:
         while True:
@@ -33,7 +33,7 @@ def follow(folders: list[Path], *, console: Console | None = None, every: float 
 
 
 def picture(run: RunRecord) -> Group:
-    """A run's last values, each with its course as a line of blocks."""
+    """Show a run's last values, each with its course as a line of blocks."""
     last = run.metrics[-1] if run.metrics else {}
     heading = f"{run.folder}  {run.stage}: {run.status}"
     if "step" in last:
@@ -46,7 +46,7 @@ def picture(run: RunRecord) -> Group:
     for key in (k for k in ordered if k not in HIDDEN):
         values = run.series(key)[1]
         if values:
-            # Text, not a string: a key with brackets is no markup
+            # Text, because rich reads brackets in strings as markup
             grid.add_row(
                 Text(printable(key)), f"{values[0]:.4g}", f"{values[-1]:.4g}", sparkline(values)
             )
@@ -54,7 +54,7 @@ def picture(run: RunRecord) -> Group:
 
 
 def sparkline(values: list[float]) -> str:
-    """The course of a number in at most 32 blocks, from its least to its largest value."""
+    """Draw a number's course in at most 32 blocks, from its smallest to its largest value."""
     size = max(1, -(-len(values) // WIDTH))
     means = [sum(v) / len(v) for v in (values[i : i + size] for i in range(0, len(values), size))]
     low, high = min(means), max(means)

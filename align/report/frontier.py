@@ -1,4 +1,4 @@
-"""Reward against KL: what each nat has bought, and where the true score turned.
+"""Plot reward against KL, and find where the gold reward turns down.
 
 Points are the models of an evaluation, whose names carry a sweep or a training step
 (``ppo@step-10``, ``dpo.beta=0.1``); best-of-n of the reference is a line.
@@ -19,7 +19,7 @@ from align.report.runs import RunRecord
 LABELS = {"reward": "reward (what was optimised)", "gold": "gold reward (what counts as true)"}
 
 FAR = 5.0
-"""Times the second largest KL, from which on a model is left out of the figures."""
+"""Multiple of the second largest KL above which a model is not drawn."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Frontier:
 
 
 def frontier_of(run: RunRecord) -> Frontier | None:
-    """None where no model has both a KL and a reward."""
+    """Build the frontier; None if fewer than two models have both a KL and a reward."""
     evaluation = run.evaluation or {}
     points = [p for p in map(_point, evaluation.get("models", [])) if p is not None]
     curve = evaluation.get("best_of_n") or []
@@ -72,19 +72,19 @@ def frontier_of(run: RunRecord) -> Frontier | None:
 
 
 def _far_away(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The model that would press all others into a corner, as a base model before SFT does."""
+    """Find the one model that would squeeze all others into a corner, such as a base model."""
     *others, last = sorted(points, key=lambda p: p["kl"])
     nearest = others[-1]["kl"]
     return [last] if len(others) > 1 and last["kl"] > FAR * max(nearest, 1.0) else []
 
 
 def group_of(name: str) -> str:
-    """``ppo@step-10`` and ``ppo@step-20`` are one curve, ``dpo.beta=0.1`` and ``=0.3`` another."""
+    """Strip a name's step or value: ``ppo@step-10`` and ``ppo@step-20`` are one curve."""
     return re.sub(r"(@step-\d+|=[^=]*|#\d+)$", "", name)
 
 
 def _point(row: dict[str, Any]) -> dict[str, Any] | None:
-    """Samples' rewards, because the KL is the samples'; best-of-n's are its answers'."""
+    """Read a model's point: rewards of samples if there are any, since KL is taken on samples."""
     if row.get("kl") is None:
         return None
     found: dict[str, Any] = {"name": row["name"], "group": group_of(row["name"]), "kl": row["kl"]}

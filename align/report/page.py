@@ -1,8 +1,8 @@
-"""Runs -> one HTML page that needs nothing else: no network, no second file.
+"""Render runs as one self-contained HTML page: no network, no second file.
 
-Every text that a model, a user or a file wrote is escaped by the template; figures alone are
-markup, and matplotlib escapes what stands in them. A policy in the page's head lets its own script
-run, and nothing else, and lets nothing be fetched or sent.
+The template escapes every text of a model, a user or a file; figures alone are markup, and
+matplotlib escapes their text. A content security policy in the page's head allows its own script
+only, and no request.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from align.run import doctor
 from align.run.doctor_rules import Finding
 from align.types import AlignError
 
-# not drawn: they say when, not how well
+# not drawn: they are progress, not quality
 NO_CURVE = {"step", "seconds", "epoch", "tokens"}
 
 
@@ -56,7 +56,7 @@ def write_report(places: Sequence[str], output: str) -> Path:
 
 
 def _rendered(runs: Sequence[RunRecord]) -> str:
-    """The page; files that are not as a run writes them are one line that names the run."""
+    """Render the page; on damaged files, raise one line that names the run."""
     try:
         return render(runs)
     except BROKEN:
@@ -68,7 +68,7 @@ def _rendered(runs: Sequence[RunRecord]) -> str:
 
 
 def render(runs: Sequence[RunRecord]) -> str:
-    """The whole page as text."""
+    """Render the whole page as text."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -104,12 +104,12 @@ def render(runs: Sequence[RunRecord]) -> str:
         training_samples=[(r.name, rows) for r in runs if (rows := of_training(r))],
         names=NAMES,
     )
-    # a name with a direction override would be read backwards here too
+    # removes direction overrides, which would reverse a name in the page
     return printable(page)
 
 
 def _findings(run: RunRecord) -> list[Finding]:
-    """What is wrong with the run by its logged numbers."""
+    """Diagnose the run from its logged numbers."""
     return doctor.diagnose(run.stage, run.metrics, run.manifest)
 
 
@@ -119,14 +119,14 @@ def _title(runs: Sequence[RunRecord]) -> str:
 
 
 def _facts(run: RunRecord) -> dict[str, Any]:
-    """What was run on what."""
+    """Collect models, data files and configuration of a run."""
     manifest = run.manifest
     files = [
         {
             "use": use,
             "path": report["path"],
             "sha256": (report.get("sha256") or "")[:12],
-            # of what is streamed, the manifest's `stream` counts rows
+            # streamed rows are counted in the manifest's `stream`
             "kept": report.get("rows_kept"),
             "read": report.get("rows_read"),
         }
@@ -148,7 +148,7 @@ def _facts(run: RunRecord) -> dict[str, Any]:
 
 
 def _used(manifest: dict[str, Any]) -> str:
-    """How many of the files' rows the run took."""
+    """Describe how many of the files' rows the run used."""
     if "train_rows" not in manifest:
         return ""
     held_out = manifest.get("test_rows")
@@ -194,7 +194,7 @@ def _reward(run: RunRecord) -> dict[str, Any]:
 
 
 def _curves(run: RunRecord) -> list[Any]:
-    """A small figure for every logged number, training and held out in one where both are."""
+    """Draw a small figure per logged number, training and held-out together if both exist."""
     keys = dict.fromkeys(key for row in run.metrics for key in row)
     drawn = []
     for key in (k for k in keys if k not in NO_CURVE):
@@ -207,21 +207,21 @@ def _curves(run: RunRecord) -> list[Any]:
         if lines:
             drawn.append((key, figures.curves(f"{run.name}: {key} by step", lines), lines))
     path = figures.Line("score_mean", run.series("kl")[1], run.series("score_mean")[1])
-    if len(path.x) == len(path.y) > 1:  # what each nat has bought so far, on training prompts
+    if len(path.x) == len(path.y) > 1:  # reward per nat so far, on training prompts
         title = f"{run.name}: score_mean against kl, iteration by iteration"
         drawn.append(("score_mean by kl", figures.curves(title, [path], xlabel="kl"), [path]))
     return drawn
 
 
 def number(value: Any) -> str:
-    """Three significant digits, zeros among them; nothing for None."""
+    """Format with three significant digits, including zeros; "" for None."""
     if value is None:
         return ""
     if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(value)  # a file was edited by hand: shown, and escaped, as it is
+        return str(value)  # the file was edited by hand; the template escapes it
     if isinstance(value, int):
         return f"{value:,}"
-    if abs(value) < 1e-6:  # what rounding leaves of a KL of 0
+    if abs(value) < 1e-6:  # a KL of 0 with rounding error
         return "0"
     if abs(value) < 1e-3:
         return f"{value:.3g}"
@@ -229,7 +229,7 @@ def number(value: Any) -> str:
 
 
 def signed(value: float) -> str:
-    """A difference, so that it is seen to be one."""
+    """Format a difference with its sign."""
     positive = isinstance(value, int | float) and value > 0
     return f"+{number(value)}" if positive else number(value)
 

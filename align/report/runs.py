@@ -1,4 +1,4 @@
-"""Run folders -> what a report needs. Only reads, and takes a run that still goes on as it is."""
+"""Read run folders for a report; runs in progress are read as they are."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ Row = dict[str, Any]
 NOT_OURS = "its content is not what align writes there"
 
 ORDER = ("sft", "generate", "rm", "dpo", "ppo", "eval")
-"""In which stages are told; others come after them."""
+"""Order of the stages in a report; others follow."""
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run's folder, read.
+    """Contents of one run's folder.
 
     Attributes:
-        name: Its folder relative to what all reported runs share, such as ``tiny/ppo``.
+        name: Its folder relative to the reported runs' common folder, such as ``tiny/ppo``.
         metrics: Lines of metrics.jsonl.
-        evaluation: eval.json; None of other stages.
+        evaluation: eval.json; None for other stages.
         outputs: Model -> rows of outputs/NAME.jsonl.
         samples: Rows of samples.jsonl.
     """
@@ -48,14 +48,14 @@ class RunRecord:
         return str(self.manifest.get("status", "unknown"))
 
     def series(self, key: str) -> tuple[list[float], list[float]]:
-        """Steps and values of one key, where it was logged; what is not finite cannot be drawn."""
+        """Return steps and values of one key; non-finite values are omitted."""
         found = [(float(r["step"]), float(r[key])) for r in self.metrics if key in r]
         finite = [pair for pair in found if all(map(math.isfinite, pair))]
         return [s for s, _ in finite], [v for _, v in finite]
 
 
 def find_runs(places: Sequence[str]) -> list[Path]:
-    """The run folders among ``places`` and inside them, in the order of the stages.
+    """Find the run folders in ``places`` and below, in the order of the stages.
 
     Raises:
         AlignError: A place is no folder, or holds no run.
@@ -75,14 +75,14 @@ def find_runs(places: Sequence[str]) -> list[Path]:
 
 
 def read_run(folder: Path, root: Path) -> RunRecord:
-    """Everything that one run has written."""
+    """Read a run's folder."""
     manifest = _manifest(folder)
     manifest["status"] = status_of(folder, manifest)
     with reading("report"):
         evaluation = _if_there(folder / "eval.json", read_json)
         outputs = {p.stem: read_logged(p) for p in sorted((folder / "outputs").glob("*.jsonl"))}
         config = _if_there(folder / "config.yaml", read_yaml) or {}
-    if evaluation is not None:  # in the recipe's order
+    if evaluation is not None:  # use the recipe's order
         with reading(folder / "eval.json", NOT_OURS):
             named = [m["name"] for m in evaluation["models"]]
             outputs = {name: outputs[name] for name in named if name in outputs}

@@ -1,4 +1,4 @@
-"""Answers of several models side by side, with what differs from the reference."""
+"""Show answers of several models side by side, with their differences from the reference."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from align.report.runs import Row, RunRecord
 from align.report.verdicts import baseline_of
 
 MAX_SHOWN = 150
-# a text beyond it is compared up to here: the comparison takes time in its square
+# longer texts are compared up to here: the comparison takes quadratic time
 MAX_WORDS = 400
 
 Kind = Literal["same", "added", "missing"]
@@ -19,7 +19,7 @@ Kind = Literal["same", "added", "missing"]
 
 @dataclass(frozen=True)
 class Answer:
-    """One model's answer: its text in pieces, each the reference's, added, or missing from it."""
+    """One model's answer in pieces, each shared with the reference, added, or missing."""
 
     model: str
     pieces: list[tuple[Kind, str]]
@@ -30,7 +30,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Sample:
-    """One prompt with every model's answer; ``gain``: the last one's reward over the baseline's."""
+    """One prompt with every model's answer; ``gain``: the last reward minus the baseline's."""
 
     id: str
     prompt: str
@@ -41,7 +41,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Samples:
-    """What is shown of one evaluation, and how many prompts are not."""
+    """Shown samples of one evaluation, and the number of prompts not shown."""
 
     name: str
     samples: list[Sample]
@@ -51,7 +51,7 @@ class Samples:
 
 
 def side_by_side(run: RunRecord) -> Samples | None:
-    """Answers of every model to the same prompts; with many the best, the worst and the first."""
+    """Line up every model's answers; of many prompts, show the best, the worst and the first."""
     if not run.outputs:
         return None
     names, baseline = list(run.outputs), baseline_of(run)
@@ -65,7 +65,7 @@ def side_by_side(run: RunRecord) -> Samples | None:
 
 
 def of_training(run: RunRecord, count: int = 3) -> list[tuple[str, list[Row]]]:
-    """The best and the worst of the last samples of a PPO run."""
+    """Pick the best and the worst of a PPO run's last samples."""
     scored = [r for r in run.samples if isinstance(r.get("score"), int | float)]
     if not scored or "iteration" not in scored[-1]:
         return []
@@ -80,12 +80,12 @@ def of_training(run: RunRecord, count: int = 3) -> list[tuple[str, list[Row]]]:
 
 
 def difference(text: str, reference: str | None) -> list[tuple[Kind, str]]:
-    """Pieces of ``text``, and of what ``reference`` has and it has not, by words."""
+    """Compare by words: pieces of ``text``, and pieces of ``reference`` missing from it."""
     if reference is None:
         return [("same", text)]
     ours, theirs = _words(text)[:MAX_WORDS], _words(reference)[:MAX_WORDS]
     pieces: list[tuple[Kind, str]] = []
-    # a word is the same with and without the space behind it
+    # ignore the space after a word when comparing
     bare_theirs, bare_ours = ([word.strip() for word in words] for words in (theirs, ours))
     matcher = difflib.SequenceMatcher(None, bare_theirs, bare_ours, autojunk=False)
     for kind, a, b, c, d in matcher.get_opcodes():
@@ -101,7 +101,7 @@ def difference(text: str, reference: str | None) -> list[tuple[Kind, str]]:
 
 
 def as_text(prompt: Any) -> str:
-    """A string as it is, turns one below the other."""
+    """Format a prompt: a string unchanged, turns one below the other."""
     if isinstance(prompt, str):
         return prompt
     return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
@@ -131,7 +131,7 @@ def _gain(row: dict[str, Row], last: str | None, baseline: str | None) -> float 
 
 
 def _choice(gains: list[float | None]) -> list[int]:
-    """At most MAX_SHOWN rows in their order: a third each of largest, smallest, and first ones."""
+    """Choose at most MAX_SHOWN rows: a third each of largest, smallest and first, in order."""
     if len(gains) <= MAX_SHOWN:
         return list(range(len(gains)))
     ranked = sorted((i for i, g in enumerate(gains) if g is not None), key=lambda i: -gains[i])  # type: ignore
@@ -145,5 +145,5 @@ def _choice(gains: list[float | None]) -> list[int]:
 
 
 def _words(text: str) -> list[str]:
-    """Words with the space behind them, so that they join to the text."""
+    """Split into words with the space after them, so that they join to the text."""
     return re.findall(r"\s*\S+\s*", text) if len(text) < 100_000 else [text]

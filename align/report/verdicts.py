@@ -1,4 +1,4 @@
-"""What an evaluation says, in sentences: better, by how much, at what cost, and is it cheating?"""
+"""Sum up an evaluation in sentences: better or not, by how much, at what cost, with what doubts."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ NAMES = {
     "length": "length",
     "repetition_4": "repetition",
 }
-# those that a reader looks for first, as far as they were measured
+# metrics listed first, if measured
 EVIDENCE = ("reward", "gold", "sample_reward", "sample_gold", "bleu", "chrf", "sample_chrf")
-# which of them the headline is about: what counts as true before what was optimised
+# the headline's metric, in order of preference: gold rewards before the optimised one
 TRUSTED = ("sample_gold", "gold", "sample_chrf", "chrf", "bleu", "sample_reward", "reward")
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """One paired difference; ``says`` in words; ``outcome``: better, worse, more, less or empty."""
+    """One paired difference, in words too; ``outcome``: better, worse, more, less or ""."""
 
     name: str
     difference: float
@@ -48,7 +48,7 @@ class Evidence:
 
 @dataclass
 class Verdict:
-    """One model against its baseline; ``warnings`` are reasons to doubt what looks good."""
+    """One model against its baseline; ``warnings`` are reasons to doubt an improvement."""
 
     title: str
     baseline: str | None = None
@@ -59,7 +59,7 @@ class Verdict:
 
 
 def verdicts(run: RunRecord) -> list[Verdict]:
-    """Every model of one evaluation against its reference, and what is known of the reward."""
+    """Compare every model of an evaluation with its reference, and judge the reward."""
     evaluation = run.evaluation or {}
     models = _over_seeds(evaluation.get("models", []))
     baseline = (baseline_of(run) or "").partition("#")[0] or None
@@ -75,7 +75,7 @@ def verdicts(run: RunRecord) -> list[Verdict]:
 
 
 def _over_seeds(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """``ppo#0`` and ``ppo#1`` as one ppo, with the means of what all of them have."""
+    """Average ``ppo#0`` and ``ppo#1`` as one ppo, over the numbers that all seeds have."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(row["name"].partition("#")[0], []).append(row)
@@ -91,7 +91,7 @@ def _over_seeds(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def baseline_of(run: RunRecord) -> str | None:
-    """The model that others are held against: the reference of KL, else the first one."""
+    """Choose the baseline: the reference of KL, else the first model."""
     models = (run.evaluation or {}).get("models", [])
     reference = run.config.get("reference_model")
     same = [m["name"] for m in models if reference and m.get("model") == reference]
@@ -143,7 +143,7 @@ def _against(
 
 
 def _headline(tests: dict[str, dict[str, Any]], model: dict[str, Any]) -> str:
-    """What counts most, in one line: by what it is better, by how much, and for how many nats."""
+    """Say in one line by which metric the model is better, by how much, and for how many nats."""
     metric = next((m for m in TRUSTED if m in tests), None)
     if metric is None:
         return ""
@@ -157,7 +157,7 @@ def _headline(tests: dict[str, dict[str, Any]], model: dict[str, Any]) -> str:
 
 
 def turned(test: dict[str, Any]) -> dict[str, Any]:
-    """The same comparison of b against a."""
+    """Reverse a comparison: b against a."""
     found = test | {"a": test["b"], "b": test["a"]} | _negated(test)
     if test.get("at_equal_length"):
         found["at_equal_length"] = test["at_equal_length"] | _negated(test["at_equal_length"])
@@ -183,7 +183,7 @@ def _negated(figures: dict[str, Any]) -> dict[str, Any]:
 
 
 def capital(text: str) -> str:
-    """As a sentence begins; chrF stays chrF."""
+    """Capitalise the start of a sentence, but keep chrF."""
     return text[:1].upper() + text[1:] if text.islower() else text
 
 

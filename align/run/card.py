@@ -1,7 +1,7 @@
-"""A model card beside every saved model: data, recipe and results, as the hub reads them.
+"""Write a model card beside every saved model: data, recipe and results, in the hub's format.
 
-``README.md`` with the hub's metadata in front, so that a folder can be pushed as it is. It says
-what the manifest knows and nothing else.
+``README.md`` starts with the hub's metadata, so that a folder can be pushed unchanged. Its facts
+come from the manifest alone.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FOLDERS = ("model", "critic", "model_adapter", "critic_adapter")
 
 
 def write_cards(folder: Path, manifest: Mapping[str, Any]) -> list[Path]:
-    """``README.md`` in every model folder of a run; returns what was written."""
+    """Write ``README.md`` into every model folder of a run; return the paths."""
     written = []
     for name in FOLDERS:
         place = folder / name
@@ -39,12 +39,12 @@ def write_cards(folder: Path, manifest: Mapping[str, Any]) -> list[Path]:
 
 
 def model_card(name: str, folder: Path, manifest: Mapping[str, Any]) -> str:
-    """The card of one saved model.
+    """Write the card of one saved model.
 
     Args:
         name: Its folder inside the run's: ``model``, ``critic``, ...
-        folder: The run's.
-        manifest: Of the finished run.
+        folder: The run's folder.
+        manifest: Manifest of the finished run.
 
     Source: the hub's metadata format, https://huggingface.co/docs/hub/model-cards.
     """
@@ -66,23 +66,23 @@ def model_card(name: str, folder: Path, manifest: Mapping[str, Any]) -> str:
         parts.append(f"## Results\n\n{table}\n\nEach number is explained in docs/metrics.md.\n")
     parts.append(f"## Recipe\n\n{_fenced(to_yaml(dict(recipe)))}\n")
     parts.append(f"## How it was made\n\n{_made(manifest)}\n")
-    # a control character or lone surrogate of a name could not be shown, or not written
+    # control characters and lone surrogates in a name cannot be shown or written
     return printable("\n".join(parts))
 
 
 def to_yaml(values: Mapping[str, Any]) -> str:
-    """One key a line, in their order; values of any kind, through JSON's."""
+    """Write one key a line, in order; values of any type are converted as for JSON."""
     plain = json.loads(json.dumps(values, default=str))
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=10**6)
 
 
 def _text(text: object) -> str:
-    """A name as Markdown shows it letter by letter, in a line or in a table's cell."""
+    """Escape a text for Markdown, in a line or in a table's cell."""
     return re.sub(r"([\\`*_\[\]<>|~$&#])", r"\\\1", one_line(str(text)))
 
 
 def _code(text: object) -> str:
-    """A code span, with more backticks around it than are in it."""
+    """Make a code span, with more backticks around it than are in it."""
     text = one_line(str(text))
     ticks = "`" * (max(map(len, re.findall("`+", text)), default=0) + 1)
     pad = " " if text[:1] == "`" or text[-1:] == "`" else ""
@@ -102,7 +102,7 @@ def _metadata(
     manifest: Mapping[str, Any],
     results: Mapping[str, float],
 ) -> str:
-    """YAML between dashes. A base model that is a folder here is no hub id, and is not claimed."""
+    """Write the YAML header; a base model in a local folder is no hub id, and is omitted."""
     from huggingface_hub import EvalResult, ModelCardData
 
     scored = stage == "rm" or name.startswith("critic")
@@ -110,7 +110,7 @@ def _metadata(
     data: Sequence[Mapping[str, Any]] = [
         report for reports in (manifest.get("data") or {}).values() for report in reports
     ]
-    # a file that was streamed has a size
+    # a streamed file has a size instead of a sum
     sets = [r["path"].rpartition("/")[0] for r in data if not (r.get("sha256") or "bytes" in r)]
     held_out = [
         EvalResult(

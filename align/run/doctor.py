@@ -1,9 +1,9 @@
-"""What is wrong with a run, in plain words: the number, its limit and the usual cure.
+"""Diagnose a run in plain words: the number, its limit and the usual cure.
 
-`diagnose` is a pure function of what a run logged (the rows of ``metrics.jsonl``) and of its
-manifest. A run asks it while it goes on, and tells each kind of trouble once; its closing table,
-``manifest.json`` and ``align doctor RUN`` have what was still wrong at the end. Limits are rules of
-thumb, explained in docs/metrics.md; a run that breaks one need not be bad, and is worth a look.
+`diagnose` is a pure function of a run's log (the rows of ``metrics.jsonl``) and its manifest. A run
+calls it while it trains, and reports each kind of trouble once; its closing table,
+``manifest.json`` and ``align doctor RUN`` have the troubles at the end. Limits are rules of thumb,
+explained in docs/metrics.md; a run that breaks one need not be bad, but deserves a look.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from align.run.doctor_rules import FEWEST, RULES, Finding, Row, Rows, unfinished
 
 
 def diagnose(stage: str, rows: Sequence[Row], manifest: Mapping[str, Any]) -> list[Finding]:
-    """Everything that is wrong by now.
+    """List everything that is wrong so far.
 
     Args:
         stage: ``sft``, ``rm``, ``dpo`` or ``ppo``; others have no rules.
-        rows: Of metrics.jsonl, oldest first.
-        manifest: Of the same run; a missing key leaves out what needs it.
+        rows: Rows of metrics.jsonl, oldest first.
+        manifest: Manifest of the same run; rules that need a missing key are skipped.
     """
     found = (rule(Rows(rows), manifest) for rule in (unfinished, *RULES.get(stage, ())))
     return [finding for finding in found if finding is not None]
 
 
 def closing_lines(stage: str, rows: Sequence[Row], findings: Sequence[Finding]) -> list[str]:
-    """What a closing table says under its numbers."""
+    """Format the lines below the closing table's numbers."""
     lines = [f"doctor: {finding}" for finding in findings]
     steps = sum("eval_loss" not in row and "eval_score" not in row for row in rows)
     if steps < FEWEST:

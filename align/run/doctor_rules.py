@@ -1,7 +1,7 @@
-"""What the run doctor looks for: one pure function for each kind of trouble.
+"""Rules of the run doctor: one pure function for each kind of trouble.
 
-A rule takes what a run logged and its manifest, and gives one `Finding` or None. Limits are rules
-of thumb, explained in docs/metrics.md.
+A rule takes a run's log and manifest, and returns one `Finding` or None. Limits are rules of thumb,
+explained in docs/metrics.md.
 """
 
 from __future__ import annotations
@@ -35,23 +35,23 @@ LIMITS: dict[str, float] = {
     "too_little_data": 100.0,  # training rows of SFT, reward model, DPO; held-out loss: OVERFIT
 }
 LOSS_RISE = 1.2
-"""Training loss at the end as a share of that at the start."""
+"""Ratio of the training loss at the end to that at the start."""
 OVERFIT = 1.05
-"""Held-out loss at the end as a share of its lowest, while the training loss falls."""
+"""Ratio of the final to the lowest held-out loss, while the training loss falls."""
 SCORE_RISE = 0.5
-"""Rise of the mean score that counts as rising, in standard deviations of the first scores."""
+"""Smallest rise of the mean score, in standard deviations of the first scores."""
 FEWEST = 8
-"""Rows before a trend is spoken of."""
+"""Fewest rows for a trend."""
 LAST = 3
-"""Rows at the end, at least, whose mean is called the end."""
+"""Fewest rows at the end whose mean is the final value."""
 NOISE = 5.0
-"""Standard errors by which start and end must differ, or it is no trend. A run is looked at some
+"""Smallest difference of start and end for a trend, in standard errors. A run is checked some
 twenty times, and its rows are not independent."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong: ``value`` is beyond ``limit``, in the unit of LIMITS."""
+    """One trouble: ``value`` is beyond ``limit``, in the unit of LIMITS."""
 
     kind: str
     value: float
@@ -64,7 +64,7 @@ class Finding:
 
 
 class Rows:
-    """The numbers of one name, and how they were at the start and are at the end."""
+    """Logged numbers by name, with their start and end."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self.rows = rows
@@ -75,7 +75,7 @@ class Rows:
     def ends(
         self, name: str, mean: Callable[[Sequence[float]], float] = fmean
     ) -> tuple[float, float] | None:
-        """Means over the first and the last fifth; None while there are too few rows."""
+        """Return means over the first and the last fifth; None with too few rows."""
         values = self(name)
         if len(values) < FEWEST:
             return None
@@ -85,10 +85,10 @@ class Rows:
     def trend(
         self, name: str, mean: Callable[[Sequence[float]], float] = fmean
     ) -> tuple[float, float] | None:
-        """As `ends`; None where they differ by no more than rows differ from their neighbours.
+        """Return `ends`, or None if they differ by no more than the noise between rows.
 
-        The scatter of a row is taken from the median step between neighbours (0.954 standard
-        deviations where rows are normal), which neither a trend nor a few wild rows change much.
+        The noise of a row is estimated from the median step between neighbours (0.954 standard
+        deviations if rows are normal), which neither a trend nor a few wild rows change much.
         """
         values, ends = self(name), self.ends(name, mean)
         if ends is None:
@@ -99,7 +99,7 @@ class Rows:
         return ends if abs(ends[1] - ends[0]) > NOISE * error else None
 
     def end(self, name: str) -> float | None:
-        """Mean over the last fifth, which says how it is now; None while there are too few rows."""
+        """Return the mean over the last fifth; None with too few rows."""
         values = self(name)
         return fmean(values[-max(LAST, len(values) // 5) :]) if len(values) >= LAST else None
 
@@ -243,14 +243,14 @@ def _held_out_worse(rows: Rows, manifest: Row) -> Finding | None:
 
 
 def unfinished(rows: Rows, manifest: Row) -> Finding | None:
-    """A run that is neither done nor going on."""
+    """Find a run that is neither done nor running."""
     status = manifest.get("status")
     if status not in ("failed", "interrupted", "died"):
         return None
     steps = max(rows("step"), default=0.0)
     why = f": {manifest['error']}" if manifest.get("error") else ""
     says = f"the run did not reach its end ({status} after step {steps:g}){why}"
-    cure = "go on with resume=auto where it has checkpoints, or start anew with overwrite=true"
+    cure = "resume with resume=auto if it has checkpoints, or start anew with overwrite=true"
     return Finding("unfinished", steps, LIMITS["unfinished"], says, cure)
 
 
@@ -308,7 +308,7 @@ def _too_little_data(rows: Rows, manifest: Row) -> Finding | None:
     if len(held_out) < 2 or train is None or manifest.get("best"):
         return None
     if train[1] >= min(train[0], held_out[0]):
-        return None  # it has learnt nothing, by heart or otherwise
+        return None  # it has learnt nothing
     lowest = min(held_out)
     if held_out[-1] <= OVERFIT * lowest:
         return None

@@ -1,4 +1,4 @@
-"""What lies in a run's folder, whose it is, and how a run is replaced without losing it early."""
+"""Run-folder layout, its lock, its manifest, and crash-safe overwrite."""
 
 from __future__ import annotations
 
@@ -25,52 +25,52 @@ OURS = (
     "model", "critic", "model_adapter", "critic_adapter", "checkpoints", "outputs", "tracking",
     "margins.png", "nonfinite.jsonl", "train_rows.tsv", "rounds",
 )  # fmt: skip
-"""What a run writes, and so all that ``overwrite=true`` removes."""
+"""Names that a run writes, which ``overwrite=true`` removes."""
 
 NONFINITE = "nonfinite.jsonl"
-"""Steps that were no number, with the ids of their rows."""
+"""Non-finite steps with the ids of their rows."""
 
 GROWING = ("metrics.jsonl", "samples.jsonl", NONFINITE)
-"""Files that rows are added to while a run goes on."""
+"""Files that a run appends to."""
 
 REPLACED = ".replaced"
-"""The run that ``overwrite=true`` replaces, until the new one has numbers or a checkpoint."""
+"""Folder of the run being replaced, until the new one has numbers or a checkpoint."""
 
 WHOLE = ".whole"
-"""In ``REPLACED`` once all is there."""
+"""Marker in ``REPLACED`` once everything is moved there."""
 
 
 def claim(folder: Path) -> None:
-    """Hold the folder until the run ends: two runs in it would mix their rows."""
+    """Lock the folder until the run ends: two runs in it would mix their rows."""
     other = locks.take(folder)
     if other is not None:
         raise AlignError(f"output_dir: {folder}: {locks.refusal(folder, other)}")
 
 
 def status_of(folder: Path, manifest: Mapping[str, Any]) -> str:
-    """``done``, ``failed``, ``interrupted``, ``running``, or ``died``: nobody is running it."""
+    """Return ``done``, ``failed``, ``interrupted``, ``running`` or ``died`` (no process runs
+    it).
+    """
     status = str(manifest.get("status", ""))
     return "died" if status == "running" and locks.holder_of(folder) is None else status
 
-
-# ---------------------------------------------------------------- the manifest
 
 CHECKSUM = "checksum"
 SHAPES = {
     "stage": str, "status": str, "recipe": dict, "data": dict, "held_out": dict, "versions": dict,
     "hardware": dict, "stream": dict, "run": str,
 }  # fmt: skip
-"""Keys of a manifest that are used, and what their values are."""
+"""Types of a manifest's keys that are read."""
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Replace ``manifest.json``, with the checksum of what a run is known by."""
+    """Replace ``manifest.json``, with a checksum of its lasting content."""
     text = json.dumps({**manifest, CHECKSUM: _checksum(manifest)}, indent=2) + "\n"
     write_whole(folder / MANIFEST, text, again=RESUME)
 
 
 def read_manifest(folder: Path, remedy: str = "") -> dict[str, Any]:
-    """The manifest of a run.
+    """Read the manifest of a run.
 
     Raises:
         AlignError: It is missing, damaged, or something else; one line with its name.
@@ -87,16 +87,13 @@ def read_manifest(folder: Path, remedy: str = "") -> dict[str, Any]:
 
 
 def _checksum(manifest: Mapping[str, Any]) -> str:
-    """Over all but how the run ended, which may be put right by hand."""
+    """Hash everything but how the run ended, which may be corrected by hand."""
     fixed = {k: v for k, v in manifest.items() if k not in ("status", "error", CHECKSUM)}
     return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
 
 
-# ---------------------------------------------------------------- the end of a run
-
-
 def supervise(stage: Callable[[Any], None], recipe: Any) -> None:
-    """Run a stage; if it fails, the manifest says how, and a run that it was to replace is back."""
+    """Run a stage; if it fails, record how in the manifest, and restore a run being replaced."""
     try:
         stage(recipe)
     except BaseException as error:
@@ -106,7 +103,7 @@ def supervise(stage: Callable[[Any], None], recipe: Any) -> None:
 
 
 def close(folder: Path, status: str, error: BaseException) -> None:
-    """Close what this process has left open in ``folder``."""
+    """Close this process's open run in ``folder``."""
     if not locks.holds(folder):
         return
     try:
@@ -124,7 +121,7 @@ def close(folder: Path, status: str, error: BaseException) -> None:
 
 
 def stillborn(folder: Path) -> bool:
-    """Whether a run ended there before it had made anything: nothing is lost with it."""
+    """Tell whether a run ended before it had made anything, so that nothing is lost with it."""
     made = [name for name in OURS if (folder / name).exists()]
     if not set(made) <= {"config.yaml", "manifest.json", "train_rows.tsv", "nonfinite.jsonl"}:
         return False
@@ -136,7 +133,7 @@ def stillborn(folder: Path) -> bool:
 
 
 def set_aside(folder: Path) -> None:
-    """Make room for a new run: what lies there waits in ``.replaced``."""
+    """Move an existing run to ``.replaced`` for a new one."""
     place = folder / REPLACED
     if place.is_dir():  # the run that replaced it was killed before its first numbers
         _bring_back(folder)
@@ -155,7 +152,7 @@ def set_aside(folder: Path) -> None:
 
 def _bring_back(folder: Path) -> None:
     place = folder / REPLACED
-    if (place / WHOLE).exists():  # else a crash came between two moves: the rest is still there
+    if (place / WHOLE).exists():  # else a crash came between two moves, and the rest is unmoved
         for name in OURS:
             remove(folder / name)
         (place / WHOLE).unlink()

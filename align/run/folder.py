@@ -1,8 +1,8 @@
-"""A run's folder: what was run on what, what was measured, and what lies where.
+"""A run's folder: configuration, data, measurements and outputs.
 
-``config.yaml``, ``manifest.json`` and ``metrics.jsonl`` are written as the run goes on, so that a
-run that dies has told all it knew. A folder that holds a run is never written over unasked, and
-what is to be replaced is kept until the new run has its first numbers.
+``config.yaml``, ``manifest.json`` and ``metrics.jsonl`` are written during the run, so that a run
+that dies has left all its numbers. An existing run is never overwritten unless asked, and it is
+kept until the new run has its first numbers.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from align.types import AlignError, SourceReport
 
 
 class Run:
-    """An open run folder; every process has one, only the main process writes."""
+    """An open run folder; every rank has one, only the main process writes."""
 
     def __init__(
         self,
@@ -73,11 +73,11 @@ class Run:
             "hardware": hardware(),
             "recipe": lasting(config_yaml),
         }
-        # of the run that is resumed
+        # manifest of the run that is resumed
         self._previous: dict[str, Any] | None = None
         self._begun = False
         self._growing = GrowingFiles(self.folder, GROWING)
-        # rows logged by this process, after how many of them the doctor looks, what it has told
+        # rows logged by this process, the next count at which the doctor looks, its reports so far
         self._logged, self._next_look = 0, FEWEST
         self._told: set[str] = set()
         self._config_yaml = config_yaml
@@ -87,7 +87,7 @@ class Run:
             self._open(resume, overwrite)
 
     def _open(self, resume: str, overwrite: bool) -> None:
-        """Refuse what cannot be; nothing is written or removed before `begin`."""
+        """Refuse an unusable folder; nothing is written or removed before `begin`."""
         held = os.path.lexists(self.folder / MANIFEST)
         if self.folder.exists() and not self.folder.is_dir():
             raise AlignError(f"output_dir: {self.folder} is a file; name a folder")
@@ -104,9 +104,9 @@ class Run:
                 "another output_dir, or add overwrite=true to replace it"
             )
         if held and resume == "never" and not overwrite and not stillborn(self.folder):
-            go_on = "resume=auto to go on with it, " if self._resumable else ""
+            resuming = "resume=auto to resume it, " if self._resumable else ""
             raise AlignError(
-                f"output_dir: {self.folder} already holds a run; add {go_on}"
+                f"output_dir: {self.folder} already holds a run; add {resuming}"
                 "overwrite=true to replace it, or another output_dir"
             )
         try:
@@ -119,7 +119,7 @@ class Run:
             self._previous = self._read_manifest()
 
     def _read_manifest(self) -> dict[str, Any]:
-        remedy = "so the run cannot go on; restore it, or start anew with overwrite=true"
+        remedy = "so the run cannot resume; restore it, or start anew with overwrite=true"
         try:
             return read_manifest(self.folder, remedy)
         except AlignError as error:
@@ -127,20 +127,20 @@ class Run:
 
     @property
     def id(self) -> str:
-        """A name that the run and its checkpoints share; a run that is resumed keeps it."""
+        """Id shared by the run and its checkpoints; a resumed run keeps it."""
         return str(self._manifest["run"])
 
     @property
     def previous_id(self) -> str | None:
-        """The id of the folder's run; an older one has none."""
+        """Id of the folder's run; old runs have none."""
         return (self._previous or {}).get("run")
 
     def begin(self) -> None:
-        """Start anew, now that model and data are loaded: what an earlier run left goes.
+        """Start anew, after model and data are loaded; remove an earlier run's files.
 
         Raises:
-            AlignError: The folder's run is done and left no checkpoint to go on from, or is another
-                one than is to go on.
+            AlignError: The folder's run is done and has no checkpoint to resume from, or the run to
+                resume is another one.
         """
         self.require_unfinished()
         self._require_same()
@@ -149,10 +149,10 @@ class Run:
         self._go()
 
     def resume(self) -> None:
-        """Go on with the folder's run, if it is still the same run.
+        """Resume the folder's run, if it is still the same run.
 
         Raises:
-            AlignError: The recipe, the data or the starting weights are others than they were.
+            AlignError: The recipe, the data or the starting weights have changed.
         """
         self._require_same()
         self._manifest.update(run=self.previous_id or self.id)
@@ -160,10 +160,10 @@ class Run:
         self._go()
 
     def require_unfinished(self) -> None:
-        """Refuse to go on with a run that is done."""
+        """Refuse to resume a run that is done."""
         if self._previous is not None and self._previous.get("status") == "done":
             raise AlignError(
-                f"resume: the run in {self.folder} is done, so there is nothing to go on with; "
+                f"resume: the run in {self.folder} is done, so there is nothing to resume; "
                 "replace it with overwrite=true, or name another output_dir"
             )
 
@@ -185,14 +185,16 @@ class Run:
         self._write_manifest()
 
     def trace_rows(self, rows: Callable[[], Iterable[tuple[str, int]]]) -> None:
-        """(file:line, tokens) of every training row, for ``train_rows.tsv``: row N is line N."""
+        """Set (file:line, tokens) of every training row, for ``train_rows.tsv``: row N is line
+        N.
+        """
         self._rows = rows
 
     def describe_data(self, **reports: Sequence[SourceReport]) -> None:
         self.describe(data={k: [asdict(r) for r in v] for k, v in reports.items()})
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One line of metrics.jsonl, and the same to every live tracker; numbers only."""
+        """Append numbers to metrics.jsonl, and pass them to every live tracker."""
         if not metrics:
             return
         if self.is_main:
@@ -209,7 +211,7 @@ class Run:
                 self._look()
 
     def _look(self) -> None:
-        """Ask the doctor, and tell the user of each kind of trouble once."""
+        """Run the doctor, and report each kind of trouble once."""
         rows = read_metrics(self.folder / "metrics.jsonl")
         for finding in doctor.diagnose(self.stage, rows, self._manifest):
             if finding.kind not in self._told:
@@ -217,37 +219,37 @@ class Run:
                 warn(f"{self.stage}, step {rows[-1]['step']}: {finding}")
 
     def marks(self) -> dict[str, Any]:
-        """Sizes and sums of the growing files, for a checkpoint to keep and `rewind` to use."""
+        """Return sizes and hashes of the growing files, for a checkpoint and for `rewind`."""
         return self._growing.marks() if self.is_main else {}
 
     def require_rows(self, marks: Marks, checkpoint: Path) -> None:
-        """Refuse to go on from a checkpoint where the growing files are not what they were then."""
+        """Refuse a checkpoint if the growing files have changed since."""
         if self.is_main:
             self._growing.require(marks, checkpoint)
 
     def rewind(self, marks: Marks) -> None:
-        """Drop the rows of steps that a resumed run will do again, and what a crash cut short."""
+        """Drop rows of steps that a resumed run will repeat, and a row cut short by a crash."""
         if self.is_main:
             self._growing.cut_back(marks)
 
     def append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Add rows to one of the growing files."""
+        """Append rows to one of the growing files."""
         if self.is_main:
             self._growing.append(name, rows)
 
     def write_rows(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write a JSONL file of the folder that is whole from the start."""
+        """Write a JSONL file of the folder atomically."""
         if self.is_main:
             lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             write_whole(self.folder / name, lines)
 
     def count(self, name: str) -> int:
-        """Rows of a JSONL file in the folder; 0 where there is none."""
+        """Count the rows of a JSONL file in the folder; 0 without the file."""
         path = self.folder / name
         return path.read_bytes().count(b"\n") if path.is_file() else 0
 
     def keep(self) -> None:
-        """This run has numbers or a checkpoint of its own: what it replaced may go."""
+        """Remove the replaced run, now that this run has numbers or a checkpoint of its own."""
         if self.is_main:
             remove(self.folder / REPLACED)
 
@@ -277,7 +279,7 @@ class Run:
 
 
 def _inputs(recipe: Any, key: str = "") -> list[Path]:
-    """Every file and folder here that the recipe names as something to read."""
+    """List every existing file and folder that the recipe reads."""
     if isinstance(recipe, dict):
         return [path for k, v in recipe.items() for path in _inputs(v, str(k))]
     if isinstance(recipe, list):
@@ -287,6 +289,6 @@ def _inputs(recipe: Any, key: str = "") -> list[Path]:
 
 
 def _lies_in(path: Path, place: Path) -> bool:
-    """Whether ``path`` is ``place`` or inside it, or ``place`` is inside ``path``."""
+    """Tell whether one of the two paths is or contains the other."""
     inner, outer = path.resolve(), place.resolve()
     return inner == outer or outer in inner.parents

@@ -1,4 +1,4 @@
-"""Whether a run that is to go on is still the run that was begun."""
+"""Check that a run to be resumed is the run that was begun."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ VOLATILE = (
     "resume", "overwrite", "trackers", "save_every", "eval_every", "keep_checkpoints", "log_every",
     "output_dir", "on_nonfinite", "timeout",
 )  # fmt: skip
-"""Keys that may change when a run is resumed: every step stays what it was.
+"""Keys that may change when a run is resumed, since every step stays the same.
 
-With ``keep_best``, `save_every` and `eval_every` say after which steps the held-out number is
-measured, and so from which of them the saved model is chosen: after a change, from other ones.
+With ``keep_best``, `save_every` and `eval_every` set the steps at which the held-out number is
+measured, so after a change the saved model is chosen from other steps.
 """
 
 
 def lasting(config_yaml: str) -> dict[str, Any]:
-    """The recipe as ``a.b: value``, without what may change."""
+    """Flatten the recipe to ``a.b: value``, without the keys that may change."""
     flat: dict[str, Any] = {}
 
     def walk(value: Any, key: str) -> None:
@@ -41,10 +41,10 @@ def lasting(config_yaml: str) -> dict[str, Any]:
 def require_same(
     folder: Path, stage: str, previous: Mapping[str, Any], manifest: Mapping[str, Any]
 ) -> None:
-    """Refuse to go on with another run than the one whose manifest is ``previous``.
+    """Refuse to resume another run than the one whose manifest is ``previous``.
 
     Raises:
-        AlignError: The stage, the recipe, the data or the starting weights are others.
+        AlignError: The stage, the recipe, the data or the starting weights differ.
     """
     before = previous.get("stage", stage)
     if before != stage:
@@ -64,19 +64,19 @@ def require_same(
 
 
 def _begins_to_skip(before: Mapping[str, Any], now: Any) -> bool:
-    """Whether all that differs is that bad rows of a stream are skipped: those before were good."""
+    """Tell whether only ``on_bad_row`` changed from stop to skip: earlier rows were all good."""
     streamed = before.get("data.streaming") is True
     stopped = before.get("data.on_bad_row") == "stop"
     return streamed and stopped and {**before, "data.on_bad_row": "skip"} == now
 
 
 def plain(value: Any) -> Any:
-    """As it is after it was written and read again."""
+    """Convert to what JSON gives after writing and reading."""
     return json.loads(json.dumps(value))
 
 
 def first_change(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, str, str] | None:
-    """(key, what it was, what it is) of two flat recipes, as YAML has it; None where equal."""
+    """Return (key, old value, new value) of two flat recipes as YAML; None if equal."""
     missing = object()
     for name in {**before, **now}:
         if before.get(name, missing) != now.get(name, missing):
@@ -85,7 +85,7 @@ def first_change(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str
 
 
 def _in_yaml(flat: Mapping[str, Any], name: str) -> str:
-    """A key's value as a recipe writes it; of a section what is in it."""
+    """Format a key's value as in a recipe; a section with its keys."""
     if name in flat:
         return json.dumps(flat[name], ensure_ascii=False)
     below = [key for key in flat if key.startswith(f"{name}.")]

@@ -59,7 +59,7 @@ def test_a_file_that_lacks_or_changes_rows_is_refused(tmp_path: Path, name: str,
         GrowingFiles(tmp_path, NAMES).require(marks, PLACE)
     line = str(caught.value)
     assert line.startswith(f"resume: {path}: ")
-    assert "restore it, or remove checkpoints/step-2 to go on from an older checkpoint" in line
+    assert "restore it, or remove checkpoints/step-2 to resume from an older checkpoint" in line
 
 
 def test_marks_of_an_older_align_have_lengths_only(tmp_path: Path) -> None:
