@@ -1,1 +1,1 @@
-"""BLEU and reward scores that can be believed: metrics, paired tests, the table."""
+"""Evaluation: BLEU and other metrics, paired tests, rewards under test, the table."""

@@ -1,7 +1,7 @@
-"""How good is a reward? Accuracy, calibration, rank agreement; plain arrays in and out.
+"""Judge a reward: accuracy, calibration, rank agreement; plain arrays in and out.
 
 A gap is score(chosen) - score(rejected). Bradley-Terry says P(chosen is better) = sigmoid(gap), so
-a reward model makes a probability for each pair, which can be held against how often it is right.
+a reward model claims a probability for each pair, which is compared with how often it is right.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ NUM_BINS = 10
 
 
 def accuracy(gaps: np.ndarray) -> dict[str, Any]:
-    """``pairs``, ``accuracy`` (share of gaps above 0, a tie counts half) and its interval."""
+    """Compute ``pairs``, ``accuracy`` (share of gaps above 0, a tie counts half), and its
+    interval.
+    """
     right = wins_of(gaps)
     return {
         "pairs": len(gaps),
@@ -30,12 +32,12 @@ def accuracy(gaps: np.ndarray) -> dict[str, Any]:
 
 
 def wins_of(gaps: np.ndarray) -> np.ndarray:
-    """1 where the first of a pair is ahead, 0 where the second is, 1/2 for a tie."""
+    """Map gaps to 1 if the first of a pair is ahead, 0 if the second is, 1/2 for a tie."""
     return (gaps > 0) + 0.5 * (gaps == 0)
 
 
 def above_longer(gaps: np.ndarray, length_gaps: np.ndarray) -> dict[str, Any]:
-    """Paired test of the reward's accuracy against preferring the longer answer, on these pairs."""
+    """Test the reward's accuracy, paired, against preferring the longer answer on these pairs."""
     found = compare_values(
         ("reward", wins_of(gaps)), ("longer", wins_of(length_gaps)), metric="accuracy"
     )
@@ -43,7 +45,7 @@ def above_longer(gaps: np.ndarray, length_gaps: np.ndarray) -> dict[str, Any]:
 
 
 def accuracy_by_margin(gaps: np.ndarray, margins: np.ndarray, parts: int = 4) -> list[dict]:
-    """Accuracy where the labels' own margins are small, ..., large: parts of equal size."""
+    """Accuracy in parts of equal size, from the smallest to the largest margins of the labels."""
     order = np.argsort(margins, kind="stable")
     found = []
     for rows in np.array_split(order, min(parts, len(order))):
@@ -53,13 +55,13 @@ def accuracy_by_margin(gaps: np.ndarray, margins: np.ndarray, parts: int = 4) ->
 
 
 def calibration(gaps: np.ndarray) -> dict[str, Any]:
-    """Reliability diagram, expected calibration error, and the temperature that would mend it.
+    """Reliability diagram, expected calibration error, and the temperature that corrects it.
 
-    ``confidence`` is sigmoid(|gap|): how sure the model is of the answer that it prefers. ``ece``
-    is the mean over pairs of |share right - mean confidence| of the pair's bin, ten bins of equal
-    width over [.5, 1]. ``temperature`` minimises the negative log-likelihood of sigmoid(gap / T):
-    above 1 the model is too sure of itself. ``ece_by_chance`` is what a calibrated model shows on
-    as many pairs, in 95 of 100 cases at most: with few pairs ``ece`` is never near 0.
+    ``confidence`` is sigmoid(|gap|): how sure the model is of its preferred answer. ``ece`` is the
+    mean over pairs of |share right - mean confidence| of the pair's bin, ten bins of equal width
+    over [.5, 1]. ``temperature`` minimises the negative log-likelihood of sigmoid(gap / T): above 1
+    the model is too sure of itself. ``ece_by_chance`` is the 95th percentile of the error of a
+    calibrated model on as many pairs: with few pairs ``ece`` is never near 0.
 
     Source: Guo et al. 2017 (arXiv:1706.04599), sections 2 and 4.2. Differs: the temperature is
         fitted on the same pairs, one number on all of them.
@@ -75,7 +77,7 @@ def calibration(gaps: np.ndarray) -> dict[str, Any]:
 
 
 def reliability(gaps: np.ndarray) -> list[dict[str, float]]:
-    """Per bin of confidence that holds a pair: its mean confidence, share right, and pairs."""
+    """List mean confidence, share right, and pairs of each non-empty bin of confidence."""
     confidence, right, bins = _confidence(gaps), wins_of(gaps), _bins(gaps)
     return [
         {
@@ -94,7 +96,7 @@ def expected_calibration_error(gaps: np.ndarray) -> float:
 
 
 def calibration_error_by_chance(gaps: np.ndarray, *, num_draws: int = 200, seed: int = 0) -> float:
-    """95th percentile of the error if each pair is right with just the probability claimed."""
+    """95th percentile of the error if each pair is right with exactly the claimed probability."""
     confidence = _confidence(gaps)
     in_bin = np.eye(NUM_BINS)[_bins(gaps)]
     right = np.random.default_rng(seed).random((num_draws, len(gaps))) < confidence
@@ -105,8 +107,8 @@ def calibration_error_by_chance(gaps: np.ndarray, *, num_draws: int = 200, seed:
 def best_temperature(gaps: np.ndarray) -> float:
     """argmin over T in [1/100, 100] of mean -log sigmoid(gap / T), by search on log T.
 
-    The mean is convex in 1 / T, so it has one valley. Where every pair is right (or wrong) there is
-    none, and the end of the range comes back.
+    The mean is convex in 1 / T, so it has one valley. If every pair is right (or wrong) there is
+    none, and the end of the range is returned.
     """
 
     from scipy.optimize import minimize_scalar
@@ -121,11 +123,12 @@ def best_temperature(gaps: np.ndarray) -> float:
 
 
 def length_bias(gaps: np.ndarray, length_gaps: np.ndarray) -> dict[str, float | None]:
-    """`longer_wins` of gaps in characters, and correlations.
+    """Measure `longer_wins` in characters, and correlations with length.
 
     ``length_correlation`` is Spearman's between gap in score and gap in length: near 0 is good,
-    near 1 means that the reward is a ruler. ``accuracy_longer_chosen`` and ``..._shorter_chosen``
-    are the reward's accuracy where the label goes with length and where it goes against it.
+    near 1 means that the reward measures length. ``accuracy_longer_chosen`` and
+    ``..._shorter_chosen`` are the reward's accuracy on pairs whose chosen answer is the longer or
+    the shorter one.
     """
     longer, shorter = gaps[length_gaps > 0], gaps[length_gaps < 0]
     return {
@@ -137,7 +140,7 @@ def length_bias(gaps: np.ndarray, length_gaps: np.ndarray) -> dict[str, float | 
 
 
 def pearson(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray) -> float | None:
-    """Pearson's correlation; None where one side does not vary."""
+    """Pearson's correlation; None if one side does not vary."""
     a, b = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
     if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return None
@@ -167,12 +170,12 @@ def best_of_n(proxy: np.ndarray, gold: np.ndarray) -> list[float]:
     With the k samples of a prompt in the order of their proxy scores, sample i (from 1) is the best
     of n drawn without replacement with probability C(i - 1, n - 1) / C(k, n).
 
-    Source: Nakano et al. 2021, appendix I (arXiv:2112.09332): unbiased, where taking the best of
-        the first n would waste the rest.
+    Source: Nakano et al. 2021, appendix I (arXiv:2112.09332): unbiased, and uses all samples,
+        unlike the best of the first n.
     """
     k = proxy.shape[1]
     order = np.argsort(proxy, axis=1, kind="stable")
-    # samples that the proxy cannot tell apart are equally likely to be picked
+    # samples with equal proxy scores are equally likely to be picked
     shared = np.array([_mean_of_equal(p, g) for p, g in zip(proxy, gold, strict=True)])
     ranked = np.take_along_axis(shared, order, axis=1).mean(axis=0)
     return [
@@ -182,13 +185,13 @@ def best_of_n(proxy: np.ndarray, gold: np.ndarray) -> list[float]:
 
 
 def _mean_of_equal(proxy: np.ndarray, gold: np.ndarray) -> np.ndarray:
-    """Each gold score averaged over the samples with the same proxy score."""
+    """Average each gold score over the samples with the same proxy score."""
     _, group, counts = np.unique(proxy, return_inverse=True, return_counts=True)
     return (np.bincount(group, gold) / counts)[group]
 
 
 def best_of_n_kl(n: int) -> float:
-    """log n - (n - 1) / n nats: what best-of-n costs at most (Beirami et al. 2024, 2401.01879)."""
+    """log n - (n - 1) / n nats: bound on best-of-n's KL (Beirami et al. 2024, 2401.01879)."""
     return math.log(n) - (n - 1) / n
 
 

@@ -1,6 +1,6 @@
-"""Corpus BLEU, chrF, chrF++, TER by sacreBLEU, with the signature that makes them comparable.
+"""Corpus BLEU, chrF, chrF++ and TER by sacreBLEU, with the signature that makes them comparable.
 
-Nothing is tokenised, lower-cased or smoothed here: sacreBLEU does that, and its signature says how.
+sacreBLEU alone tokenises, lower-cases and smooths; its signature says how.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from align.types import AlignError
 
 
 def _bleu(tokenize: str, needs: str = "") -> Callable[[], Metric]:
-    """BLEU with one of sacreBLEU's tokenizers; ``needs`` is what it takes beside sacreBLEU."""
+    """Make BLEU with one of sacreBLEU's tokenizers; ``needs`` is its extra dependency."""
 
     def make() -> Metric:
         try:
@@ -37,7 +37,7 @@ def _bleu(tokenize: str, needs: str = "") -> Callable[[], Metric]:
 
 
 _DOWNLOAD = "`pip install sentencepiece`, and to download its model once into ~/.sacrebleu"
-# BLEU's tokenizer stands in its name: 13a unless it says otherwise
+# the name says BLEU's tokenizer; without one it is 13a
 CORPUS_METRICS: dict[str, Callable[[], Metric]] = {
     "bleu": BLEU,
     "bleu-intl": _bleu("intl"),
@@ -56,7 +56,7 @@ CORPUS_METRICS: dict[str, Callable[[], Metric]] = {
 
 @dataclass(frozen=True)
 class MetricResult:
-    """A corpus score, 0-100, and sacreBLEU's signature of how it was measured."""
+    """A corpus score, 0-100, with sacreBLEU's signature."""
 
     score: float
     signature: str
@@ -67,7 +67,7 @@ def corpus_bleu(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) 
 
     Args:
         hypotheses: One text for each prompt.
-        references: For each prompt one or more texts; they may differ in number.
+        references: For each prompt one or more texts; their number may differ.
     """
     return corpus_score("bleu", hypotheses, references)
 
@@ -80,8 +80,8 @@ def corpus_chrf(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) 
 def corpus_score(
     metric: str, hypotheses: Sequence[str], references: Sequence[Sequence[str]]
 ) -> MetricResult:
-    """Score by a key of ``CORPUS_METRICS``."""
-    # a new one each time: its signature remembers the number of references it last saw
+    """Score with the metric ``CORPUS_METRICS[metric]``."""
+    # a new scorer each time: its signature keeps the number of references it last saw
     scorer = CORPUS_METRICS[metric]()
     score = scorer.corpus_score(hypotheses, reference_streams(hypotheses, references)).score
     return MetricResult(float(score), str(scorer.get_signature()))
@@ -90,7 +90,7 @@ def corpus_score(
 def corpus_statistics(
     scorer: Metric, hypotheses: Sequence[str], references: Sequence[Sequence[str]]
 ) -> np.ndarray:
-    """Counts ``[rows, n]`` whose sum over any rows determines the score of these rows.
+    """Count ``[rows, n]``; the sum over any rows determines the score of these rows.
 
     So a resample need not be tokenised again.
     """
@@ -99,7 +99,7 @@ def corpus_statistics(
 
 
 def corpus_scorer(metric: str) -> Callable[[np.ndarray], float]:
-    """Summed statistics ``[n]`` -> the score."""
+    """Return the function from summed statistics ``[n]`` to the score."""
     scorer: Any = CORPUS_METRICS[metric]()
     return lambda sums: float(scorer._compute_score_from_stats(sums).score)
 
@@ -116,7 +116,7 @@ def corpus_ci95(
 def reference_streams(
     hypotheses: Sequence[str], references: Sequence[Sequence[str]]
 ) -> list[list[str | None]]:
-    """References as sacreBLEU wants them: the first of every row, the second of every row, ...
+    """Transpose references as sacreBLEU takes them: the first of every row, the second, ...
 
     Raises:
         AlignError: There is nothing to score, or a row has no reference.
@@ -131,5 +131,5 @@ def reference_streams(
             f"BLEU and chrF: row {missing[0]} has no reference ({len(missing)} such rows of "
             f"{len(references)}); add a `references` column or name it in data.columns"
         )
-    # None marks a row that has fewer references than another
+    # None pads rows with fewer references than another
     return [list(stream) for stream in zip_longest(*references)]

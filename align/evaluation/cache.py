@@ -1,7 +1,7 @@
-"""Sampled responses on disk, keyed by weights, prompts and sampling: a new metric samples nothing.
+"""Cache sampled responses on disk by weights, prompts and sampling, so that metrics can be added.
 
-What is kept are tokens and log-probabilities, not figures, so everything that is measured on
-responses is measured anew each time.
+Tokens and log-probabilities are cached, not figures, so everything measured on responses is
+measured again each time.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from align.models.load import fingerprint
 from align.types import Rollout
 
 TENSORS = ("input_ids", "response_mask", "logprobs", "finished")
-"""Fields of a rollout that are kept; its prompts are part of the key."""
+"""Cached fields of a rollout; its prompts are part of the key."""
 
 
 def cached_rollout(
@@ -37,10 +37,10 @@ def cached_rollout(
     seed: int,
     make: Callable[[], Rollout],
 ) -> Rollout:
-    """The rollout of these weights, prompts and options from ``folder``, or ``make`` and keep it.
+    """Read the rollout of these weights, prompts and options from ``folder``, or make and cache it.
 
-    A file that cannot be read counts as none. ``slots`` and ``vllm`` are no part of the key: they
-    change nothing.
+    An unreadable file is made again. ``slots`` and ``vllm`` are not in the key, since they do not
+    change the samples.
     """
     if folder is None:
         return make()

@@ -1,7 +1,7 @@
-"""Which figures of ``eval.json`` are columns of the closing table and of the report's page.
+"""Choose the figures of ``eval.json`` that are columns of the closing table and of the page.
 
-Every metric that was asked for is one: corpus metrics are known by their signature, a user's own
-by being none of ours.
+Every metric of the recipe is one: corpus metrics are known by their signature, a user's own by not
+being in our tables.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ TITLES = {
     "repetition_4": "repeated",
     "perplexity": "perplexity",
 }
-# columns of the page only: a terminal is narrow
+# columns of the page only, since a terminal is narrow
 PAGE_ONLY = {"exact_match", "kl_per_token", "distinct_2", "perplexity"}
-# figures of ours that stand in eval.json alone
+# our figures that are in eval.json alone
 NO_COLUMN = {"distinct_1", "bits_per_byte", "sample_length_mean", "sample_eos_rate"}
 
 
 def columns(rows: Sequence[dict[str, Any]], *, page: bool = False) -> dict[str, str]:
-    """Key -> title of every figure that some row has, metrics that were asked for first."""
+    """Map every figure that some row has to its title, the recipe's metrics first."""
     keys = dict.fromkeys(key for row in rows for key, value in row.items() if _is_number(value))
     corpus = [k for k in keys if any(f"{k}_signature" in row for row in rows)]
-    # the order of TITLES for metrics that have a title there
+    # metrics with a title in the order of TITLES
     corpus.sort(key=lambda k: list(TITLES).index(k) if k in TITLES else 0)
     known = [k for k in TITLES if k in keys and k not in corpus and (page or k not in PAGE_ONLY)]
     own = [k for k in keys if k not in TITLES and k not in NO_COLUMN and k not in corpus]
@@ -46,7 +46,7 @@ def columns(rows: Sequence[dict[str, Any]], *, page: bool = False) -> dict[str, 
 
 
 def title(key: str) -> str:
-    """``BLEU zh`` of ``bleu-zh``; a user's own metric by its name."""
+    """Return the title: ``BLEU zh`` for ``bleu-zh``; a user's own metric keeps its name."""
     if key.startswith("bleu-"):
         return f"BLEU {key.removeprefix('bleu-')}"
     return TITLES.get(key, key.removesuffix("_mean"))

@@ -1,18 +1,17 @@
-"""Is A better than B? One paired test over the same prompts, fixed by a seed: randomisation.
+"""Test whether A is better than B: a paired randomisation test over prompts, fixed by a seed.
 
-Pairing matters: two systems stumble over the same hard prompts, so that their difference is known
-far better than either score. If A and B are equally good, each prompt's two answers might as well
-have changed sides. p is the share of such swaps whose difference is at least as large as the one
-found, two-sided. All swaps are counted where that is feasible, else a sample of them. So p is never
-too small by chance (type I error at most 5% for p < .05), whatever the metric, the number of
-prompts, or the number of ties.
+Pairing matters: two systems fail on the same hard prompts, so their difference is known far better
+than either score. If A and B are equally good, each prompt's two answers might as well be swapped.
+p is the share of such swaps whose difference is at least as large as the one found, two-sided. All
+swaps are counted if there are few enough, else a sample. So the type I error is at most 5% for
+p < .05, for any metric, number of prompts, and number of ties.
 
 Differs from sacreBLEU 2 ``significance.py``, which counts differences that are *larger* than the
 one found, and so calls two systems that differ in a single answer different (p = .001): every swap
-gives the same difference. Differences are counted from "as large" upwards here (Phipson and Smyth
-2010). sacreBLEU's bootstrap p, about half of a two-sided one, is not offered.
+gives the same difference. Here differences count from "as large" upwards (Phipson and Smyth 2010).
+sacreBLEU's bootstrap p, about half of a two-sided one, is not offered.
 
-A system may be given as several training seeds: p and interval are then by Student's t over seeds
+A system may have several training seeds: p and interval are then by Student's t over seeds
 (``align.evaluation.seeds``).
 """
 
@@ -41,7 +40,7 @@ from align.evaluation.verdict import prompts_needed, verdict
 
 Test: TypeAlias = Literal["randomization", "seeds"]
 
-# differences that are equal but for rounding are equal
+# relative tolerance within which differences are equal
 ROUNDING = 1e-9
 
 
@@ -52,19 +51,19 @@ class Comparison:
     Attributes:
         a: Name of one system.
         b: Name of the other.
-        metric: What was compared.
+        metric: Name of the compared metric.
         difference: a minus b, in the metric's unit; positive = a scores higher.
         p: Probability of a difference at least this large if there were none, two-sided, for this
             comparison alone: not corrected for the number of comparisons.
-        test: Where p comes from: ``randomization`` over prompts, or Student's t over ``seeds``.
-        ci95: Interval of the difference: Student's t over prompts for means (a score interval where
+        test: ``randomization`` over prompts, or Student's t over ``seeds``.
+        ci95: Interval of the difference: Student's t over prompts for means (a score interval if
             all values are 0 or 1), bootstrap over prompts for corpus metrics; with several seeds
-            Student's t over seeds. None where the data do not say how much it varies.
-        num_seeds: Of a and of b.
-        num_prompts: How many prompts both answered.
-        num_differing: On how many of them the two differ: no p < .05 is possible with fewer than 6.
-        num_prompts_needed: That a difference of this size needs for power .8; None without one, and
-            with several seeds, where more prompts are not what settles it.
+            Student's t over seeds. None if the data do not show how much it varies.
+        num_seeds: Seeds of a and of b.
+        num_prompts: Prompts that both answered.
+        num_differing: Prompts on which the two differ: p < .05 is impossible with fewer than 6.
+        num_prompts_needed: Prompts needed to show a difference of this size with power .8; None
+            without a difference, and with several seeds, where more prompts do not settle it.
         verdict: The outcome of a against b in words.
     """
 
@@ -120,18 +119,18 @@ def compare_statistics(
     num_resamples: int = 1000,
     seed: int = DEFAULT_SEED,
 ) -> Comparison:
-    """``compare_corpus`` of statistics ``[rows, n]``, or ``[seeds, rows, n]``.
+    """Compare by statistics ``[rows, n]``, or ``[seeds, rows, n]``; see ``compare_corpus``.
 
-    Source: Riezler and Maxwell 2005; sacreBLEU 2 for the swaps that are drawn, not for their count.
+    Source: Riezler and Maxwell 2005; sacreBLEU 2 for drawing the swaps, not for counting them.
     """
     score = corpus_scorer(metric)
     seeds_a, seeds_b = (x if x.ndim == 3 else x[None] for x in (a[1], b[1]))
-    # means, not sums: rows that change sides must weigh alike, however many seeds a side has
+    # means, not sums: swapped rows must have equal weight for any number of seeds
     stats_a, stats_b = seeds_a.mean(0), seeds_b.mean(0)
     score_a, score_b = score(stats_a.sum(0)), score(stats_b.sum(0))
     differs = (stats_a != stats_b).any(axis=1)
     swaps = _swaps(differs, num_resamples, seed)
-    # whole matrix products: sums of swapped and of unswapped rows
+    # matrix products: sums of swapped and of unswapped rows
     moved = swaps.rows @ (stats_b - stats_a)
     swapped = [score(stats_a.sum(0) + m) - score(stats_b.sum(0) - m) for m in moved]
     rows = bootstrap_rows(len(stats_a), num_resamples, seed)
@@ -145,9 +144,9 @@ def compare_statistics(
             rounding=ROUNDING * (1 + abs(score_a) + abs(score_b)),
             swapped=np.array(swapped),
             swaps=swaps,
-            # outputs that score alike row by row differ by nothing
+            # outputs with equal statistics in every row have no difference
             interval=percentiles(resampled, len(rows[0])) if differs.any() else (0.0, 0.0),
-            # prompts_needed takes the std of a mean; a corpus score is not one, so its bootstrap's
+            # prompts_needed wants the std of a mean; a corpus score is not one: bootstrap std
             paired_std=float(resampled.std()) * math.sqrt(len(stats_a)),
         ),
         num_seeds=(len(seeds_a), len(seeds_b)),
@@ -172,11 +171,11 @@ def compare_values(
     Args:
         a: Name and numbers of one system, ``[prompts]`` or ``[seeds, prompts]``.
         b: The same for the other, for the same prompts in the same order.
-        metric: What the numbers are.
+        metric: Name of the numbers.
         num_resamples: Swaps of the test.
         seed: Same seed, same result.
-        num_seeds: Behind numbers that are means over seeds already.
-        over_seeds: And what reruns move their difference by.
+        num_seeds: Seeds behind numbers that are already means over seeds.
+        over_seeds: Error of their difference over seeds.
     """
     seeds_a, seeds_b = _by_seed(a[1], a[0]), _by_seed(b[1], b[0])
     differences = seeds_a.mean(0) - seeds_b.mean(0)
@@ -202,7 +201,7 @@ def compare_values(
 
 @dataclass(frozen=True)
 class _Swaps:
-    """Prompts that change sides, ``[swaps, prompts]``; ``all`` if every possible swap is there."""
+    """Prompts that change sides, ``[swaps, prompts]``; ``all`` if they are all possible swaps."""
 
     rows: np.ndarray
     num_differing: int
@@ -210,14 +209,14 @@ class _Swaps:
 
     @property
     def least_p(self) -> float:
-        """The smallest p that this test can give."""
+        """Smallest p that this test can give."""
         if self.all:
             return min(1.0, 2.0 ** (1 - self.num_differing))
         return 1 / (len(self.rows) + 1)
 
 
 def _swaps(differs: np.ndarray, num_resamples: int, seed: int) -> _Swaps:
-    """All swaps of the prompts that differ, if ``num_resamples`` suffices, else random ones."""
+    """List all swaps of the differing prompts, if ``num_resamples`` suffices, else draw some."""
     differing = np.flatnonzero(differs)
     if 2 ** len(differing) <= num_resamples:
         rows = np.zeros((2 ** len(differing), len(differs)), dtype=bool)
@@ -230,7 +229,7 @@ def _swaps(differs: np.ndarray, num_resamples: int, seed: int) -> _Swaps:
 
 @dataclass(frozen=True)
 class _Found:
-    """A difference, what swaps make of it, and its interval over prompts."""
+    """A difference, the differences after swaps, and its interval over prompts."""
 
     difference: float
     rounding: float
@@ -245,7 +244,7 @@ class _Found:
         as_large = int((np.abs(self.swapped) >= abs(self.difference) - self.rounding).sum())
         if self.swaps.all:
             return as_large / len(self.swapped)
-        # + 1: the sample itself is one of the outcomes, so p is never 0
+        # + 1 for the observed outcome, so p is never 0
         return (as_large + 1) / (len(self.swapped) + 1)
 
 
@@ -302,7 +301,7 @@ def _share_difference(differences: np.ndarray) -> Interval | None:
 
 
 def _by_seed(values: Sequence[float] | np.ndarray, name: str) -> np.ndarray:
-    """``[seeds, prompts]``."""
+    """Convert to ``[seeds, prompts]``."""
     rows = np.asarray(values, dtype=np.float64)
     rows = rows if rows.ndim == 2 else rows[None]
     return np.stack([finite_values(row, name) for row in rows])

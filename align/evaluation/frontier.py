@@ -1,4 +1,4 @@
-"""Over-optimisation: a reward that is optimised stops being a measure (Goodhart)."""
+"""Over-optimisation: a reward that is optimised stops measuring quality (Goodhart)."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ import numpy as np
 
 
 def turning_point(kl: Sequence[float], gold: Sequence[float]) -> tuple[float, float] | None:
-    """KL and gold score where the gold score stops rising, by a fitted curve.
+    """Find KL and gold score where the gold score stops rising, by a fitted curve.
 
         gold(d) = start + a d - b d^2,   d = sqrt(KL)
 
     Args:
-        kl: Nats to the reference of checkpoints or of runs with more and more optimisation.
-        gold: The true score of each.
+        kl: Nats to the reference of checkpoints, or of runs with increasing optimisation.
+        gold: Gold score of each.
 
     Returns:
-        (KL, score) at the top, d = a / 2b; None with under four points, or where the curve has no
-        top inside what was measured: the score is still rising, or fell from the start.
+        (KL, score) at the top, d = a / 2b; None with under four points, or if the curve has no top
+        inside the data: the score is still rising, or fell from the start.
 
     Source: Gao et al. 2022, eq. 1 (arXiv:2210.10760): the shape of best-of-n. Differs: the paper's
-        for RL, d (a - b log d), is nearly the same inside the data, and has no value at d = 0.
+        shape for RL, d (a - b log d), is nearly the same inside the data, and has no value at d =
+        0.
     """
     d, score = np.sqrt(np.maximum(kl, 0.0)), np.asarray(gold, dtype=float)
     if len(np.unique(d)) < 4:

@@ -2,8 +2,8 @@
 
 BLEU, chrF and reward are measured on ``generation`` (greedy by default); KL to the reference and
 the mean of per-sample scores on ``sampling``, if the recipe has it. Every pair of models is
-compared prompt by prompt. Copying the input is measured too where the task has a source text, and
-the reward itself where there are ``preferences``.
+compared prompt by prompt. Copying the input is measured too if the task has a source text, and the
+reward itself if there are ``preferences``.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def run(recipe: EvalRecipe) -> None:
         resumable=False,
     )
     prompts, pairs = _data(recipe, session, needs_prompts=bool(models))
-    if prompts:  # now it is known which names are columns
+    if prompts:  # the data's columns are known now
         columns = columns_of(prompts)
         check_functions("reward", recipe.reward, columns)
         check_functions("gold_reward", recipe.gold_reward, columns)
@@ -108,7 +108,7 @@ def run(recipe: EvalRecipe) -> None:
 
 
 def _judge(name: str | None) -> FunctionReward | None:
-    """Looked at before anything is sampled."""
+    """Load the judge function, and refuse it before anything is sampled if it cannot be called."""
     if name is None:
         return None
     named = replace(load_function(name, key="judge"), kind="judge")
@@ -126,7 +126,7 @@ def check_plugins(recipe: EvalRecipe) -> None:
 
 
 class _Evaluation:
-    """Results that pile up model by model."""
+    """Results of the models added so far."""
 
     def __init__(
         self, recipe: EvalRecipe, examples: Sequence[PromptExample], device: torch.device
@@ -139,7 +139,7 @@ class _Evaluation:
         self.copied = self._copied()
         self.reference: Reference | None = None
         self.best_of_n: list[dict[str, Any]] | None = None
-        # of every sample of every model: where the gold reward is held against the other
+        # agreement of gold reward and reward over all samples of best-of-n
         self.agreement: dict[str, Any] | None = None
         if recipe.reference_model is not None and examples:
             self.reference = Reference(self._answerer(recipe.reference_model))
@@ -175,7 +175,7 @@ class _Evaluation:
             [drawn.responses[i] for i in best], of_best(drawn.lengths), of_best(drawn.finished)
         )
         system = self.measurer.measure(f"best-of-{n}", chosen)
-        # of the best of n samples, not of a model: its bound
+        # an upper bound, since best-of-n is not a model
         system.row["kl"] = best_of_n_kl(n)
         system.row["model"] = f"best of {n} samples of {recipe.reference_model}"
         self.systems.append(system)
@@ -256,7 +256,7 @@ class _Evaluation:
         complete = self.measurer.has_references and len(sources) == len(self.examples)
         if not complete or not sources:
             return None
-        # no reward is asked for what nobody wrote
+        # without reward, since no model wrote it
         system = System(COPY, {}, Outputs(sources))
         self.measurer.against_references(system)
         return system
@@ -286,7 +286,7 @@ class _Evaluation:
 def _data(
     recipe: EvalRecipe, session: Run, *, needs_prompts: bool
 ) -> tuple[tuple[PromptExample, ...], tuple[PreferencePair, ...]]:
-    """Prompts to answer and pairs to judge the reward on; both are optional, not both at once."""
+    """Load prompts to answer and pairs to judge the reward on; at least one of them."""
     data = recipe.data
     sources = data.test or data.train
     if needs_prompts and not sources:

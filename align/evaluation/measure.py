@@ -1,4 +1,4 @@
-"""One model's outputs -> its row of ``eval.json``, and per-prompt numbers to compare it by."""
+"""Measure one model's outputs: its row of ``eval.json``, and per-prompt numbers for comparisons."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from align.types import AlignError, PromptExample, RewardSource
 
 @dataclass
 class System:
-    """One model, measured.
+    """A measured model.
 
     Attributes:
         row: Its entry under ``models`` in eval.json.
@@ -48,7 +48,7 @@ class System:
 
 
 class Measurer:
-    """What every model is measured by."""
+    """Metrics, rewards and references with which every model is measured."""
 
     def __init__(
         self,
@@ -72,7 +72,9 @@ class Measurer:
         self._check_corpus_metrics([n for n in recipe.metrics if n in CORPUS_METRICS])
 
     def _check_corpus_metrics(self, names: Sequence[str]) -> None:
-        """Say before anything is sampled what a metric lacks, or that it will not fit."""
+        """Report missing references, and a tokenizer that does not fit, before anything is
+        sampled.
+        """
         if not self.examples:
             return
         if not self.has_references:
@@ -92,7 +94,7 @@ class Measurer:
         samples: Outputs | None = None,
         fit: ReferenceFit | None = None,
     ) -> System:
-        """Measure the answers, the samples if there are any, and the fit to the references."""
+        """Measure the answers, the samples if any, and the fit to the references."""
         system = System(name, {"name": name}, outputs)
         self.against_references(system)
         for key, source in self.sources.items():
@@ -113,7 +115,7 @@ class Measurer:
         return list(score_responses(source, repeated, responses))
 
     def against_references(self, system: System) -> None:
-        """What references alone can say: corpus metrics and exact matches."""
+        """Compute corpus metrics and exact matches."""
         if not self.has_references:
             return
         responses, row = system.outputs.responses, system.row
@@ -137,7 +139,7 @@ class Measurer:
             taken = found.keys() & system.row.keys()
             if taken:
                 raise AlignError(f"metrics: {metric}: {min(taken)} is a name of ours; rename it")
-            # NumPy's numbers and arrays as JSON's
+            # convert NumPy's numbers and arrays for JSON
             found = {k: v.tolist() if hasattr(v, "tolist") else v for k, v in found.items()}
             for key, value in found.items():
                 if isinstance(value, float) and not math.isfinite(value):
@@ -148,7 +150,7 @@ class Measurer:
             self._values(system, name, found, f"{name}_mean")
 
     def _texts(self, system: System) -> None:
-        """Length, ends and repetition."""
+        """Measure length, share that ended, and repetition."""
         outputs, row = system.outputs, system.row
         row["length_mean"], row["length_ci95"] = mean(outputs.lengths), None
         if outputs.lengths is not None:
@@ -161,7 +163,7 @@ class Measurer:
             row[f"distinct_{n}_ci95"] = distinct_n_ci95(outputs.responses, n)
         repeated = [repetition(text) for text in outputs.responses]
         self._values(system, "repetition_4", repeated, "repetition_4")
-        # a share of n-grams, often 0 in every output: Student's t would take that for certain
+        # a share of n-grams, often 0 in every output, to which Student's t gives no width
         row["repetition_4_ci95"] = share_ci95(repeated)
 
     def _divergence(self, system: System, drawn: Outputs) -> None:
@@ -169,12 +171,12 @@ class Measurer:
         row["kl"], row["kl_ci95"], row["kl_per_token"] = mean(drawn.kl), None, None
         if drawn.kl is not None and drawn.lengths is not None:
             per_prompt = _per_prompt(drawn.kl, len(self.examples))
-            # against itself a model has a KL of 0, whatever it samples
+            # the KL of a model to itself is 0 for any samples
             row["kl_ci95"] = mean_ci95(per_prompt, "kl")[1] if any(per_prompt) else (0.0, 0.0)
             row["kl_per_token"] = sum(drawn.kl) / sum(drawn.lengths)
 
     def _samples(self, system: System, samples: Outputs, k: int) -> None:
-        """Means over each prompt's samples: prompts, not samples, are independent."""
+        """Average over each prompt's samples, since prompts, not samples, are independent."""
         row = system.row
         row["sample_length_mean"] = mean(samples.lengths)
         row["sample_eos_rate"] = mean(samples.finished)
@@ -193,7 +195,9 @@ OwnMetric = Callable[[Sequence[Any], Sequence[str], Sequence[Sequence[str]]], An
 
 
 def own_metric(name: str) -> OwnMetric:
-    """``module:name``: a function like a reward's, or an ``evaluate`` metric (class or object)."""
+    """Load ``module:name``: a function like a reward's, or an ``evaluate`` metric (class or
+    object).
+    """
     named = replace(load_function(name, key="metrics"), kind="metric")
     module: Any = named.function
     if isinstance(module, type) and issubclass(module, evaluate.EvaluationModule):
@@ -213,7 +217,7 @@ def own_metric(name: str) -> OwnMetric:
 
 
 def _perplexity(fit: ReferenceFit, num_resamples: int) -> dict[str, Any]:
-    """Of all tokens of all references together; its interval resamples prompts."""
+    """Compute perplexity of all reference tokens; its interval resamples prompts."""
     rng = np.random.default_rng(0)
     rows = rng.integers(len(fit.nll), size=(num_resamples, len(fit.nll)))
     per_token = fit.nll[rows].sum(1) / fit.tokens[rows].sum(1)

@@ -1,4 +1,4 @@
-"""A model's answers to the evaluation prompts: generated, kept, or read from a JSONL."""
+"""A model's answers to the evaluation prompts: generated, cached, or read from a JSONL."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ from align.types import AlignError, PromptExample, Rollout
 
 @dataclass(frozen=True)
 class Outputs:
-    """Answers to each prompt, ``samples_per_prompt`` neighbours for one prompt.
+    """Answers to each prompt; the ``samples_per_prompt`` answers of a prompt are neighbours.
 
     Attributes:
         responses: Text, end token removed.
-        lengths: Tokens of each response, end token included; characters / 4 is never guessed, so
-            it is None for outputs read from a file.
-        finished: Whether each ended by itself; None for outputs read from a file.
+        lengths: Tokens of each response, end token included; None for outputs read from a file,
+            since it is never guessed from characters.
+        finished: True for each response that ended by itself; None for outputs read from a file.
         kl: Log-ratio to the reference of each response, nats; None without a reference.
     """
 
@@ -50,12 +50,12 @@ class Outputs:
 
 @dataclass(frozen=True)
 class ReferenceFit:
-    """How likely a model finds each prompt's first reference.
+    """Likelihood of each prompt's first reference under a model.
 
     Attributes:
         nll: Minus log p of the reference, summed over its tokens, nats ``[prompts]``.
         tokens: Tokens of each, end token included.
-        num_bytes: UTF-8 bytes of each: what makes models with other tokenizers comparable.
+        num_bytes: UTF-8 bytes of each, to compare models with other tokenizers.
     """
 
     nll: np.ndarray
@@ -64,7 +64,7 @@ class ReferenceFit:
 
 
 class Answerer:
-    """One model under evaluation, loaded once."""
+    """One model under evaluation, loaded once, that generates its answers."""
 
     def __init__(self, model: str, recipe: EvalRecipe, *, device: torch.device) -> None:
         checkpoint = training_checkpoint(model)
@@ -98,7 +98,7 @@ class Answerer:
         reference: Reference | None = None,
         on_tokens: Callable[[int], None] | None = None,
     ) -> Outputs:
-        # KL is a mean over what the policy itself says; of greedy or nucleus outputs it is none
+        # KL is a mean over samples of the policy itself; greedy or nucleus outputs are not that
         sampled = options.temperature > 0 and options.top_p == 1
         end_ids = end_token_ids(self.tokenizer, self.policy.inner.generation_config.eos_token_id)
         prompts = [encode_prompt(self.tokenizer, e.prompt) for e in examples]
@@ -126,7 +126,7 @@ class Answerer:
 
     @torch.no_grad()
     def fit(self, examples: Sequence[PromptExample]) -> ReferenceFit:
-        """Log-probability of the first reference of each prompt, at temperature 1."""
+        """Compute the log-probability of the first reference of each prompt, at temperature 1."""
         groups, sizes = [], []
         for example in examples:
             answer = example.references[:1]
@@ -135,7 +135,7 @@ class Answerer:
         nll = np.zeros(len(groups))
         for batch in pack(groups, tokens_per_microbatch=self.tokens_per_microbatch):
             logprobs = self.policy(batch.to(self.policy.device)).logprobs.double().cpu().numpy()
-            # counted tokens stand in the order of the batch's columns, row by row
+            # counted tokens are in the order of the batch's columns, row by row
             rows, columns = batch.loss_mask.cpu().numpy().nonzero()
             for segment, number in zip(batch.sequences, batch_sequences(batch), strict=True):
                 own = (rows == segment.row) & (columns >= segment.start) & (columns < segment.stop)
@@ -145,7 +145,7 @@ class Answerer:
 
 
 class Reference:
-    """The model that KL is measured against."""
+    """The reference model of KL."""
 
     def __init__(self, answerer: Answerer) -> None:
         self._policy: Policy = answerer.policy
@@ -155,9 +155,9 @@ class Reference:
     def kl(
         self, rollout: Rollout, options: GenerationOptions, answerer: Answerer
     ) -> list[float] | None:
-        """Sum of log pi - log pi_ref over each response, both at the sampling temperature.
+        """Sum log pi - log pi_ref over each response, both at the sampling temperature.
 
-        None where the vocabularies differ: the two models then do not speak of the same tokens.
+        None if the vocabularies differ, since the two models then have different tokens.
         """
         if answerer.tokenizer.get_vocab() != self._vocabulary:
             return None
@@ -171,12 +171,9 @@ class Reference:
         return (rollout.logprobs - ref_logprobs).sum(1).tolist()
 
 
-# ---------------------------------------------------------------- a checkpoint of a run
-
-
 @dataclass(frozen=True)
 class TrainingCheckpoint:
-    """``checkpoints/step-N`` of a run: parameters of a model that the run's recipe names."""
+    """``checkpoints/step-N`` of a run: parameters of the model that the run's recipe names."""
 
     weights: Path
     model: str
@@ -202,7 +199,7 @@ class TrainingCheckpoint:
 
 
 def training_checkpoint(model: str) -> TrainingCheckpoint | None:
-    """What a checkpoint folder of a run holds; None where ``model`` is no such folder."""
+    """Read a checkpoint folder of a run; None if ``model`` is no such folder."""
     folder = Path(model)
     if not (folder / "state.json").is_file():
         return None
@@ -224,22 +221,20 @@ def training_checkpoint(model: str) -> TrainingCheckpoint | None:
         )
     except BROKEN as error:
         raise AlignError(
-            f"models: {model}: a checkpoint, whose model {config} does not tell: {reason(error)}"
+            f"models: {model}: a checkpoint, whose model {config} does not name: {reason(error)}"
         ) from error
 
 
 def outputs_cache(recipe: EvalRecipe) -> Path | None:
-    """Beside the run, so that every evaluation of a suite shares it and none removes it."""
+    """Return the cache's folder, beside the run: shared by a suite, and not removed with a run."""
     return Path(recipe.output_dir).parent / "outputs_cache" if recipe.cache_outputs else None
 
-
-# ---------------------------------------------------------------- somebody else's outputs
 
 _ROW = '{"prompt": ..., "response": "..."}'
 
 
 def read_outputs(path: str, examples: Sequence[PromptExample]) -> Outputs:
-    """Somebody else's answers: JSONL rows with ``prompt`` and ``response``, in any order."""
+    """Read another system's answers: JSONL rows with ``prompt`` and ``response``, in any order."""
     answers: dict[str, str] = {}
     if not os.path.lexists(path):
         raise AlignError(

@@ -1,6 +1,6 @@
-"""A reward source on held-out preference pairs: the section ``reward_model`` of ``eval.json``.
+"""Judge a reward source on held-out preference pairs: section ``reward_model`` of ``eval.json``.
 
-Whatever scores responses can be judged: a trained model, a metric, a function. Nothing is trained.
+Every reward source can be judged: a trained model, a metric, a function. Nothing is trained.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ def evaluate_reward(
     gold: RewardSource | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Accuracy, calibration, length bias, agreement with ``gold``, and behaviour on broken text.
+    """Measure accuracy, calibration, length bias, agreement with ``gold``, and broken text.
 
     Args:
-        source: What is judged.
+        source: Reward to be judged.
         pairs: Held-out preferences; ``pair.source`` and ``pair.margin`` split the accuracy.
-        gold: A reward that counts as true, such as a larger model; compared response by response.
-            One that needs references has none here: pairs have none.
-        seed: Of the shuffling.
+        gold: A reward taken as true, such as a larger model; compared response by response. It is
+            skipped if it needs references, which pairs do not have.
+        seed: Seed of the shuffling.
     """
     prompts = [pair.prompt for pair in pairs]
     chosen = [answer_text(pair.chosen, pair.id) for pair in pairs]
@@ -59,27 +59,27 @@ def evaluate_reward(
 def agreement_with(scores: np.ndarray, gold: np.ndarray) -> dict[str, Any]:
     """Kendall's and Spearman's correlation over responses ``[prompts, k]``, and within prompts.
 
-    ``same_order`` is the share of two responses to one prompt that both put in the same order,
-    those that the gold reward cannot tell apart left out: prompts' own levels do not enter it.
+    ``same_order`` is the share of two responses to one prompt that both rewards order alike,
+    without ties of the gold reward; differences between prompts do not enter it.
     """
     flat, gold_flat = scores.ravel(), gold.ravel()
     above = np.triu_indices(scores.shape[1], k=1)
     ours = np.sign(scores[:, :, None] - scores[:, None, :])[:, above[0], above[1]]
     theirs = np.sign(gold[:, :, None] - gold[:, None, :])[:, above[0], above[1]]
-    told = theirs != 0
+    untied = theirs != 0
     agreed = np.where(ours == 0, 0.5, (ours == theirs).astype(float))
     return {
         "responses": int(flat.size),
         "kendall": agreement.kendall(flat, gold_flat),
         "spearman": agreement.spearman(flat, gold_flat),
-        "same_order": float(agreed[told].mean()) if told.any() else None,
+        "same_order": float(agreed[untied].mean()) if untied.any() else None,
     }
 
 
 def score_pairs(
     source: RewardSource, prompts: Sequence[Text], chosen: Sequence[str], rejected: Sequence[str]
 ) -> np.ndarray:
-    """``[pairs, 2]``: chosen, rejected. Neighbours share their prompt, so it is computed once."""
+    """Score ``[pairs, 2]``: chosen, rejected. Neighbours share their prompt, computed once."""
     repeated = [prompt for prompt in prompts for _ in range(2)]
     answers = [text for both in zip(chosen, rejected, strict=True) for text in both]
     scores = source(repeated, answers, [()] * len(answers))
@@ -87,19 +87,19 @@ def score_pairs(
 
 
 def answer_text(answer: Text, where: str) -> str:
-    """The text of an answer of one turn."""
+    """Return the text of an answer of one turn."""
     if isinstance(answer, str):
         return answer
     if len(answer) != 1:
         raise AlignError(
             f"preferences: {where}: the answers have {len(answer)} turns; a reward scores one "
-            "answer: leave such rows out"
+            "answer: remove such rows"
         )
     more = sorted(answer[0].keys() - {"role", "content"})
     if more:
         raise AlignError(
             f"preferences: {where}: an answer has {', '.join(more)}, and a reward scores its words "
-            "alone: leave such rows out"
+            "alone: remove such rows"
         )
     return str(answer[0]["content"])
 
@@ -117,10 +117,10 @@ def _on_broken_text(
     whole: np.ndarray,
     seed: int,
 ) -> dict[str, dict[str, float]]:
-    """Chosen answers with their words shuffled, cut to the first half, and said twice.
+    """Score chosen answers with their words shuffled, cut to the first half, and repeated.
 
-    ``score_change`` is broken minus whole, mean; ``preferred`` the share where the broken text
-    scores higher. A reward that does not mind is one that a policy will find out.
+    ``score_change`` is the mean of broken minus whole; ``preferred`` is the share of broken texts
+    that score higher. A policy will exploit a reward that does not mind.
     """
     rng = random.Random(seed)
     ways: dict[str, Callable[[str], str]] = {
@@ -150,7 +150,7 @@ def _by_source(gaps: np.ndarray, pairs: Sequence[PreferencePair]) -> dict[str, d
 
 
 def _by_margin(gaps: np.ndarray, pairs: Sequence[PreferencePair]) -> list[dict[str, Any]] | None:
-    """By the margin of the labels; None unless every pair has one."""
+    """Split the accuracy by the labels' margins; None unless every pair has one."""
     margins = [pair.margin for pair in pairs if pair.margin is not None]
     if len(margins) < len(pairs):
         return None

@@ -1,7 +1,7 @@
-"""Writing systems without spaces between words, and the BLEU tokenizers that fit each.
+"""Find writing systems without spaces between words, and the BLEU tokenizers that fit each.
 
-13a, sacreBLEU's default, parts words at spaces and punctuation: a Chinese sentence is one word to
-it, so its BLEU is near 0 however good the answers are.
+13a, sacreBLEU's default, splits at spaces and punctuation: it takes a Chinese sentence for one
+word, so its BLEU is near 0 for any answer.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SOUTH_EAST = {
 UNSPACED = HAN + KANA + "".join(SOUTH_EAST.values())
 HANGUL = "\u1100-\u11ff\u3131-\u318e\uac00-\ud7a3"
 
-# the first one is proposed; bleu-none is for texts that are parted already
+# the first one is proposed; bleu-none is for texts that are split already
 ANY = ("bleu-char", "bleu-flores200", "bleu-flores101", "bleu-none")
 FITTING = {
     "Chinese": ("bleu-zh", *ANY),
@@ -30,20 +30,20 @@ FITTING = {
     **dict.fromkeys(SOUTH_EAST, ANY),
 }
 MIN_SHARE = 0.2
-"""Share of a text's letters from which its script counts."""
+"""Smallest share of a text's letters for a script to count."""
 MAX_RUN = 6
-"""Letters between spaces, on average, up to which a text counts as parted into words."""
+"""Largest mean number of letters between spaces of a text that is split into words."""
 
 _WORDS = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+")
 
 
 def words(text: str) -> list[str]:
-    """Words between whitespace, and each letter of a script that is written without spaces."""
+    """Split at white space, and split scripts without spaces into letters."""
     return _WORDS.findall(text)
 
 
 def language_of(texts: Sequence[str]) -> str | None:
-    """The language, by its script, whose words 13a does not find in the texts; None for others."""
+    """Name the language, by script, whose words 13a does not find in the texts; else None."""
     text = "\n".join(texts)
     num_letters = sum(map(str.isalpha, text)) or 1
 
@@ -58,13 +58,13 @@ def language_of(texts: Sequence[str]) -> str | None:
     if count < MIN_SHARE * num_letters:
         return None
     if count <= MAX_RUN * len(re.findall(rf"[{script}]\S*", text)):
-        return None  # spaces stand between the words already
+        return None  # the words are separated by spaces already
     # a Japanese text always has kana
     return "Japanese" if name == "Chinese" and letters(KANA) > 0.1 * count else name
 
 
 def tokenizer_hint(metrics: Sequence[str], references: Sequence[Sequence[str]]) -> str | None:
-    """One line where BLEU is asked for and no tokenizer of it fits the references' script."""
+    """Write a hint if no BLEU tokenizer of ``metrics`` fits the references' script."""
     asked = [name for name in metrics if name.partition("-")[0] == "bleu"]
     language = language_of([text for row in references for text in row]) if asked else None
     if language is None or any(name in FITTING[language] for name in asked):

@@ -1,8 +1,8 @@
-"""A difference between models that were trained several times: Student's t over their seeds.
+"""Test a difference between models trained several times: Student's t over their seeds.
 
 A rerun moves a model further than most prompts do, so a test over prompts alone calls nearly every
-two sets of seeds different. The seeds are the sample here; the prompts' share of the error is added
-to theirs and never counted as more seeds.
+two sets of seeds different. Here the seeds are the sample; the prompts' share of the error is added
+to theirs, and prompts never count as more seeds.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from align.base.intervals import Interval, student_t_p, student_t_quantile
 
 @dataclass(frozen=True)
 class SeedError:
-    """What reruns move a difference by.
+    """Error of a difference between reruns.
 
     Attributes:
-        variance: Of the difference, by the seeds of both sides, in its unit squared.
+        variance: Variance of the difference over the seeds of both sides, in its unit squared.
         df: Degrees of freedom of that estimate.
     """
 
@@ -30,11 +30,11 @@ class SeedError:
     def test(
         self, difference: float, variance_of_prompts: float, df_of_prompts: int
     ) -> tuple[float, Interval] | None:
-        """p, two-sided, and the 95% interval of the difference.
+        """Return p, two-sided, and the 95% interval of the difference.
 
         Degrees of freedom are Welch's of both errors, at most those of the seeds: few prompts cost
-        as much as few seeds. None with one prompt, and where neither seeds nor prompts vary: then
-        nothing here says what the error is.
+        as much as few seeds. None with one prompt, and if neither seeds nor prompts vary, since the
+        error is then unknown.
         """
         if df_of_prompts < 1 or self.variance + variance_of_prompts == 0:
             return None
@@ -46,12 +46,11 @@ class SeedError:
 
 
 def seed_error(of_a: np.ndarray, of_b: np.ndarray) -> SeedError | None:
-    """From one score for each seed of a and of b; None where both have one seed only.
+    """Estimate the error from one score for each seed of a and b; None if both have one seed.
 
         variance = var(a) / n_a + var(b) / n_b
 
-    A side with one seed is taken to vary as the other does: nothing else is known of what its
-    rerun would give.
+    A side with one seed is assumed to vary like the other.
 
     Source: Welch 1947; Colas et al. 2019 (arXiv:1904.06979) on comparing trained policies with it.
     """
@@ -70,7 +69,7 @@ def seed_error(of_a: np.ndarray, of_b: np.ndarray) -> SeedError | None:
 
 
 def seed_error_of_pairs(differences: np.ndarray, num_seeds: tuple[int, int]) -> SeedError | None:
-    """The same where seeds meet in pairs, one difference for each pair."""
+    """Estimate the error if seeds meet in pairs, from one difference for each pair."""
     least = min(num_seeds)
     if least == 1:
         return seed_error(differences, np.zeros(1))

@@ -1,4 +1,4 @@
-"""Measured models against each other: paired tests, win rates, seeds taken together."""
+"""Compare measured models: paired tests, win rates, pooled seeds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Judge = Callable[[Sequence[str], Sequence[str]], np.ndarray]
 
 
 def by_name(systems: Sequence[System]) -> dict[str, list[System]]:
-    """``ppo#0`` and ``ppo#1`` are seeds of ``ppo``."""
+    """Group seeds: ``ppo#0`` and ``ppo#1`` are seeds of ``ppo``."""
     groups: dict[str, list[System]] = {}
     for system in systems:
         groups.setdefault(system.name.partition("#")[0], []).append(system)
@@ -28,10 +28,10 @@ def by_name(systems: Sequence[System]) -> dict[str, list[System]]:
 
 
 def pooled(systems: Sequence[System]) -> list[dict[str, Any]]:
-    """Of each model with several seeds the mean of every per-prompt number, and its spread.
+    """Average every figure over the seeds of each model that has several.
 
     ``std`` is over seeds: how much a rerun may move the figure. ``ci95`` is of the mean over seeds,
-    Student's t over seeds: wide with few of them, as it has to be; None where they do not vary.
+    Student's t: wide with few of them, as it has to be; None if they do not vary.
     """
     found = []
     for name, seeds in by_name(systems).items():
@@ -52,7 +52,7 @@ def pooled(systems: Sequence[System]) -> list[dict[str, Any]]:
 
 
 def comparisons(systems: Sequence[System], num_resamples: int) -> list[dict[str, Any]]:
-    """Every two models, later against earlier, by every metric that both have."""
+    """Compare every two models, later against earlier, by every metric that both have."""
     groups = by_name(systems)
     found = []
     for a, b in ((a, b) for b, a in combinations(groups, 2)):
@@ -76,7 +76,7 @@ def comparisons(systems: Sequence[System], num_resamples: int) -> list[dict[str,
 
 
 def _at_equal_length(test: Comparison, a: list[System], b: list[System]) -> dict[str, Any]:
-    """For rewards of the answers themselves; scores and lengths are means over seeds."""
+    """Compare rewards of the answers at equal length; scores and lengths are means over seeds."""
     if test.metric not in ("reward", "gold"):
         return {}
     mean_a, mean_b = (np.mean([s.values[test.metric] for s in seeds], axis=0) for seeds in (a, b))
@@ -89,7 +89,7 @@ def _at_equal_length(test: Comparison, a: list[System], b: list[System]) -> dict
 def win_rates(
     systems: Sequence[System], judges: dict[str, Judge | str], *, tie_margin: float, resamples: int
 ) -> list[dict[str, Any]]:
-    """Every two models by every judge: a function of both answers, or a key of ``values``."""
+    """Compute win rates of every two models by every judge (a function, or a key of ``values``)."""
     groups = by_name(systems)
     found = []
     for judge, decide in judges.items():
@@ -115,7 +115,7 @@ def win_rates(
 
 
 def met(a: Sequence[System], b: Sequence[System]) -> list[tuple[System, System]]:
-    """Each seed against one of the other side's, so that a judge is asked no more than needed."""
+    """Pair each seed with one of the other side, so that a judge is called no more than needed."""
     return [(a[i % len(a)], b[i % len(b)]) for i in range(max(len(a), len(b)))]
 
 
@@ -126,7 +126,7 @@ def _shares(a: System, b: System, decide: Judge | str, tie_margin: float) -> np.
 
 
 def judge_of(judge: FunctionReward, examples: Sequence[PromptExample]) -> Judge:
-    """A judge function asked in both orders, so that a taste for the first answer cancels."""
+    """Call a judge function in both orders, so that a bias for the first answer cancels."""
     name = judge.name
     prompts = [e.prompt for e in examples]
     references = [e.references for e in examples]
@@ -145,5 +145,5 @@ def judge_of(judge: FunctionReward, examples: Sequence[PromptExample]) -> Judge:
 
 
 def mean_characters(seeds: Sequence[System]) -> np.ndarray:
-    """Of each prompt's answers."""
+    """Average length of each prompt's answers over seeds, in characters."""
     return np.mean([[len(text) for text in s.outputs.responses] for s in seeds], axis=0)

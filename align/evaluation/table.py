@@ -1,4 +1,4 @@
-"""Tables that ``align eval`` prints."""
+"""Format the tables that ``align eval`` prints."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from align.evaluation.verdict import ALPHA, p_in_words
 
 
 def closing_table(results: dict[str, Any]) -> list[list[str]]:
-    """A row for each model, a column for each metric asked for and each number some model has."""
+    """Make a row for each model and a column for each metric and each number that some model
+    has.
+    """
     rows = list(results["models"])
     if results["copy_baseline"] is not None:
         rows = [{"name": "copy the input", **results["copy_baseline"]}, *rows]
@@ -20,7 +22,7 @@ def closing_table(results: dict[str, Any]) -> list[list[str]]:
 
 
 def significance(results: dict[str, Any]) -> str:
-    """Every paired difference with its interval and what it says."""
+    """List every paired difference with its interval and verdict."""
     rows = [["difference", "metric", "by", "95% interval", "verdict"]]
     for c in results["comparisons"]:
         name = f"{c['a']} - {c['b']}"
@@ -43,7 +45,7 @@ def significance(results: dict[str, Any]) -> str:
 
 
 def _of_many(results: dict[str, Any]) -> list[str]:
-    """Warn of several verdicts together: no p is corrected for their number."""
+    """Warn about several verdicts together: no p is corrected for their number."""
     count = len(results["comparisons"]) + len(results["win_rates"])
     if count < 2:
         return []
@@ -58,7 +60,7 @@ def _interval(ends: Any, form: str) -> str:
 
 
 def reward_table(found: dict[str, Any]) -> str:
-    """The reward itself, on held-out preferences."""
+    """Format the judgement of the reward itself, on held-out preferences."""
     low, high = found["accuracy_ci95"]
     rows = [["the reward", f"on {found['pairs']} pairs"]]
     rows.append(["accuracy", f"{found['accuracy']:.3f} ({low:.3f} .. {high:.3f})"])
@@ -68,7 +70,7 @@ def reward_table(found: dict[str, Any]) -> str:
     rows.append(["correlation with length", _cell(found["length_correlation"])])
     by = f"by chance up to {found['ece_by_chance']:.3f}"
     rows.append(["calibration error", f"{found['ece']:.3f} ({by})"])
-    rows.append(["temperature that mends it", f"{found['temperature']:.2f}"])
+    rows.append(["temperature that corrects it", f"{found['temperature']:.2f}"])
     for way, change in found["broken"].items():
         rows.append([f"{way} answers preferred", f"{change['preferred']:.0%}"])
     return table(rows, title="\nreward model")

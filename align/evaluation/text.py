@@ -1,7 +1,7 @@
-"""What can be counted in texts alone: exact matches, distinct n-grams, repetition.
+"""Measure texts alone: exact matches, distinct n-grams, repetition.
 
-Words are what whitespace parts, and each letter of Chinese, Japanese, Thai and other text that is
-written without spaces.
+Words are separated by white space; in Chinese, Japanese, Thai and other scripts written without
+spaces each letter is a word.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Words = Callable[[str], Sequence[str]]
 
 
 def exact_matches(texts: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
-    """1 where a text equals one of its references, ends stripped; else 0."""
+    """Return 1 for a text that equals one of its references, ends stripped, else 0."""
     return [
         float(text.strip() in {reference.strip() for reference in row})
         for text, row in zip(texts, references, strict=True)
@@ -26,7 +26,7 @@ def exact_matches(texts: Sequence[str], references: Sequence[Sequence[str]]) -> 
 
 
 def distinct_n(texts: Sequence[str], n: int, *, words: Words = script_words) -> float:
-    """Different n-grams / all n-grams of all texts; 0 where there is no n-gram.
+    """Compute different n-grams / all n-grams of all texts; 0 without n-grams.
 
     Source: Li et al. 2016, section 5.2 (arXiv:1510.03055). It falls with the amount of text, so
     compare it over the same number of prompts only.
@@ -40,8 +40,8 @@ def distinct_n_ci95(
 ) -> tuple[float, float] | None:
     """95% interval of ``distinct_n`` by the jackknife over texts, with Student's t.
 
-    A bootstrap would not do: it repeats texts, and a repeated text has no new n-gram. None below
-    two texts, and where leaving one out changes nothing, so that the spread is unknown.
+    A bootstrap fails, since it repeats texts, and a repeated text has no new n-gram. None below two
+    texts, and if removing any text changes nothing, since the spread is then unknown.
     """
     rows = [_ngrams(text, n, words) for text in texts]
     owners = Counter(gram for row in rows for gram in set(row))
@@ -62,7 +62,7 @@ def distinct_n_ci95(
 
 
 def repetition(text: str, n: int = 4, *, words: Words = script_words) -> float:
-    """Share of a text's n-grams that stood in it before; 0 = nothing is repeated.
+    """Share of a text's n-grams that occurred in it before; 0 = nothing is repeated.
 
     Source: seq-rep-n of Welleck et al. 2020, section 5 (arXiv:1908.04319).
     """

@@ -2,7 +2,7 @@
 
 A policy that learns to write longer answers often wins by length alone (Singhal et al. 2023,
 arXiv:2310.03716), so every raw figure has one at equal length beside it. Length is counted in
-characters: it is known for every text, whoever wrote it, and needs no tokenizer.
+characters, which every text has, without a tokenizer.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ RIDGE = 1e-2
 
 @dataclass(frozen=True, kw_only=True)
 class WinRate:
-    """How often a beats b on the same prompts.
+    """Share of prompts on which a beats b.
 
     Attributes:
         a: Name of one system.
         b: Name of the other.
-        judge: Who decided: a reward source's or a function's name.
+        judge: Name of the deciding reward source or function.
         wins: Prompts where a was better; with several seeds, in more than half of their pairs.
         ties: Prompts where neither was.
         losses: Prompts where b was better.
         win_rate: (wins + ties / 2) / prompts; with a judge of both orders the mean of its shares.
-        win_rate_ci95: Score interval over prompts, Wilson's where nothing is tied; with several
-            seeds Student's t over seeds, cut to [0, 1].
-        win_rate_p: Of a rate at least this far from one half, by paired randomisation, two-sided
+        win_rate_ci95: Score interval over prompts, Wilson's without ties; with several seeds
+            Student's t over seeds, cut to [0, 1].
+        win_rate_p: p of a rate at least this far from one half, by paired randomisation, two-sided
             (the sign test); with several seeds Student's t over seeds.
         win_rate_verdict: The same in words.
-        length_controlled_win_rate: The rate expected at equal length; None where every prompt's two
+        length_controlled_win_rate: Expected rate at equal length; None if every prompt's two
             answers are equally long.
         length_controlled_win_rate_ci95: Its interval, by profile likelihood over prompts.
     """
@@ -64,7 +64,7 @@ class EqualLength:
     Attributes:
         difference: Expected reward of a minus that of b on a prompt where both are equally long.
         ci95: Its interval, Student's t over prompts.
-        per_100_characters: Reward that 100 more characters go along with.
+        per_100_characters: Difference in reward for 100 more characters.
     """
 
     difference: float
@@ -75,7 +75,7 @@ class EqualLength:
 def shares_won(
     scores_a: Sequence[float], scores_b: Sequence[float], *, tie_margin: float = 0.0
 ) -> np.ndarray:
-    """1 where a scores higher, 0 where b does, 1/2 where they differ by at most ``tie_margin``."""
+    """Return 1 where a scores higher, 0 where b does, 1/2 within ``tie_margin``."""
     gap = np.subtract(scores_a, scores_b)
     return np.where(np.abs(gap) <= tie_margin, 0.5, (gap > 0).astype(float))
 
@@ -96,7 +96,7 @@ def win_rate(
     Args:
         shares: ``[prompts]``, or ``[pairs, prompts]`` of pairs of training seeds, which are
             averaged prompt by prompt.
-        num_seeds: Of a and of b; with several p and interval are over seeds.
+        num_seeds: Seeds of a and of b; with several, p and interval are over seeds.
         num_resamples: Swaps of the test.
     """
     by_pair = np.atleast_2d(np.asarray(shares, dtype=float))
@@ -110,7 +110,7 @@ def win_rate(
         over_seeds=seed_error_of_pairs(2 * by_pair.mean(1), num_seeds),
     )
     controlled = length_controlled_win_rate(won, np.subtract(lengths_a, lengths_b))
-    # over seeds the test compares shares won with shares lost: twice as far apart
+    # over seeds the test compares shares won with shares lost, which doubles the difference
     over_seeds = test.ci95 and (max(0.0, (1 + test.ci95[0]) / 2), min(1.0, (1 + test.ci95[1]) / 2))
     return WinRate(
         a=a,
@@ -134,16 +134,16 @@ def length_controlled_difference(
     lengths_a: Sequence[float] | np.ndarray,
     lengths_b: Sequence[float] | np.ndarray,
 ) -> EqualLength | None:
-    """Reward of a minus reward of b at equal length, by regression over prompts.
+    """Estimate reward of a minus reward of b at equal length, by regression over prompts.
 
         (score_a - score_b)[i] = difference + slope * (length_a - length_b)[i] + noise
 
     Returns:
-        None where lengths do not vary, so that no slope can be seen, where the scores leave no
-        residual to judge the error by, or with under four prompts.
+        None if lengths do not vary, so that the slope is unknown, if the fit leaves no residual to
+        estimate the error, or with under four prompts.
 
-    The prompt's own difficulty cancels in the pairing. What is adjusted for is a linear effect of
-    length; that longer answers may also be better ones is adjusted away with it.
+    The prompt's own difficulty cancels in the pairing. A linear effect of length is removed, even
+    if longer answers are also better ones.
     """
     y = np.subtract(scores_a, scores_b).astype(float)
     x = np.subtract(lengths_a, lengths_b).astype(float)
@@ -167,14 +167,14 @@ def length_controlled_difference(
 def length_controlled_win_rate(
     shares: np.ndarray, length_gaps: np.ndarray
 ) -> tuple[float, Interval] | None:
-    """The win rate expected where both answers are equally long, with its 95% interval.
+    """Estimate the win rate expected if both answers are equally long, with its 95% interval.
 
         P(a wins prompt i) = sigmoid(quality + slope * tanh(gap[i] / std(gap)))
 
-    fitted by maximum likelihood with a weak ridge (1e-2), then sigmoid(quality). The interval holds
+    fitted by maximum likelihood with a weak ridge (1e-2), then sigmoid(quality). The interval has
     every quality whose profile likelihood, the best over all slopes, is within t^2 / 2 of the
-    maximum (t of n - 2 degrees of freedom). So it is [0, 1] where a won each time and was longer
-    each time: nothing says what equal lengths would give.
+    maximum (t of n - 2 degrees of freedom). So it is [0, 1] if a won each time and was longer each
+    time: equal lengths were never seen.
 
     Source: Dubois et al. 2024, eq. 1 (arXiv:2404.04475). Differs: no term for each prompt's
         difficulty, which takes many models' results to fit. Profile interval: Venzon and Moolgavkar
@@ -198,7 +198,7 @@ def length_controlled_win_rate(
     allowed = best.fun + student_t_quantile(0.975, len(shares) - 2) ** 2 / 2
 
     def end(side: int) -> float:
-        # the ridge alone passes what is allowed before 100 nats
+        # the ridge alone exceeds the allowed loss before 100 nats
         far = best.x + side * 100
         return float(optimize.brentq(lambda quality: profile(quality) - allowed, best.x, far))
 
