@@ -1,10 +1,10 @@
 """Read files of judgements as comparisons and rankings.
 
 A comparison is ``{"prompt", "a", "b", "winner": "a" | "b" | "tie"}``, in any case, with optional
-``annotator`` and the models' names ``model_a`` and ``model_b``; ``align label`` writes such rows. An
-arena's columns (``response_a``, ``response_b``, ...) are found by ``comparison_of``. A ranking is
-``{"prompt", "ranking": [best, ..., worst]}``, with optional ``annotator``. Without ``prompt`` the
-texts are the names of the ranked things (models, players).
+``annotator`` and the models' names ``model_a`` and ``model_b``; ``align label`` writes such rows.
+An arena's columns (``response_a``, ``response_b``, ...) are found by ``comparison_of``. A ranking
+is ``{"prompt", "ranking": [best, ..., worst]}``, with optional ``annotator``. Without ``prompt``
+the texts are the names of the ranked things (models, players).
 """
 
 from __future__ import annotations
