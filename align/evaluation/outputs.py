@@ -118,7 +118,7 @@ class Answerer:
             self.cache, self.policy, prompts, options, end_ids=end_ids, seed=seed, make=make
         )
         return Outputs(
-            decode_rollout(self.tokenizer, rollout, end_ids=end_ids),
+            decode_rollout(self.tokenizer, rollout, [e.prompt for e in examples], end_ids=end_ids),
             lengths=rollout.response_mask.sum(1).tolist(),
             finished=rollout.finished.tolist(),
             kl=reference.kl(rollout, options, self) if reference and sampled else None,

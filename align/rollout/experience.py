@@ -8,19 +8,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from align.data.tokens.chat import decode_response
+from align.data.tokens.decode import decode_response
 from align.data.tokens.packing import counted_coordinates, pack
 from align.data.tokens.template import Tokenizer
 from align.losses import gae, masked_whiten, shape_rewards
-from align.types import Experience, Rollout, TokenBatch, TokenGroup, TokenSequence
+from align.types import Experience, Rollout, Text, TokenBatch, TokenGroup, TokenSequence
 
 
-def decode_rollout(tokenizer: Tokenizer, rollout: Rollout, *, end_ids: Sequence[int]) -> list[str]:
-    """Decode each response, its end token removed."""
+def decode_rollout(
+    tokenizer: Tokenizer, rollout: Rollout, prompts: Sequence[Text], *, end_ids: Sequence[int]
+) -> list[str]:
+    """Decode each response to ``prompts``, its end token removed."""
     tokens, mask = rollout.input_ids.cpu(), rollout.response_mask.cpu()
+    samples_per_prompt = len(mask) // max(len(prompts), 1)
     return [
-        decode_response(tokenizer, ids[own].tolist(), end_ids=end_ids)
-        for ids, own in zip(tokens, mask, strict=True)
+        decode_response(
+            tokenizer,
+            ids[own].tolist(),
+            prompt=prompts[row // samples_per_prompt],
+            prompt_ids=rollout.prompt_ids[row],
+            end_ids=end_ids,
+        )
+        for row, (ids, own) in enumerate(zip(tokens, mask, strict=True))
     ]
 
 

@@ -121,7 +121,8 @@ def _sample(
             prefill_tokens=recipe.tokens_per_microbatch,
             on_tokens=lambda n: bar.advance(steps=0, tokens=n),
         )
-    texts = decode_rollout(session.tokenizer, rollout, end_ids=end_ids)
+    asked = my_share([example.prompt for example in prompts.examples], accelerator)
+    texts = decode_rollout(session.tokenizer, rollout, asked, end_ids=end_ids)
     answers = list(zip(texts, rollout.finished.tolist(), strict=True))
     return gather_in_order([answers[i * k : (i + 1) * k] for i in range(len(mine))], accelerator)
 

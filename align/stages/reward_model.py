@@ -20,7 +20,7 @@ from align.base.progress import change, say
 from align.config.keys import RewardModelConfig, RewardRecipe
 from align.data.stream import TokenStream, at_hand
 from align.data.subset import pick
-from align.data.tokens.chat import decode_response
+from align.data.tokens.decode import decode_response
 from align.data.tokens.lengths import longer_wins
 from align.data.tokens.packing import pack, windows
 from align.losses import bradley_terry_loss

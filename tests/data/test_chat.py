@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from align.data.tokens import answers
 from align.data.tokens.chat import (
-    decode_response,
     encode_completion,
     encode_examples,
     encode_pair,
@@ -17,6 +16,7 @@ from align.data.tokens.chat import (
     encode_sft,
     end_token_ids,
 )
+from align.data.tokens.decode import decode_response
 from align.data.tokens.packing import collate
 from align.types import AlignError, PreferencePair, PromptExample, SFTExample
 

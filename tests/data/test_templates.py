@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -17,9 +18,11 @@ from align.data.tokens.chat import (
     encode_prompt,
     encode_sft,
 )
+from align.data.tokens.decode import decode_response
 from align.data.tokens.findings import of_tokens, show
 from align.data.tokens.template import end_token_ids
-from align.types import AlignError, PreferencePair, SFTExample
+from align.rollout.experience import decode_rollout
+from align.types import AlignError, PreferencePair, Rollout, SFTExample
 from tests.data.templates import CHATML, LLAMA2, PUBLISHED, QWEN3, R1, ZEPHYR
 
 U1, A1 = {"role": "user", "content": "Who wept?"}, {"role": "assistant", "content": "Jesus."}
@@ -407,6 +410,48 @@ def test_a_string_answer_gets_no_space_of_its_own(sentencepiece) -> None:
             encode_sft(tokenizer, SFTExample(id="x", prompt=prompt, completion=answer))
         )
         assert tokenizer.decode(ids) == f"<s> {prompt}{answer}</s>"
+
+
+@pytest.mark.parametrize("prompt", ["Who wept?", "Who wept? ", "Who wept?\n", "Who wept"])
+@pytest.mark.parametrize("answer", ["Jesus.", " Jesus.", "  Jesus.", " and", "\n Lazarus"])
+def test_a_string_answer_is_decoded_to_the_text_that_was_said(
+    sentencepiece, prompt: str, answer: str
+) -> None:
+    """The decoder alone drops the space of the first word, and the text has other tokens then."""
+    tokenizer = sentencepiece(ZEPHYR)
+    (group,) = encode_answers(tokenizer, prompt, [answer]).continuations
+    ids = group.input_ids
+    given = encode_prompt(tokenizer, prompt)
+    text = decode_response(tokenizer, ids, prompt=prompt, prompt_ids=given)
+    assert text == answer
+    assert encode_completion(tokenizer, prompt, text).tolist() == ids.tolist()
+
+
+def test_what_a_template_writes_before_an_answer_is_not_said(sentencepiece) -> None:
+    """Llama 2's puts a space there: it stays with the template."""
+    tokenizer = sentencepiece(LLAMA2)
+    ids = encode_completion(tokenizer, DIALOGUE[:3], "Lazarus.")
+    given = encode_prompt(tokenizer, DIALOGUE[:3])
+    found = decode_response(tokenizer, ids, prompt=DIALOGUE[:3], prompt_ids=given)
+    assert found.strip() == "Lazarus."
+    assert not found.startswith(" ")
+
+
+def test_each_row_of_a_rollout_is_decoded_behind_its_own_prompt(sentencepiece) -> None:
+    tokenizer = sentencepiece(ZEPHYR)
+    prompts = ["Who wept?", DIALOGUE[:1]]
+    given = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    ids = torch.tensor(encode_completion(tokenizer, "Who wept?", " Jesus.").tolist())
+    rows = ids.expand(4, -1)
+    rollout = Rollout(
+        prompt_ids=(given[0], given[0], given[1], given[1]),
+        input_ids=rows,
+        response_mask=torch.ones_like(rows, dtype=torch.bool),
+        logprobs=torch.zeros(rows.shape),
+        finished=torch.ones(4, dtype=torch.bool),
+    )
+    texts = decode_rollout(tokenizer, rollout, prompts, end_ids=())
+    assert texts == [" Jesus.", " Jesus.", "Jesus.", "Jesus."]
 
 
 def test_shown_words_keep_their_spaces(sentencepiece) -> None:

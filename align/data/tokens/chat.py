@@ -16,6 +16,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 from align.data.tokens.answers import cut_text, encode_after, encode_turns, group_of, split_group
+from align.data.tokens.decode import without_bos
 from align.data.tokens.template import (
     OURS,
     Tokenizer,
@@ -39,7 +40,6 @@ from align.types import (
 )
 
 __all__ = [
-    "decode_response",
     "encode_answers",
     "encode_completion",
     "encode_example",
@@ -129,9 +129,7 @@ def _string_answer(
             "the answer is a list of turns although the prompt is a string; "
             "give both as strings or both as turns"
         )
-    end, own = eos_id(tokenizer), prompt_ids.tolist()
-    if own[:1] == [tokenizer.bos_token_id] and not prompt.startswith(tokenizer.bos_token):
-        own = own[1:]  # the tokenizer put it there, not the text
+    end, own = eos_id(tokenizer), without_bos(tokenizer, prompt, prompt_ids.tolist())
     said, ended = cut_at_end(tokenizer, answer, is_turn=False)
     ids, _ = encode_after(tokenizer, prompt, own, said)
     ids = ids if ended else [*ids, end]
@@ -147,19 +145,6 @@ def _one_sequence(tokenizer: Tokenizer, prompt: Sequence[Message], answer: Text)
             "but the last into the prompt"
         )
     return found[0]
-
-
-def decode_response(
-    tokenizer: Tokenizer, ids: Sequence[int] | np.ndarray, *, end_ids: Sequence[int] = ()
-) -> str:
-    """The text of a sampled response: its final end token removed, everything else kept.
-
-    ``end_ids`` are end tokens that the tokenizer does not know of, as a model may have.
-    """
-    tokens = [int(i) for i in ids]
-    if tokens and tokens[-1] in (*end_token_ids(tokenizer), *end_ids):
-        tokens.pop()
-    return tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def encode_sft(

@@ -69,9 +69,10 @@ class Phases:
         assert rollout is not None
         return gather_rollout(rollout, k, accelerator)
 
-    def decode(self, rollout: Rollout) -> list[str]:
-        """The responses as text."""
-        return decode_rollout(self.session.tokenizer, rollout, end_ids=self.end_ids)
+    def decode(self, rollout: Rollout, examples: Sequence[PromptExample]) -> list[str]:
+        """The responses to the examples as text."""
+        prompts = [example.prompt for example in examples]
+        return decode_rollout(self.session.tokenizer, rollout, prompts, end_ids=self.end_ids)
 
     def score(
         self, examples: Sequence[PromptExample], rollout: Rollout, responses: Sequence[str]
@@ -148,7 +149,7 @@ class Phases:
         seed_step(self.recipe.seed, 104_729)
         members = list(range(len(held_out.groups)))
         rollout = self.sample(held_out, members, seed=self.recipe.seed + 104_729)
-        scores = self.score(held_out.examples, rollout, self.decode(rollout))
+        scores = self.score(held_out.examples, rollout, self.decode(rollout, held_out.examples))
         ref_logprobs = self._at_tokens(rollout, self.roles.ref_logprobs)
         return {
             "score": scores.mean().item(),

@@ -154,7 +154,7 @@ class _PPO:
         now = self._open(number, in_hand)
         try:
             rollout = self._sample_once(now)
-            responses = self.phases.decode(rollout)
+            responses = self.phases.decode(rollout, now.examples)
             scores = self._score_once(now, rollout, responses)
         except NonFiniteError as error:
             self._leave_out(now.step, error, now.examples)
