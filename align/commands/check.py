@@ -194,7 +194,7 @@ def _not_here(source: DataSource) -> str:
     Raises:
         AlignError: It will not be there later either.
     """
-    from align.data.formats.rows import as_a_list
+    from align.data.sources import as_a_list
     from align.models.locate import looks_like_hub_id
 
     path = Path(source.path)

@@ -75,8 +75,8 @@ def run(args: argparse.Namespace) -> None:
 def read_responses(file: str) -> Iterator[tuple[Any, str, str | None]]:
     """(prompt, text, model) of every response of a file."""
     from align.data.formats.fields import Fields
-    from align.data.formats.rows import BadRow, Row, read_source
     from align.data.formats.unread import unread_columns
+    from align.data.sources import BadRow, Row, read_source
 
     for row in read_source(DataSource(path=file)):
         try:

@@ -8,8 +8,8 @@ from dataclasses import fields
 from pathlib import Path
 
 from align.data.formats.columns import Example
-from align.data.formats.rows import choice_of, file_sha256, find_parts
 from align.data.readers.splits import split_parts
+from align.data.sources import choice_of, file_sha256, find_parts
 from align.types import AlignError, DataSource
 
 ADVICE = (

@@ -19,10 +19,10 @@ import numpy as np
 from align.data.formats.columns import Example, read_row
 from align.data.formats.fields import Kind, check_names
 from align.data.formats.rankings import Rated, pairs_of
-from align.data.formats.rows import BadRow, Row, file_sha256, find_parts, read_hub
 from align.data.formats.turn_keys import TOOLS
 from align.data.readers.bad_rows import BadRows, no_row
 from align.data.readers.spool import Spool, Store
+from align.data.sources import BadRow, Row, file_sha256, find_parts, name_of, read_set
 from align.data.subset import Lazy
 from align.types import AlignError, DataSource, SFTExample, SourceReport, Text
 
@@ -211,7 +211,7 @@ def _open(source: DataSource) -> Iterator[tuple[str, str | None, Iterator[Row | 
     """(path, sha256, rows) of what is read of each file of a source."""
     parts = find_parts(source)
     if not parts:
-        yield f"{source.path}/{source.split}", None, read_hub(source)
+        yield name_of(source), None, read_set(source)
     for part in parts:
         yield str(part.path), file_sha256(part.path), part.rows()
 

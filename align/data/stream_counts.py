@@ -15,9 +15,9 @@ from typing import Any
 from align.data.formats.columns import Example, read_row
 from align.data.formats.fields import Kind
 from align.data.formats.rankings import Rated
-from align.data.formats.rows import BadRow, Row
 from align.data.loader import OnBadRow
 from align.data.readers.bad_rows import BadRows, no_row
+from align.data.sources import BadRow, Row
 from align.types import AlignError, DataSource
 
 PATIENCE = 1000

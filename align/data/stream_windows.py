@@ -14,9 +14,9 @@ import numpy as np
 
 from align.data.formats.columns import Example
 from align.data.formats.fields import Kind, check_names
-from align.data.formats.rows import BadRow, Row
 from align.data.loader import OnBadRow, is_held_out
 from align.data.readers.source_rows import PassRows, Place
+from align.data.sources import BadRow, Row
 from align.data.stream_counts import Counts, SourceCounts, examples_of, require_some
 from align.data.tokens.chat import LossOn, encode_some
 from align.data.tokens.template import Tokenizer

@@ -6,9 +6,9 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 from align.data.formats.columns import RANK
-from align.data.formats.rows import BadRow
 from align.data.inspect.check import Inspection, first_row
 from align.data.inspect.findings import PLACES, Finding
+from align.data.sources import BadRow
 from align.feedback.outcomes import judgements_of
 from align.types import DataSource, SourceReport
 

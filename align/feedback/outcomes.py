@@ -17,8 +17,8 @@ from typing import Any
 
 from align.data.formats.comparisons import JUDGEMENT, comparison_of, verdict_of
 from align.data.formats.fields import Fields
-from align.data.formats.rows import BadRow, Row, read_source
 from align.data.formats.unread import unread_columns
+from align.data.sources import BadRow, Row, read_source
 from align.feedback.ranking import Comparison
 from align.types import AlignError, DataSource, Text
 

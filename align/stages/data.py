@@ -19,12 +19,12 @@ import pyarrow as pa
 from align.base.progress import Progress, say
 from align.config.keys import DataConfig
 from align.config.options import TrainOptions
-from align.data.formats.rows import content_of
 from align.data.formats.unread import not_read
 from align.data.held_out import ADVICE, num_shared, refuse_shared
 from align.data.loader import Example, held_out, load_examples, with_columns
 from align.data.order import EpochOrder, as_it_comes, epoch_order
 from align.data.readers.spool import Spool
+from align.data.sources import content_of
 from align.data.subset import Subset, picked
 from align.data.tokens.cache import (
     Damaged,

@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from align.data.formats.rows import BadRow, Row, read_file, read_source
 from align.data.readers import arrow_files, csv_files, json_files, json_shapes, rows
+from align.data.sources import BadRow, Row, read_file, read_source
 from align.types import DataSource
 
 MOST = 200
@@ -110,7 +110,7 @@ def test_names_of_categories_are_not_counted_in_every_row(tmp_path: Path) -> Non
 @pytest.mark.usefixtures("small")
 def test_a_long_row_of_a_hub_set_is_bad(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = datasets.Dataset.from_list([{"text": "a"}, {"text": LONG}])
-    monkeypatch.setattr("align.data.formats.rows.require_on_the_hub", lambda *_: None)
+    monkeypatch.setattr("align.data.sources.require_on_the_hub", lambda *_: None)
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: loaded)
     first, bad = read_source(DataSource(path="org/name"))
     assert isinstance(first, Row)

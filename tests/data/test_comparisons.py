@@ -12,8 +12,8 @@ from align.cli import main
 from align.data.formats.columns import read_row
 from align.data.formats.comparisons import comparison_of
 from align.data.formats.naming import mapping
-from align.data.formats.rows import BadRow, Row
 from align.data.loader import load_examples
+from align.data.sources import BadRow, Row
 from align.data.stream_counts import Counts, SourceCounts, examples_of
 from align.feedback.outcomes import read_judgements
 from align.types import AlignError, DataSource

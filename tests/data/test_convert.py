@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from align.data.formats.columns import read_row
-from align.data.formats.rows import Row
 from align.data.inspect.convert import TARGETS, convert
+from align.data.sources import Row
 from align.types import AlignError, PreferencePair, PromptExample, SFTExample
 
 words = st.text(st.characters(codec="utf-8", categories=["L", "N", "P"]), min_size=1, max_size=8)

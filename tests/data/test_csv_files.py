@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from align.data.formats.rows import BadRow, Row, read_file
 from align.data.loader import load_examples
+from align.data.sources import BadRow, Row, read_file
 from align.types import AlignError, DataSource, PreferencePair, SFTExample
 
 

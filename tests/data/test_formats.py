@@ -16,9 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from align.data.formats import rows as formats
-from align.data.formats.rows import BadRow, Row, file_sha256, find_files, read_source
+from align.data import sources
 from align.data.readers import arrow_files, json_files
+from align.data.sources import BadRow, Row, file_sha256, find_files, read_source
 from align.types import AlignError, DataSource
 
 ROWS = [{"prompt": "a", "completion": "b"}, {"prompt": "ç, \n", "completion": "d"}]
@@ -259,7 +259,7 @@ def test_a_hub_set_that_cannot_be_loaded_is_one_line(monkeypatch) -> None:
     def offline(*args: object, **kwargs: object) -> None:
         raise ConnectionError("no\nnetwork")
 
-    monkeypatch.setattr("align.data.formats.rows.require_on_the_hub", lambda *_: None)
+    monkeypatch.setattr("align.data.sources.require_on_the_hub", lambda *_: None)
     monkeypatch.setattr(datasets, "load_dataset", offline)
     with pytest.raises(AlignError, match=r"^org/name: no such file, and not loaded .*no network"):
         list(read_source(DataSource(path="org/name")))
@@ -272,7 +272,7 @@ def test_rows_of_a_hub_set_are_named_by_split(monkeypatch) -> None:
         asked.append((args, kwargs))
         return datasets.Dataset.from_list(ROWS)
 
-    monkeypatch.setattr("align.data.formats.rows.require_on_the_hub", lambda *_: None)
+    monkeypatch.setattr("align.data.sources.require_on_the_hub", lambda *_: None)
     monkeypatch.setattr(datasets, "load_dataset", load)
     rows = list(read_source(DataSource(path="org/set", name="en", split="train[:2]")))
     assert asked == [(("org/set", "en"), {"split": "train[:2]"})]
@@ -346,7 +346,7 @@ def test_of_a_parquet_file_one_row_group_is_in_memory(tmp_path: Path) -> None:
     del table
     before = pa.total_allocated_bytes()
     most = 0
-    for row in formats.read_file(tmp_path / "a.parquet"):
+    for row in sources.read_file(tmp_path / "a.parquet"):
         assert isinstance(row, Row)
         most = max(most, pa.total_allocated_bytes() - before)
     assert most < size / 4
@@ -359,7 +359,7 @@ def test_a_hub_set_is_gone_through_and_never_a_list(monkeypatch: pytest.MonkeyPa
         def __iter__(self) -> Any:
             return (taken.append(n) or {"prompt": f"p{n}"} for n in range(10))
 
-    monkeypatch.setattr("align.data.formats.rows.require_on_the_hub", lambda *_: None)
+    monkeypatch.setattr("align.data.sources.require_on_the_hub", lambda *_: None)
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: Mapped())
     found = read_source(DataSource(path="org/name"))
     for number in range(3):
@@ -373,7 +373,7 @@ def test_one_object_around_the_rows_is_refused(tmp_path, name: str, indent: int 
     path = tmp_path / "d.json"
     path.write_text(json.dumps({"version": 1, name: [{"text": "a"}]}, indent=indent))
     with pytest.raises(AlignError, match=rf"d.json: is one object, whose '{name}' holds the rows;"):
-        list(formats.read_file(path))
+        list(sources.read_file(path))
 
 
 @pytest.mark.parametrize("rows", [1, 2])
@@ -381,7 +381,7 @@ def test_lines_in_a_json_file_whose_values_are_lists(tmp_path, rows: int) -> Non
     line = json.dumps({"messages": [{"role": "user", "content": "q"}], "data": ["a"]})
     path = tmp_path / "d.json"
     path.write_text(f"{line}\n" * rows)
-    found = list(formats.read_file(path))
+    found = list(sources.read_file(path))
     assert [row.where for row in found] == [f"{path}:{n + 1}" for n in range(rows)]
     assert found[0].values["data"] == ["a"]
 
@@ -390,4 +390,4 @@ def test_a_list_on_one_line_of_jsonl_is_refused(tmp_path) -> None:
     path = tmp_path / "d.jsonl"
     path.write_text('[{"text": "a"}, {"text": "b"}]\n')
     with pytest.raises(AlignError, match=r"d.jsonl: is one JSON list, .*; call it .json"):
-        list(formats.read_file(path))
+        list(sources.read_file(path))

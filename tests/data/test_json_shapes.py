@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from align.data.formats.rows import BadRow, Row, read_file
 from align.data.readers import json_files, json_shapes
+from align.data.sources import BadRow, Row, read_file
 from align.types import AlignError
 
 ROWS = [{"prompt": "a", "chosen": "b"}, {"prompt": "c", "chosen": "d"}]

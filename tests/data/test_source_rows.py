@@ -13,8 +13,8 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from align.data.formats.rows import BadRow, Row, read_source
 from align.data.readers.source_rows import PassRows, SourceRows
+from align.data.sources import BadRow, Row, read_source
 from align.types import AlignError, DataSource
 
 ROWS = [{"prompt": f"p{n}", "completion": "c" * n} for n in range(25)]
@@ -89,7 +89,7 @@ def test_a_folder_goes_on_in_the_file_where_it_was(
         opened.append(path.name)
         return original(path)
 
-    monkeypatch.setattr("align.data.formats.rows.read_file", spying)
+    monkeypatch.setattr("align.data.sources.read_file", spying)
     assert rest(SourceRows(source, rows.place())) == whole[60:]
     assert opened == ["c.csv", "d.parquet", "e.arrow"]
 
@@ -108,7 +108,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]
         asked.append({"path": path, "name": name, **options})
         return original("json", data_files=list(map(str, files)), **options)
 
-    monkeypatch.setattr("align.data.formats.rows.require_on_the_hub", lambda *_: None)
+    monkeypatch.setattr("align.data.sources.require_on_the_hub", lambda *_: None)
     monkeypatch.setattr(datasets, "load_dataset", load)
     return asked
 
@@ -133,7 +133,7 @@ def test_a_hub_set_that_breaks_off_is_one_line(monkeypatch: pytest.MonkeyPatch) 
             yield {"prompt": "p"}
             raise ConnectionError("gone\naway")
 
-    monkeypatch.setattr("align.data.formats.rows.require_on_the_hub", lambda *_: None)
+    monkeypatch.setattr("align.data.sources.require_on_the_hub", lambda *_: None)
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: Broken())
     rows = SourceRows(DataSource(path="org/set"))
     assert isinstance(rows.next(), Row)

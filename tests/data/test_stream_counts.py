@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from align.data.formats.columns import Example
-from align.data.formats.rows import BadRow, Row
+from align.data.sources import BadRow, Row
 from align.data.stream_counts import PATIENCE, Counts, SourceCounts, examples_of, require_some
 from align.types import AlignError, DataSource
 

@@ -13,7 +13,7 @@ import pytest
 
 from align.data.formats.columns import Example, read_row
 from align.data.formats.rankings import Rated
-from align.data.formats.rows import BadRow, Row
+from align.data.sources import BadRow, Row
 from align.data.inspect.convert import convert
 from align.data.loader import load_examples
 from align.data.readers.spool import Spool

@@ -9,8 +9,8 @@ import pytest
 
 from align.data.formats.columns import read_row
 from align.data.formats.rankings import Rated
-from align.data.formats.rows import BadRow, Row
 from align.data.formats.turns import is_written_turns
+from align.data.sources import BadRow, Row
 
 USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 OTHER = {"role": "assistant", "content": "b"}

@@ -12,11 +12,11 @@ import pytest
 from align.cli import main
 from align.data.formats.columns import read_row
 from align.data.formats.rankings import Rated
-from align.data.formats.rows import BadRow, Row
 from align.data.formats.unread import MEANING
 from align.data.inspect.check import inspect
 from align.data.loader import load_examples
 from align.data.readers.spool import Spool
+from align.data.sources import BadRow, Row
 from align.data.stream_counts import Counts, SourceCounts, examples_of
 from align.types import DataSource
 

@@ -17,8 +17,8 @@ from transformers import AutoTokenizer
 
 import align.data.loader as loader
 from align.config.keys import PPORecipe, RewardRecipe, SFTRecipe
+from align.data import sources
 from align.data.formats import fields
-from align.data.formats import rows as formats
 from align.data.loader import load_examples, split_by_prompt
 from align.data.readers import spool
 from align.data.subset import pick
@@ -223,7 +223,7 @@ def test_a_hub_set_is_keyed_by_its_fingerprint(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     sets = [datasets.Dataset.from_list(rows) for rows in (preferences, preferences[:20])]
-    monkeypatch.setattr("align.data.formats.rows.require_on_the_hub", lambda *_: None)
+    monkeypatch.setattr("align.data.sources.require_on_the_hub", lambda *_: None)
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: sets[0])
     for _ in range(2):
         load("preference", "org/pairs")
@@ -364,7 +364,7 @@ def test_few_rows_are_alive_at_once(
         alive -= 1
 
     for room, name in (
-        (formats, "Row"), (fields, "BadRow"), (loader, "read_row"), (loader, "pairs_of"),
+        (sources, "Row"), (fields, "BadRow"), (loader, "read_row"), (loader, "pairs_of"),
         (spool, "restored"), (chat, "encode_example"),
     ):  # fmt: skip
         monkeypatch.setattr(room, name, watched(getattr(room, name)))

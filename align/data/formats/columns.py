@@ -32,10 +32,10 @@ from align.data.formats.rankings import (
     read_rating,
 )
 from align.data.formats.references import reference_of, references_of
-from align.data.formats.rows import BadRow, Row
 from align.data.formats.turn_keys import TRAIN
 from align.data.formats.turns import ALLOWED, ROLES
 from align.data.formats.unread import completed, unread_columns, with_extras
+from align.data.sources import BadRow, Row
 from align.types import PreferencePair, PromptExample, SFTExample, Text
 
 Example: TypeAlias = SFTExample | PreferencePair | PromptExample

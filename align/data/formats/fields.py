@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn, TypeAlias
 
 from align.base.suggest import nearest
-from align.data.formats.rows import BadRow, Row
 from align.data.formats.turn_keys import NotTurns, is_list, says_more
 from align.data.formats.turns import (
     AS_A_LIST,
@@ -20,6 +19,7 @@ from align.data.formats.turns import (
     kind_name,
     read_turns,
 )
+from align.data.sources import BadRow, Row
 from align.types import AlignError, Message, Text
 
 Kind: TypeAlias = Literal["sft", "preference", "prompt"]

@@ -17,7 +17,6 @@ from typing import Literal
 from align.data.formats.columns import Example, format_name, kind_of
 from align.data.formats.fields import Kind
 from align.data.formats.naming import UNKNOWN, mapping
-from align.data.formats.rows import BadRow, Row, read_source
 from align.data.formats.turns import ALLOWED, ROLES
 from align.data.held_out import notes_of
 from align.data.inspect.findings import (
@@ -32,6 +31,7 @@ from align.data.inspect.findings import (
 from align.data.inspect.oddities import oddities, script
 from align.data.loader import load_examples, prompt_key
 from align.data.readers.rows import TIE
+from align.data.sources import BadRow, Row, read_source
 from align.data.tokens.findings import Shown, counts, encode_all, of_template, of_tokens, show
 from align.data.tokens.lengths import longer_wins
 from align.data.tokens.template import Tokenizer

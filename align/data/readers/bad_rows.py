@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from align.data.formats.columns import RANK, is_judgement
 from align.data.formats.fields import NEEDED, Kind
 from align.data.formats.naming import KIND_NAMES, flags, other_kind, overrides
-from align.data.formats.rows import BadRow
 from align.data.readers.rows import LeftOut
+from align.data.sources import BadRow
 
 NUM_SHOWN = 5
 """Bad rows that a report tells in full."""

@@ -1,7 +1,7 @@
 """Rows of sources one after another, from any place on: what `stream.py` reads.
 
 Nothing is kept of a row that was handed out. A place is a few numbers, as JSON has them: to go back
-to one, local rows before it are read over again, and a hub data set is told where it was.
+to one, rows of files before it are read over again, and a streamed data set is told where it was.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
-from align.data.formats.rows import BadRow, FilePart, Row, find_parts, open_hub_stream, stream_hub
+from align.data.sources import BadRow, FilePart, Row, find_parts, open_stream, stream_rows
 from align.types import DataSource
 
 Place: TypeAlias = dict[str, Any]
@@ -24,12 +24,12 @@ class SourceRows:
 
     def __init__(self, source: DataSource, place: Mapping[str, Any] | None = None) -> None:
         place = place or {}
-        # rows that were handed out of this file, of the hub data set
+        # rows that were handed out of this file, of the data set
         self._file, self._done = int(place.get("file", 0)), int(place.get("rows", 0))
         self._source, self._state = source, place.get("state")
         self._dataset: Any = None
         parts = find_parts(source)
-        self._rows = self._of_files(parts) if parts else self._of_hub()
+        self._rows = self._of_files(parts) if parts else self._of_set()
 
     def next(self) -> Row | BadRow | None:
         """None = there is no more."""
@@ -37,7 +37,7 @@ class SourceRows:
 
     def place(self) -> Place:
         """Where the next row stands."""
-        if self._dataset is not None:
+        if hasattr(self._dataset, "state_dict"):
             return {"rows": self._done, "state": self._dataset.state_dict()}
         if self._state is not None:  # not opened yet
             return {"rows": self._done, "state": self._state}
@@ -50,11 +50,11 @@ class SourceRows:
                 yield row
             self._file, self._done = self._file + 1, 0
 
-    def _of_hub(self) -> Iterator[Row | BadRow]:
-        self._dataset = open_hub_stream(self._source)
+    def _of_set(self) -> Iterator[Row | BadRow]:
+        self._dataset = open_stream(self._source)
         if self._state is not None:
             self._dataset.load_state_dict(self._state)
-        for row in stream_hub(self._dataset, self._source, done=self._done):
+        for row in stream_rows(self._dataset, self._source, done=self._done):
             self._done += 1
             yield row
 

@@ -1,4 +1,4 @@
-"""Files and hub data sets -> rows that know where they stand. What rows mean is ``columns.py``'s.
+"""Files, hub data sets and objects in memory -> rows with their place. What they mean: ``formats``.
 
 A row that cannot be read does not end the reading: it comes out as a ``BadRow``, so that the
 caller may stop or skip; so does one that is too long (`rows.MAX_CHARS`), before it is decoded. A
@@ -25,6 +25,7 @@ from align.base.suggest import nearest_path
 from align.data.readers.arrow_files import read_arrow, read_parquet
 from align.data.readers.csv_files import read_csv
 from align.data.readers.json_files import read_json, read_lines
+from align.data.readers.objects import hash_of, is_given, open_given, read_given
 from align.data.readers.rows import (
     BadRow,
     Row,
@@ -46,11 +47,12 @@ __all__ = [
     "file_sha256",
     "find_files",
     "find_parts",
-    "open_hub_stream",
+    "name_of",
+    "open_stream",
     "read_file",
-    "read_hub",
+    "read_set",
     "read_source",
-    "stream_hub",
+    "stream_rows",
 ]
 
 
@@ -76,18 +78,22 @@ def read_source(source: DataSource) -> Iterator[Row | BadRow]:
     """All rows of a source, in the order of its files."""
     parts = find_parts(source)
     if not parts:
-        yield from read_hub(source)
+        yield from read_set(source)
     for part in parts:
         yield from part.rows()
 
 
 def choice_of(source: DataSource) -> Choice | None:
-    """Choose what a source reads of a local file or folder; None means a hub data set.
+    """Choose what a source reads of a local file or folder.
+
+    None means that it is no file: a hub data set, or rows in memory.
 
     Raises:
         AlignError: There is no such file or folder, and it cannot be the name of a hub data set;
             or its split selects nothing.
     """
+    if is_given(source):
+        return None
     path = Path(source.path).expanduser()
     if path.is_file() and not path.name.endswith(SUFFIXES):
         raise _no_data_file(path)
@@ -115,7 +121,7 @@ def _no_data_file(path: Path) -> AlignError:
 
 
 def find_files(source: DataSource) -> list[Path]:
-    """The local files of a source that are read, each once; empty means a hub data set.
+    """The local files of a source that are read, each once; empty means that it has none.
 
     Raises:
         AlignError: As `choice_of`.
@@ -125,7 +131,7 @@ def find_files(source: DataSource) -> list[Path]:
 
 
 def find_parts(source: DataSource) -> list[FilePart]:
-    """Parts of local files that a source reads, in order; empty means a hub data set.
+    """Parts of local files that a source reads, in order; empty means that it has none.
 
     Raises:
         AlignError: As `choice_of`; or a slice has no row.
@@ -200,19 +206,31 @@ def read_file(path: Path) -> Iterator[Row | BadRow]:
         raise AlignError(f"{path}: cannot be read: {one_line(error)}; fetch it again") from error
 
 
-def read_hub(source: DataSource) -> Iterator[Row | BadRow]:
-    """Rows of a data set from the hub or its cache."""
-    yield from numbered(map(bounded, _load_hub(source)), f"{source.path}/{source.split}")
+def name_of(source: DataSource) -> str:
+    """Name of a source that has no local files, as reports show it."""
+    return source.path[1:-1] if is_given(source) else f"{source.path}/{source.split}"
 
 
-def open_hub_stream(source: DataSource) -> Any:
-    """The ``datasets.IterableDataset`` of a hub data set: nothing of it is put on the disk."""
-    return _load_hub(source, streaming=True)
+def read_set(source: DataSource) -> Iterator[Row | BadRow]:
+    """Rows of a data set that has no local files: from the hub, its cache, or memory."""
+    if is_given(source):
+        return read_given(open_given(source), source)
+    return numbered(map(bounded, _load_hub(source)), name_of(source))
 
 
-def stream_hub(dataset: Any, source: DataSource, *, done: int = 0) -> Iterator[Row | BadRow]:
-    """Rows of what `open_hub_stream` opened; ``done`` rows of it were read before."""
-    path = f"{source.path}/{source.split}"
+def open_stream(source: DataSource) -> Any:
+    """What `stream_rows` reads: of a hub data set, nothing is put on the disk."""
+    return open_given(source) if is_given(source) else _load_hub(source, streaming=True)
+
+
+def stream_rows(dataset: Any, source: DataSource, *, done: int = 0) -> Iterator[Row | BadRow]:
+    """Rows of what `open_stream` opened; ``done`` rows of it were read before."""
+    if is_given(source):
+        return read_given(dataset, source, done=done)
+    return _stream_hub(dataset, name_of(source), done)
+
+
+def _stream_hub(dataset: Any, path: str, done: int) -> Iterator[Row | BadRow]:
     rows = iter(dataset)
     for number in count(done + 1):
         try:
@@ -244,10 +262,12 @@ def _load_hub(source: DataSource, **options: Any) -> Any:
 
 
 def content_of(source: DataSource) -> list[tuple[str, str]]:
-    """(name, hash of the content) of every file of a source, or of a hub data set."""
+    """(name, hash of the content) of every file of a source, or of the data set that it is."""
+    if is_given(source):
+        return [(name_of(source), hash_of(open_given(source)))]
     files = [(str(file), file_sha256(file)) for file in find_files(source)]
     # `datasets` keeps a hash of what it has loaded
-    return files or [(f"{source.path}/{source.split}", str(_load_hub(source)._fingerprint))]
+    return files or [(name_of(source), str(_load_hub(source)._fingerprint))]
 
 
 def file_sha256(path: Path) -> str:
