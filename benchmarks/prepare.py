@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from align.data.loader import load_examples
+from align.data.examples import load_examples
 from align.data.order import epoch_order, minibatches
 from align.data.tokens.chat import encode_examples
 from align.models import load_tokenizer

@@ -21,7 +21,7 @@ from align import cli
 from align.config import keys as config
 from align.config.checks import METRIC_NAMES
 from align.config.load import find_recipe, load_recipe, shipped_recipes
-from align.data.loader import load_examples
+from align.data.examples import load_examples
 from align.data.tokens.packing import collate
 from align.evaluation.compare import Comparison
 from align.evaluation.wins import EqualLength, WinRate

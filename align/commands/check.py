@@ -148,8 +148,8 @@ SAMPLED = 2000
 
 def _read_as_the_run(source: DataSource, data: DataConfig, kind: Kind) -> tuple[Sequence[Any], str]:
     """Rows of one source, read and checked as the run will do it."""
+    from align.data.examples import load_examples, with_columns
     from align.data.formats.unread import not_read
-    from align.data.loader import load_examples, with_columns
 
     not_here = _not_here(source)
     if not_here:
@@ -165,8 +165,8 @@ def _read_as_the_run(source: DataSource, data: DataConfig, kind: Kind) -> tuple[
 
 def _read_beginning(source: DataSource, data: DataConfig, kind: Kind) -> tuple[Sequence[Any], str]:
     """The first rows of a source that is streamed, read and checked as the run will do it."""
+    from align.data.examples import with_columns
     from align.data.formats.unread import not_read
-    from align.data.loader import with_columns
     from align.data.readers.source_rows import SourceRows
     from align.data.stream_counts import SourceCounts, examples_of, require_some
 

@@ -115,9 +115,9 @@ def _report(found: Inspection, args: argparse.Namespace) -> int:
 
 
 def run_convert(args: argparse.Namespace) -> None:
+    from align.data.examples import load_examples
     from align.data.inspect.check import kind_of_sources
     from align.data.inspect.convert import convert
-    from align.data.loader import load_examples
 
     output = Path(args.output)
     if output.suffix != ".jsonl":

@@ -1,275 +1,194 @@
-"""The one loader: sources -> examples, bad rows stopped at or counted, prompts split honestly.
+"""The one loader: sources -> token groups of both sides of a run, made once and then opened.
 
-Rows go through one at a time. What is kept of them lies in a list, or in a `Spool` on disk; in
-memory are then a few numbers of each, so that weights, rated rows and the split need no texts.
+Rows are read, mapped to examples, checked, split by prompt and tokenised into an entry of the token
+cache, which a second run with the same rows, tokenizer, options and code opens at once.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import random
-from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeAlias, TypeVar
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
+import pyarrow as pa
 
-from align.data.formats.columns import Example, read_row
-from align.data.formats.fields import Kind, check_names
-from align.data.formats.rankings import Rated, pairs_of
-from align.data.formats.turn_keys import TOOLS
-from align.data.readers.bad_rows import BadRows, no_row
-from align.data.readers.spool import Spool, Store
-from align.data.sources import BadRow, Row, file_sha256, find_parts, name_of, read_set
-from align.data.subset import Lazy
-from align.types import AlignError, DataSource, SFTExample, SourceReport, Text
-
-OnBadRow: TypeAlias = Literal["stop", "skip"]
-NEEDS_TWO = "a pair needs two answers to one prompt, with different scores"
-NO_KTO = (
-    f"{NEEDS_TWO}; there is no KTO: `align sft` with data.on_bad_row=skip learns from the answers "
-    "whose label is true"
+from align.base.progress import Progress, say
+from align.config.keys import DataConfig
+from align.data.examples import held_out_places, load_examples, with_columns
+from align.data.formats.columns import Example
+from align.data.formats.fields import Kind
+from align.data.held_out import ADVICE, num_shared
+from align.data.sources import content_of
+from align.data.subset import picked
+from align.data.tokens.cache import (
+    Damaged,
+    cache_folder,
+    code_hash,
+    new_entry,
+    remove_damaged,
+    tokenizer_hash,
+    write_arrow,
 )
-AnyExample = TypeVar("AnyExample", bound=Example)
+from align.data.tokens.groups import SCHEMA, TokenGroups, open_entry
+from align.data.tokens.template import Tokenizer
+from align.data.tokens.tokenise import Tally, batches_of
+from align.types import AlignError, DataSource, SourceReport
+
+SIDES = ("train", "test")
+OF_STEPS = ("order", "streaming", "streaming_window")
+"""Options of a run's steps, which change nothing of its rows."""
+
+Sides: TypeAlias = dict[str, Sequence[Example]]
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """Examples of all sources in order, and what became of every file's rows."""
+class LoadedTokens:
+    """Token groups of both sides, and what became of the rows.
 
-    examples: Sequence[Example]
-    reports: tuple[SourceReport, ...]
-
-
-@dataclass(frozen=True)
-class _Units:
-    """What a weight keeps or leaves out as a whole: a row, or all rated rows of one prompt.
-
-    Unit u has records ``starts[u]`` to ``stops[u]`` of the store, made of ``num_rows[u]`` rows.
+    ``facts``: ``reports`` of every file, and ``rows``, ``tokens`` and ``dropped`` (when tokenised,
+    by reason), each by side; ``shared``, held-out rows that are training rows too.
     """
 
-    store: Store
-    starts: array[int] = field(default_factory=lambda: array("q"))
-    stops: array[int] = field(default_factory=lambda: array("q"))
-    num_rows: array[int] = field(default_factory=lambda: array("q"))
+    groups: Mapping[str, TokenGroups]
+    facts: Mapping[str, Any]
 
-    def add(self, examples: Sequence[Example], num_rows: int = 1) -> None:
-        self.starts.append(len(self.store))
-        for example in examples:
-            self.store.append(example)
-        self.stops.append(len(self.store))
-        self.num_rows.append(num_rows)
+    def reports(self, side: str) -> tuple[SourceReport, ...]:
+        """What became of the rows of every file of a side."""
+        return tuple(SourceReport(**report) for report in self.facts["reports"][side])
 
 
-class _Used(Lazy[Example]):
-    """The records that weights leave, in order."""
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        self._records, self._copies = array("q"), array("q")
-
-    def add(self, records: range, copy: int) -> None:
-        self._records.extend(records)
-        self._copies.extend([copy] * len(records))
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def _item(self, index: int) -> Example:
-        example: Example = self._store[self._records[index]]
-        copy = self._copies[index]
-        return example if copy == 1 else replace(example, id=f"{example.id}#{copy}")
-
-
-def with_columns(
-    sources: Sequence[DataSource], columns: Mapping[str, str]
-) -> tuple[DataSource, ...]:
-    """The sources with ``columns`` for all of them; what a source says itself comes first."""
-    return tuple(replace(s, columns={**columns, **s.columns}) for s in sources)
-
-
-def load_examples(
-    sources: Sequence[DataSource],
-    *,
-    kind: Kind,
-    on_bad_row: OnBadRow = "stop",
-    seed: int = 0,
-    spool: Spool | None = None,
-) -> Loaded:
-    """Read every row of every source.
+def load(
+    data: DataConfig, kind: Kind, tokenizer: Tokenizer, *, seed: int, shown: bool = False
+) -> LoadedTokens:
+    """Open the tokens of a run's rows, or make them.
 
     Args:
-        sources: Files, folders, hub data sets; ``weight`` says how many copies of each are used.
         kind: What rows are read as: ``sft``, ``preference`` or ``prompt``.
-        on_bad_row: ``stop`` at the first bad row, or ``skip`` it and count it by reason.
-        seed: Picks the rows of a source whose weight has a fraction.
-        spool: Where the examples are kept, and read from while it is open; None = in memory, as
-            a tuple.
+        seed: Picks rows where fewer are used, and the side of a prompt.
+        shown: Show the progress of tokenising.
 
     Raises:
-        AlignError: A bad row (``stop``), a file without one good row, a source that is not there.
+        AlignError: A bad row under ``on_bad_row=stop``, a source without a usable row, a held-out
+            set that is training data, or a disk that cannot be written.
     """
-    store: Store = [] if spool is None else spool
-    examples = _Used(store)
-    reports: list[SourceReport] = []
-    for source in sources:
-        check_names(source.columns)
-        if source.weight <= 0:
-            raise AlignError(f"{source.path}: weight is {source.weight}, must be above 0")
-        for path, sha256, rows in _open(source):
-            unread: dict[str, None] = {}
-            noted = BadRows()
-            kept, bad, columns = _read(
-                rows, source, kind, on_bad_row, _Units(store), unread=unread, note=noted.add
-            )
-            if not kept.num_rows:
-                raise AlignError(no_row(path, bad, kind, columns))
-            num_kept, num_used = sum(kept.num_rows), 0
-            for unit, copy in _weighted(len(kept.num_rows), source.weight, f"{seed} {path}"):
-                examples.add(range(kept.starts[unit], kept.stops[unit]), copy)
-                num_used += kept.num_rows[unit]
-            if not num_used:
-                raise AlignError(
-                    f"{path}: a weight of {source.weight} leaves none of its "
-                    f"{len(kept.num_rows)} rows; raise it, or leave the source out"
-                )
-            num_used = min(num_kept, num_used)
-            dropped = dict(bad.reasons)
-            if num_used < num_kept:
-                dropped[f"left out by weight {source.weight}"] = num_kept - num_used
-            reports.append(
-                SourceReport(
-                    path=path,
-                    sha256=sha256,
-                    rows_read=num_kept + bad.reasons.total(),
-                    rows_kept=num_used,
-                    dropped=dropped,
-                    first_dropped=tuple(bad.first),
-                    unread=tuple(unread),
-                    noted=dict(noted.reasons),
-                    first_noted=tuple(noted.first),
-                )
-            )
-    return Loaded(tuple(examples) if spool is None else examples, tuple(reports))
+    folder = cache_folder() / _key(data, kind, tokenizer, seed)
+    if folder.exists():
+        try:
+            return _open_whole(folder)
+        except Damaged as error:
+            say(f"  token cache {folder}: damaged ({error}), so it is made again")
+            remove_damaged(folder, partial(_open_whole, folder))
+    facts: dict[str, Any] = {}
+    with new_entry(folder, facts) as entry:
+        examples, facts["reports"] = _read(data, kind, seed, entry.parent)
+        # a split by prompt has none
+        facts["shared"] = _shared(data.test, examples) if data.test and data.train else 0
+        facts |= _tokenise(examples, data, tokenizer, entry, shown)
+    try:
+        return _open_whole(folder)
+    except Damaged as error:
+        raise AlignError(
+            f"token cache {folder}: {error}; it cannot be replaced: remove it, or set ALIGN_CACHE "
+            "to another folder"
+        ) from error
 
 
-def split_by_prompt(
-    examples: Sequence[AnyExample], *, test_fraction: float, seed: int
-) -> tuple[tuple[AnyExample, ...], tuple[AnyExample, ...]]:
-    """(train, test), decided by a hash of each prompt.
-
-    Rows of one prompt never fall on both sides, and a prompt stays on its side when rows are added
-    or reordered. The fraction holds for prompts, on average.
-    """
-    is_test = held_out(examples, test_fraction=test_fraction, seed=seed).tolist()
-    train = tuple(e for e, test in zip(examples, is_test, strict=True) if not test)
-    return train, tuple(e for e, test in zip(examples, is_test, strict=True) if test)
+def _key(data: DataConfig, kind: str, tokenizer: Tokenizer, seed: int) -> str:
+    """A hash of everything that decides what the tokens are; sources by their content."""
+    content = {
+        side: [(asdict(source), content_of(source)) for source in getattr(data, side)]
+        for side in SIDES
+    }
+    options = {name: value for name, value in asdict(data).items() if name not in OF_STEPS}
+    parts = [code_hash(), tokenizer_hash(tokenizer), options, content, kind, seed]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def held_out(examples: Sequence[Example], *, test_fraction: float, seed: int) -> np.ndarray:
-    """For each example whether `split_by_prompt` puts it on the test side, bool."""
-    sides = (is_held_out(e, test_fraction=test_fraction, seed=seed) for e in examples)
-    return np.fromiter(sides, dtype=bool, count=len(examples))
-
-
-def is_held_out(example: Example, *, test_fraction: float, seed: int) -> bool:
-    """Whether `split_by_prompt` puts it on the test side: nothing but its prompt decides."""
-    digest = hashlib.sha256(f"{seed} {prompt_key(example)}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") < test_fraction * 2**64
-
-
-def prompt_key(example: Example) -> str:
-    """What makes two rows rows of one prompt.
-
-    The prompt itself; of a whole conversation its first user turn; of plain text all of it.
-    """
-    if not isinstance(example, SFTExample):
-        return _text_key(example.prompt)
-    if example.messages is not None:
-        users = [m for m in example.messages if m["role"] == "user"]
-        return _text_key((users or list(example.messages))[0]["content"])
-    return _text_key(example.prompt if example.prompt is not None else example.text or "")
-
-
-def _text_key(text: Text) -> str:
-    if isinstance(text, str):
-        return text.strip()
-    if len(text) == 1:  # the same question, as a string or as a turn
-        return text[0]["content"].strip()
-    return "\n\n".join(f"{m['role']}: {m['content'].strip()}" for m in text)
-
-
-def _tools_key(prompt: Text) -> str:
-    """What tells two questions of the same words apart: the tools that may be called."""
-    tools = prompt[0].get(TOOLS) if isinstance(prompt, tuple) else None
-    return json.dumps(tools) if tools else ""
-
-
-def _open(source: DataSource) -> Iterator[tuple[str, str | None, Iterator[Row | BadRow]]]:
-    """(path, sha256, rows) of what is read of each file of a source."""
-    parts = find_parts(source)
-    if not parts:
-        yield name_of(source), None, read_set(source)
-    for part in parts:
-        yield str(part.path), file_sha256(part.path), part.rows()
+def _open_whole(folder: Path) -> LoadedTokens:
+    """Open the cache's entry, which has to say of itself what a run is told."""
+    facts, groups = open_entry(folder, SIDES)
+    lacking = [name for name in ("reports", "rows", "tokens", "dropped") if name not in facts]
+    if lacking:
+        raise Damaged(f"facts.json: has no {lacking[0]}")
+    return LoadedTokens(groups, facts)
 
 
 def _read(
-    rows: Iterator[Row | BadRow],
-    source: DataSource,
-    kind: Kind,
-    on_bad_row: OnBadRow,
-    kept: _Units,
-    **remarks: Any,
-) -> tuple[_Units, BadRows, list[str]]:
-    """What is used, what is not, and the file's columns; ``remarks`` are options of `read_row`.
+    data: DataConfig, kind: Kind, seed: int, folder: Path
+) -> tuple[Sides, dict[str, list[dict[str, Any]]]]:
+    """The examples of both sides, kept in ``folder``, and what became of every file's rows."""
 
-    To stop takes a row that can be used, before the bad one or after it: leaving bad rows out is no
-    way out for a file that has no other.
-    """
-    bad = BadRows()
-    rated: dict[bytes, list[int]] = {}  # by prompt, in the order in which prompts turn up
-    columns: dict[str, None] = {}  # in their order
-    for row in rows:
-        try:
-            if isinstance(row, BadRow):
-                raise row
-            columns |= dict.fromkeys(map(str, row.values))
-            found = read_row(row, kind, columns=source.columns, source=source.path, **remarks)
-            if isinstance(found, Rated):
-                asked = _text_key(found.prompt) + _tools_key(found.prompt)
-                text = asked.encode("utf-8", "surrogatepass")
-                prompt = hashlib.sha256(text).digest()
-                rated.setdefault(prompt, []).append(len(kept.store))
-                kept.store.append(found)
-            else:
-                kept.add(found)
-        except BadRow as error:
-            bad.add(error)
-        if bad.first and (kept.num_rows or rated) and on_bad_row == "stop":
-            raise AlignError(bad.stop_at_first())
-    for records in rated.values():
-        same_prompt = [kept.store[record] for record in records]
-        pairs = pairs_of(same_prompt)
-        if pairs:
-            kept.add(pairs, len(same_prompt))
-        else:  # as good as any row; there is nothing to compare it with
-            reason = "nothing rated otherwise to compare with"
-            for row in same_prompt:
-                advice = NO_KTO if row.by == "label" else NEEDS_TWO
-                bad.add(BadRow(row.id, row.by, reason, advice))
-    return kept, bad, list(columns)
+    def read(side: str) -> tuple[Any, np.ndarray, list[dict[str, Any]]]:
+        rows = folder / side
+        rows.mkdir()
+        loaded = load_examples(
+            with_columns(getattr(data, side), data.columns),
+            kind=kind,
+            on_bad_row=data.on_bad_row,
+            seed=seed,
+            folder=rows,
+        )
+        return loaded.examples, loaded.places, [asdict(report) for report in loaded.reports]
+
+    train, places, reports = read("train")
+    numbers = np.arange(len(train))
+    if data.test:
+        test, _, test_reports = read("test")
+        sides = [(train, numbers), (test, np.arange(len(test)))]
+    else:
+        is_test = held_out_places(places, data.test_fraction)
+        sides, test_reports = [(train, numbers[~is_test]), (train, numbers[is_test])], []
+    limits = (data.max_train_rows, data.max_test_rows)
+    examples: Sides = {
+        side: every.select(rows[picked(len(rows), limit, seed)])
+        for side, (every, rows), limit in zip(SIDES, sides, limits, strict=True)
+    }
+    return examples, {"train": reports, "test": test_reports}
 
 
-def _weighted(num_units: int, weight: float, seed: str) -> Iterator[tuple[int, int]]:
-    """(unit, number of the copy, from 1): ``weight`` copies of all, of the last one a fraction.
+def _shared(test: Sequence[DataSource], examples: Sides) -> int:
+    """How many held-out rows are training rows; refused where all are."""
+    shared = num_shared(examples["train"], examples["test"])
+    if shared and shared == len(examples["test"]):
+        paths = ", ".join(source.path for source in test)
+        raise AlignError(
+            f"data.test: {paths}: all {shared} rows are training data too, word for word: {ADVICE}"
+        )
+    return shared
 
-    The fraction is picked by seed, its order kept.
-    """
-    whole = int(weight)
-    yield from ((unit, copy) for copy in range(1, whole + 1) for unit in range(num_units))
-    num_extra = round((weight - whole) * num_units)
-    extra = random.Random(seed).sample(range(num_units), num_extra)
-    yield from ((unit, whole + 1) for unit in sorted(extra))
+
+def _tokenise(
+    examples: Sides, data: DataConfig, tokenizer: Tokenizer, entry: Path, shown: bool
+) -> dict[str, Any]:
+    """Write the tokens of both sides; how many there are of what, and what was dropped."""
+    tallies = {side: Tally() for side in SIDES}
+    groups: dict[str, int] = {}
+    for side, tally in tallies.items():
+        rows = batches_of(
+            tokenizer,
+            examples[side],
+            tally,
+            max_tokens=data.max_tokens,
+            on_bad_row=data.on_bad_row,
+            loss_on=data.loss_on,
+        )
+        batches = _shown(rows, len(examples[side]), shown)
+        groups[side] = write_arrow(entry / f"{side}.arrow", SCHEMA, batches)
+    return {
+        "groups": groups,
+        "rows": {side: tally.rows for side, tally in tallies.items()},
+        "tokens": {side: tally.tokens for side, tally in tallies.items()},
+        "dropped": {side: dict(tally.dropped) for side, tally in tallies.items()},
+    }
+
+
+def _shown(batches: Iterator[pa.RecordBatch], rows: int, shown: bool) -> Iterator[pa.RecordBatch]:
+    with Progress(rows, "tokenise", unit="row", shown=shown) as bar:
+        for batch in batches:
+            yield batch
+            bar.advance(steps=batch.num_rows)

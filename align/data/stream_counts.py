@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from align.data.examples import OnBadRow
 from align.data.formats.columns import Example, read_row
 from align.data.formats.fields import Kind
 from align.data.formats.rankings import Rated
-from align.data.loader import OnBadRow
 from align.data.readers.bad_rows import BadRows, no_row
 from align.data.sources import BadRow, Row
 from align.types import AlignError, DataSource

@@ -12,9 +12,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from align.data.examples import OnBadRow, is_held_out
 from align.data.formats.columns import Example
 from align.data.formats.fields import Kind, check_names
-from align.data.loader import OnBadRow, is_held_out
 from align.data.readers.source_rows import PassRows, Place
 from align.data.sources import BadRow, Row
 from align.data.stream_counts import Counts, SourceCounts, examples_of, require_some

@@ -37,16 +37,3 @@ class Lazy(Sequence[T]):
         if isinstance(index, slice):
             return [self._item(i) for i in range(*index.indices(len(self)))]
         return self._item(index)
-
-
-class Subset(Lazy[T]):
-    """Items of a sequence by their numbers."""
-
-    def __init__(self, items: Sequence[T], numbers: np.ndarray) -> None:
-        self._items, self._numbers = items, numbers
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    def _item(self, index: int) -> T:
-        return self._items[int(self._numbers[index])]

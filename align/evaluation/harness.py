@@ -22,8 +22,8 @@ from align.base.files import write_whole
 from align.base.progress import Progress, say
 from align.config.keys import EvalRecipe
 from align.config.load import to_yaml
+from align.data.examples import load_examples, split_by_prompt, with_columns
 from align.data.held_out import notes_of
-from align.data.loader import load_examples, split_by_prompt, with_columns
 from align.data.subset import pick
 from align.evaluation.agreement import best_of_n, best_of_n_kl
 from align.evaluation.bleu import CORPUS_METRICS

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from align.base.progress import change
 from align.config.keys import DPOConfig, DPORecipe
-from align.data.tokens.cache import GroupFile
+from align.data.tokens.groups import TokenGroups
 from align.data.tokens.packing import counted_coordinates
 from align.losses.dpo import LOSSES_WITHOUT_REFERENCE, dpo_loss, sft_term, wpo_weights
 from align.losses.logprobs import TokenStatistics
@@ -198,7 +198,7 @@ def _reference(
         return online
     cache = ReferenceCache.compute(
         reference,
-        cast(GroupFile, groups),  # a stream was refused with it
+        cast(TokenGroups, groups),  # a stream was refused with it
         online,
         folder=session.run.folder.parent / "reference_cache",
         tokens_per_microbatch=recipe.train.tokens_per_microbatch,

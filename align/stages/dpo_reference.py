@@ -18,7 +18,7 @@ from torch import Tensor
 from align.base.checksums import load_tensors, save_tensors
 from align.base.files import BROKEN, reason, writing
 from align.base.progress import Progress, warn
-from align.data.tokens.cache import GroupFile
+from align.data.tokens.groups import TokenGroups
 from align.data.tokens.packing import WINDOW, pack, windows
 from align.models.load import fingerprint
 from align.models.policy import Policy, batch_sequences
@@ -29,7 +29,7 @@ from align.types import TokenBatch
 class ReferenceCache:
     """Summed log-probs, float32 ``[sequences]``, of every continuation of every group."""
 
-    def __init__(self, groups: GroupFile, logprobs: np.ndarray) -> None:
+    def __init__(self, groups: TokenGroups, logprobs: np.ndarray) -> None:
         counts = groups.num_continuations()
         self._first = np.cumsum([0, *counts])
         self._logprobs = logprobs
@@ -38,7 +38,7 @@ class ReferenceCache:
     def compute(
         cls,
         reference: Policy,
-        groups: GroupFile,
+        groups: TokenGroups,
         logprobs_of: Callable[[TokenBatch, Sequence[int]], Tensor],
         *,
         folder: Path,
@@ -95,7 +95,7 @@ def _read(path: Path) -> np.ndarray | None:
         return None
 
 
-def _key(reference: Policy, groups: GroupFile) -> str:
+def _key(reference: Policy, groups: TokenGroups) -> str:
     digest = hashlib.sha256(fingerprint(reference.inner).encode())
     digest.update(f"{reference.precision} {reference.attention}".encode())
     groups.update(digest)

@@ -13,9 +13,9 @@ from typing import Any
 from align.base.progress import say
 from align.config.keys import DataConfig
 from align.config.options import TrainOptions
+from align.data.examples import with_columns
 from align.data.formats.fields import Kind
 from align.data.formats.unread import not_read
-from align.data.loader import with_columns
 from align.data.sources import find_files, name_of
 from align.data.stream import TokenStream
 from align.data.stream_counts import Counts

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,9 @@ from transformers import AutoTokenizer
 
 from align.data.tokens import cache as token_cache
 from align.data.tokens import tokenise
-from align.data.tokens.cache import (
-    Damaged,
-    ExampleFile,
-    GroupFile,
-    open_entry,
-    to_batches,
-    tokenizer_hash,
-    write_entry,
-)
+from align.data.tokens.cache import Damaged, new_entry, tokenizer_hash, write_arrow
 from align.data.tokens.chat import encode_examples
+from align.data.tokens.groups import SCHEMA, PromptExamples, TokenGroups, open_entry, to_batches
 from align.data.tokens.packing import longest_of, longest_sequence
 from align.data.tokens.tokenise import Tally, batches_of
 from align.types import AlignError, PreferencePair, PromptExample, TokenGroup, TokenSequence
@@ -56,16 +49,16 @@ def groups_of_all_kinds(draw: Any) -> list[TokenGroup]:
     return groups
 
 
-def file_of(folder: Path, groups: Sequence[TokenGroup], per_batch: int = 3) -> GroupFile:
+def write_entry(entry: Path, batches: Iterable[Any], **facts: Any) -> None:
+    with new_entry(entry, facts) as folder:
+        facts["groups"] = {"train": write_arrow(folder / "train.arrow", SCHEMA, batches)}
+
+
+def file_of(folder: Path, groups: Sequence[TokenGroup], per_batch: int = 3) -> TokenGroups:
     """In several Arrow batches, though there are few groups."""
     entry = folder / f"entry{len(list(folder.iterdir()))}"
-
-    def make(write: Any) -> dict[str, Any]:
-        parts = [groups[i : i + per_batch] for i in range(0, len(groups), per_batch)]
-        write("train", (b for part in parts for b in to_batches(part, [None] * len(part))))
-        return {}
-
-    write_entry(entry, make)
+    parts = [groups[i : i + per_batch] for i in range(0, len(groups), per_batch)]
+    write_entry(entry, (b for part in parts for b in to_batches(part, [None] * len(part))))
     return open_entry(entry, ["train"])[1]["train"]
 
 
@@ -132,13 +125,8 @@ def test_prompts_come_back_as_they_were(tmp_path: Path) -> None:
         PromptExample(id="a:2", prompt=turns),
     ]
     groups = [TokenGroup(np.array([i], np.int32), (), id=p.id) for i, p in enumerate(prompts)]
-
-    def make(write: Any) -> dict[str, Any]:
-        write("train", to_batches(groups, prompts))
-        return {}
-
-    write_entry(tmp_path / "entry", make)
-    read = ExampleFile(open_entry(tmp_path / "entry", ["train"])[1]["train"])
+    write_entry(tmp_path / "entry", to_batches(groups, prompts))
+    read = PromptExamples(open_entry(tmp_path / "entry", ["train"])[1]["train"])
     assert list(read) == prompts
 
 
@@ -161,24 +149,22 @@ def test_a_damaged_entry_is_not_read(damage: str, tmp_path: Path) -> None:
         open_entry(tmp_path / "entry0", ["train"])
 
 
+ONE = [pair(1, 2, 3)]
+
+
 def test_nothing_is_left_of_a_run_that_failed(tmp_path: Path) -> None:
-    def make(write: Any) -> dict[str, Any]:
-        write("train", to_batches([pair(1, 2, 3)], [None]))
+    def failing() -> Iterator[Any]:
+        yield from to_batches(ONE, [None])
         raise AlignError("a bad row")
 
-    with pytest.raises(AlignError):
-        write_entry(tmp_path / "entry", make)
+    with pytest.raises(AlignError, match="a bad row"):
+        write_entry(tmp_path / "entry", failing())
     assert list(tmp_path.iterdir()) == []
 
 
 def test_of_two_runs_that_race_the_first_stays(tmp_path: Path) -> None:
     for name in ("the first", "the second"):
-
-        def make(write: Any, by: str = name) -> dict[str, Any]:
-            write("train", to_batches([pair(1, 2, 3)], [None]))
-            return {"by": by}
-
-        write_entry(tmp_path / "entry", make)
+        write_entry(tmp_path / "entry", to_batches(ONE, [None]), by=name)
     assert open_entry(tmp_path / "entry", ["train"])[0]["by"] == "the first"
     assert [p.name for p in tmp_path.iterdir()] == ["entry"]
 
@@ -190,17 +176,9 @@ def test_runs_do_not_remove_one_anothers_folders_and_old_ones_go(tmp_path: Path)
         (folder / "train.arrow").write_text("")
     for path in (old / "train.arrow", old, busy):
         os.utime(path, (0, time.time() - 25 * 3600))
-
-    def inner(write: Any) -> dict[str, Any]:
-        write("train", to_batches([pair(1, 2, 3)], [None]))
-        return {"by": "inner"}
-
-    def outer(write: Any) -> dict[str, Any]:
-        write_entry(tmp_path / "entry", inner)  # the same entry, by a process of the same number
-        write("train", to_batches([pair(1, 2, 3)], [None]))
-        return {"by": "outer"}
-
-    write_entry(tmp_path / "entry", outer)
+    with new_entry(tmp_path / "entry", {"by": "outer"}):
+        # the same entry, by a process of the same number
+        write_entry(tmp_path / "entry", to_batches(ONE, [None]), by="inner")
     assert open_entry(tmp_path / "entry", ["train"])[0]["by"] == "inner"
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "busy.partial",
@@ -239,12 +217,8 @@ def test_chunks_and_processes_change_nothing(
     rows = pairs(45, bad=(3, 20, 21, 22))
     want, owners, dropped = encode_examples(tokenizer, rows, max_tokens=40, on_bad_row="skip")
     tally = Tally()
-
-    def make(write: Any) -> dict[str, Any]:
-        write("train", batches_of(tokenizer, rows, tally, num_processes=processes, **OPTIONS))
-        return {}
-
-    write_entry(tmp_path / "entry", make)
+    made = batches_of(tokenizer, rows, tally, num_processes=processes, **OPTIONS)
+    write_entry(tmp_path / "entry", made)
     read = open_entry(tmp_path / "entry", ["train"])[1]["train"]
     assert len(read) == len(want) == 41
     for got, group in zip(read, want, strict=True):
@@ -339,7 +313,7 @@ def test_a_process_that_cannot_be_started_is_one_line(monkeypatch: pytest.Monkey
 
 ORPHANS = """
 import os, sys, time
-from align.data import token_cache, tokenise
+from align.data.tokens import tokenise
 def wait(start):
     sys.stdout.write(f"{os.getpid()}\\n"); sys.stdout.flush()
     time.sleep(600)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from align.data.examples import load_examples
 from align.data.formats.columns import read_row
-from align.data.loader import load_examples
 from align.data.sources import BadRow, Row
 from align.types import AlignError, DataSource, PromptExample, SFTExample
 

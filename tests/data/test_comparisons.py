@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from align.cli import main
+from align.data.examples import load_examples
 from align.data.formats.columns import read_row
 from align.data.formats.comparisons import comparison_of
 from align.data.formats.naming import mapping
-from align.data.loader import load_examples
 from align.data.sources import BadRow, Row
 from align.data.stream_counts import Counts, SourceCounts, examples_of
 from align.feedback.outcomes import read_judgements

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from align.data.loader import load_examples
+from align.data.examples import load_examples
 from align.data.sources import BadRow, Row, read_file
 from align.types import AlignError, DataSource, PreferencePair, SFTExample
 

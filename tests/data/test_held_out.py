@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from align.data.examples import load_examples
 from align.data.held_out import notes_of, num_shared, refuse_shared
-from align.data.loader import load_examples
 from align.types import AlignError, DataSource
 
 

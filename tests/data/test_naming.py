@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from align.cli import main
+from align.data.examples import load_examples
 from align.data.formats.naming import mapping
-from align.data.loader import load_examples
 from align.types import AlignError, DataSource
 
 FOREIGN = [{"question": f"q{n}", "good": "yes", "bad": "no"} for n in range(3)]

@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 import pytest
 
-from align.data.loader import load_examples
+from align.data.examples import load_examples
 from align.data.readers.objects import given
 from align.data.readers.source_rows import SourceRows
 from align.data.sources import content_of, read_source

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from align.data.loader import load_examples, prompt_key, split_by_prompt
+from align.data.examples import load_examples, prompt_key, split_by_prompt
 from align.types import AlignError, DataSource, PreferencePair, PromptExample, SFTExample
 
 GOOD = {"prompt": "q", "chosen": "good", "rejected": "bad"}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from align.data.loader import load_examples
+from align.data.examples import load_examples
 from align.types import AlignError, DataSource
 
 

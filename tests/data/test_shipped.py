@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import sacrebleu
 
-from align.data.loader import load_examples
+from align.data.examples import load_examples
 from align.types import DataSource
 
 DATA = Path(__file__).parents[2] / "data"

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from align.data.loader import load_examples, split_by_prompt
+from align.data.examples import load_examples, split_by_prompt
 from align.data.stream import RECENT, TokenStream, at_hand, check_groups
 from align.data.stream_windows import WindowReader
 from align.data.tokens.chat import encode_examples

@@ -11,12 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from align.data.examples import load_examples
 from align.data.formats.columns import Example, read_row
 from align.data.formats.rankings import Rated
-from align.data.sources import BadRow, Row
 from align.data.inspect.convert import convert
-from align.data.loader import load_examples
-from align.data.readers.spool import Spool
+from align.data.sources import BadRow, Row
 from align.data.tokens.chat import encode_pair, encode_prompt, encode_sft
 from align.types import AlignError, DataSource, SFTExample
 
@@ -117,7 +116,7 @@ def test_tools_of_a_turn_and_of_a_column_have_to_agree() -> None:
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet", "csv"])
-def test_files_and_the_spool_keep_tools(tmp_path: Path, suffix: str) -> None:
+def test_files_and_records_on_disk_keep_tools(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"d.{suffix}"
     row: dict[str, Any] = {"messages": [USER, ANSWER], "tools": [TOOL]}
     if suffix == "csv":
@@ -130,10 +129,9 @@ def test_files_and_the_spool_keep_tools(tmp_path: Path, suffix: str) -> None:
         pq.write_table(pa.Table.from_pylist([row]), path)
     else:
         path.write_text(json.dumps(row))
-    with Spool(tmp_path) as spool:
-        loaded = load_examples([DataSource(path=str(path))], kind="sft", spool=spool)
-        (example,) = loaded.examples
-        assert example.messages == ({**USER, "tools": [TOOL]}, ANSWER)
+    loaded = load_examples([DataSource(path=str(path))], kind="sft", folder=tmp_path)
+    (example,) = loaded.examples
+    assert example.messages == ({**USER, "tools": [TOOL]}, ANSWER)
     assert loaded.reports[0].unread == ()
 
 

@@ -10,12 +10,11 @@ from typing import Any
 import pytest
 
 from align.cli import main
+from align.data.examples import load_examples
 from align.data.formats.columns import read_row
 from align.data.formats.rankings import Rated
 from align.data.formats.unread import MEANING
 from align.data.inspect.check import inspect
-from align.data.loader import load_examples
-from align.data.readers.spool import Spool
 from align.data.sources import BadRow, Row
 from align.data.stream_counts import Counts, SourceCounts, examples_of
 from align.types import DataSource
@@ -259,11 +258,10 @@ def test_prompts_keep_their_extra_columns_for_rewards(tmp_path) -> None:
     row = {"prompt": "q", "tests": ["f(1) == 2"], "level": 3, "when": None}
     path = tmp_path / "d.jsonl"
     path.write_text(json.dumps(row) + "\n")
-    with Spool(tmp_path) as spool:
-        for store in (None, spool):
-            loaded = load_examples([DataSource(path=str(path))], kind="prompt", spool=store)
-            assert loaded.examples[0].extra == {"tests": ["f(1) == 2"], "level": 3, "when": None}
-            assert loaded.reports[0].unread == ("tests", "level")
+    for folder in (None, tmp_path):
+        loaded = load_examples([DataSource(path=str(path))], kind="prompt", folder=folder)
+        assert loaded.examples[0].extra == {"tests": ["f(1) == 2"], "level": 3, "when": None}
+        assert loaded.reports[0].unread == ("tests", "level")
 
 
 def test_a_stream_counts_unread_columns_over_a_checkpoint() -> None:

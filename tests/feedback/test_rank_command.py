@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from align.cli import main
-from align.data.loader import load_examples
+from align.data.examples import load_examples
 from align.feedback.outcomes import read_judgements
 from align.feedback.pairs import choose_pairs
 from align.feedback.report import agreement, leaderboard, preference_pairs

@@ -22,7 +22,7 @@ from pyarrow import parquet
 
 from align.config import keys as config
 from align.config.load import load_recipe, to_yaml
-from align.data.loader import load_examples
+from align.data.examples import load_examples
 from align.types import AlignError, DataSource
 from tools.trust import Trust
 

@@ -12,7 +12,7 @@ from sacrebleu import sentence_chrf
 from transformers import AutoTokenizer
 
 from align.config.keys import GenerateRecipe, PairsConfig, RewardRecipe
-from align.data.loader import load_examples
+from align.data.examples import load_examples
 from align.stages import generate, reward_model
 from align.stages.generate import make_pairs
 from align.types import AlignError, DataSource

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from align.config.keys import RewardRecipe
-from align.data.loader import load_examples
+from align.data.examples import load_examples
 from align.evaluation.reward import evaluate_reward
 from align.models import ScalarModel, load_scalar_model, load_tokenizer
 from align.rewards import FunctionReward

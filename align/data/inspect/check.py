@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from align.data.examples import load_examples, prompt_key
 from align.data.formats.columns import Example, format_name, kind_of
 from align.data.formats.fields import Kind
 from align.data.formats.naming import UNKNOWN, mapping
@@ -29,7 +30,6 @@ from align.data.inspect.findings import (
     texts_of,
 )
 from align.data.inspect.oddities import oddities, script
-from align.data.loader import load_examples, prompt_key
 from align.data.readers.rows import TIE
 from align.data.sources import BadRow, Row, read_source
 from align.data.tokens.findings import Shown, counts, encode_all, of_template, of_tokens, show

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from align.data.tokens.cache import GroupFile
+from align.data.tokens.groups import TokenGroups
 from align.types import Segment, TokenBatch, TokenGroup
 
 T = TypeVar("T")
@@ -50,7 +50,7 @@ def longest_sequence(group: TokenGroup) -> int:
 
 def longest_of(groups: Sequence[TokenGroup]) -> int:
     """`longest_sequence` of the longest group."""
-    if isinstance(groups, GroupFile):
+    if isinstance(groups, TokenGroups):
         return groups.longest_sequence()
     return max((longest_sequence(group) for group in groups), default=0)
 

@@ -16,13 +16,12 @@ from typing import Any
 
 import pyarrow as pa
 
-from align.data.tokens.cache import to_batches
+from align.data.records import CHUNK
 from align.data.tokens.chat import Encoded, Example, encode_some, require_usable
+from align.data.tokens.groups import to_batches
 from align.data.tokens.template import Tokenizer
 from align.types import AlignError, PromptExample
 
-CHUNK = 2048
-"""Rows that a process tokenises at a time."""
 MANY = 5_000
 """Rows from which on starting processes pays."""
 CURE = "free memory, or use fewer processors: taskset -c 0 align ..."
@@ -41,7 +40,7 @@ class Tally:
 
 _work: tuple[Tokenizer, Sequence[Example], dict[str, Any]]
 """What a forked process finds in its copy of this one's memory: nothing is sent to it, and examples
-of a `Spool` it reads itself."""
+on disk it reads itself."""
 
 
 def batches_of(

@@ -1,0 +1,176 @@
+"""Token groups as rows of a ``datasets.Dataset``: written in batches, read by index.
+
+A group is made when it is asked for and its arrays are views of the mapped file, so the rows of a
+large data set never lie in memory.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from pyarrow import compute
+
+from align.base.files import BROKEN, load_json, reason
+from align.data.records import restored
+from align.data.subset import Lazy
+from align.data.tokens.cache import FACTS, Damaged
+from align.types import PromptExample, TokenGroup, TokenSequence
+
+PER_BATCH = 1024
+"""Groups of one Arrow batch: what is held while writing."""
+
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("margin", pa.float64()),
+        # prefix and continuations behind one another, and how long each of them is
+        ("tokens", pa.large_list(pa.int32())),
+        ("lengths", pa.list_(pa.int32())),
+        # tokens of the prefix and the longest continuation
+        ("longest", pa.int32()),
+        # of the continuations' tokens; null where every one counts
+        ("mask", pa.large_list(pa.bool_())),
+        # of a prompt: what a reward is told, as JSON
+        ("example", pa.large_string()),
+    ]
+)
+
+
+def to_batches(
+    groups: Sequence[TokenGroup], prompts: Sequence[PromptExample | None]
+) -> Iterator[pa.RecordBatch]:
+    """Arrow batches of the groups; ``prompts[i]`` is the prompt that group i is made of, if any."""
+    rows: list[dict[str, Any]] = []
+    for group, prompt in zip(groups, prompts, strict=True):
+        arrays = [group.prefix_ids, *(c.input_ids for c in group.continuations)]
+        masks = [c.loss_mask for c in group.continuations]
+        counted = all(mask.all() for mask in masks)
+        lengths = [len(array) for array in arrays]
+        rows.append(
+            {
+                "id": group.id,
+                "margin": group.margin,
+                "tokens": np.concatenate(arrays),
+                "lengths": lengths,
+                "longest": lengths[0] + max(lengths[1:], default=0),
+                "mask": None if counted else np.concatenate(masks),
+                "example": json.dumps(asdict(prompt)) if prompt else None,
+            }
+        )
+        if len(rows) == PER_BATCH:
+            yield pa.RecordBatch.from_pylist(rows, SCHEMA)
+            rows = []
+    if rows:
+        yield pa.RecordBatch.from_pylist(rows, SCHEMA)
+
+
+class TokenGroups(Lazy[TokenGroup]):
+    """The groups of one Arrow file.
+
+    Raises:
+        ValueError, pa.ArrowException: It is no such file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        from datasets import Dataset
+
+        self.dataset = Dataset.from_file(str(path))
+        if self.dataset.data.schema != SCHEMA:
+            raise ValueError(f"{path}: other columns than expected")
+        self._table = self.dataset.data
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def _item(self, index: int) -> TokenGroup:
+        row = self._row(index)
+        every, lengths = _values(row["tokens"]), _values(row["lengths"])
+        stops = np.cumsum(lengths)
+        prefix, *pieces = np.split(every, stops[:-1])
+        counted = np.ones(len(every) - len(prefix), dtype=bool)
+        if row["mask"].null_count == 0:
+            counted = row["mask"].flatten().to_numpy(zero_copy_only=False)
+        masks = np.split(counted, stops[1:-1] - stops[0])
+        sequences = [
+            TokenSequence(piece, own) for piece, own in zip(pieces, masks, strict=bool(pieces))
+        ]
+        name, margin = row["id"][0].as_py(), row["margin"][0].as_py()
+        return TokenGroup(prefix, tuple(sequences), name, margin)
+
+    def example(self, index: int) -> PromptExample:
+        """The prompt that the group was made of."""
+        return restored(PromptExample, json.loads(self._row(index)["example"][0].as_py()))
+
+    def num_continuations(self) -> np.ndarray:
+        """Continuations of each group, int64."""
+        return self._num_values("lengths") - 1
+
+    def num_tokens(self) -> np.ndarray:
+        """Tokens of each group, a shared prompt once, int64."""
+        return self._num_values("tokens")
+
+    def rows(self) -> Iterator[tuple[str, int]]:
+        """(id, tokens) of each group; the id says in which file and line it stands."""
+        ids = (name for chunk in self._table.column("id").chunks for name in chunk.to_pylist())
+        return zip(ids, self.num_tokens().tolist(), strict=True)
+
+    def update(self, digest: Any) -> None:
+        """Add all token ids, and where each sequence ends, to a hash."""
+        for name in ("lengths", "tokens"):
+            for chunk in self._table.column(name).chunks:
+                digest.update(_values(chunk).data)
+
+    def longest_sequence(self) -> int:
+        """Tokens of the longest prefix with its longest continuation."""
+        return compute.max(self._table.column("longest")).as_py() or 0
+
+    def _row(self, index: int) -> dict[str, Any]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        (row,) = self._table.fast_slice(index % len(self), 1).to_batches()
+        return dict(zip(SCHEMA.names, row.columns, strict=True))
+
+    def _num_values(self, name: str) -> np.ndarray:
+        counts = compute.list_value_length(self._table.column(name))
+        return counts.to_numpy().astype(np.int64)
+
+
+class PromptExamples(Lazy[PromptExample]):
+    """The prompts that the groups were made of."""
+
+    def __init__(self, groups: TokenGroups) -> None:
+        self._groups = groups
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def _item(self, index: int) -> PromptExample:
+        return self._groups.example(index)
+
+
+def open_entry(folder: Path, sides: Iterable[str]) -> tuple[dict[str, Any], dict[str, TokenGroups]]:
+    """(facts, groups by side) of an entry of the token cache.
+
+    Raises:
+        Damaged: Something is missing, cut short or is no Arrow file.
+    """
+    try:
+        facts = load_json(folder / FACTS)
+        files = {side: TokenGroups(folder / f"{side}.arrow") for side in sides}
+        counts = {side: len(groups) for side, groups in files.items()}
+        if counts != facts["groups"]:
+            raise Damaged(f"{counts} groups, not {facts['groups']}")
+    except (*BROKEN, pa.ArrowException) as error:
+        raise Damaged(reason(error)) from error
+    return facts, files
+
+
+def _values(lists: pa.Array) -> np.ndarray:
+    """All values of a list column, without a copy."""
+    return lists.flatten().to_numpy(zero_copy_only=True)
