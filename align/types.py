@@ -220,7 +220,6 @@ class TokenBatch:
         input_ids: ``[B,T]`` token ids.
         position_ids: ``[B,T]`` position inside the token's own sequence, its prefix included.
         segment_ids: ``[B,T]`` 0 = padding, 1.. = a segment, numbered over the whole batch.
-        prefix_ids: ``[B,T]`` the segment that this token's segment continues, 0 = none.
         predictor: ``[B,T]`` column whose hidden state predicts this token (the token's own column
             if there is none: such a token never counts).
         loss_mask: ``[B,T]`` True = counts.
@@ -231,7 +230,6 @@ class TokenBatch:
     input_ids: Int[Tensor, "batch time"]
     position_ids: Int[Tensor, "batch time"]
     segment_ids: Int[Tensor, "batch time"]
-    prefix_ids: Int[Tensor, "batch time"]
     predictor: Int[Tensor, "batch time"]
     loss_mask: Bool[Tensor, "batch time"]
     segments: tuple[Segment, ...]

@@ -311,7 +311,7 @@ def test_the_drawing_of_a_row_is_right() -> None:
     prompt, chosen, rejected = (np.array(parts[letter], dtype=np.int32) for letter in "PCR")
     answers = tuple(TokenSequence(ids, np.ones(len(ids), bool)) for ids in (chosen, rejected))
     batch = collate([TokenGroup(prompt, answers)])
-    for name in ("position_ids", "segment_ids", "prefix_ids", "predictor"):
+    for name in ("position_ids", "segment_ids", "predictor"):
         assert getattr(batch, name)[0].tolist() == [int(n) for n in drawn[name]], name
     assert batch.loss_mask[0].tolist() == [mark == "x" for mark in drawn["loss_mask"]]
 

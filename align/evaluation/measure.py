@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-import evaluate
 import numpy as np
 
 from align.base.intervals import (
@@ -198,6 +197,8 @@ def own_metric(name: str) -> OwnMetric:
     """Load ``module:name``: a function like a reward's, or an ``evaluate`` metric (class or
     object).
     """
+    import evaluate  # takes a second, and few recipes name a metric of their own
+
     named = replace(load_function(name, key="metrics"), kind="metric")
     module: Any = named.function
     if isinstance(module, type) and issubclass(module, evaluate.EvaluationModule):

@@ -126,9 +126,7 @@ def _rows(model: Packed) -> tuple[TokenBatch, TokenBatch]:
 
 def _batch(tokens: Tensor, positions: Tensor, segments: Sequence[Segment]) -> TokenBatch:
     zeros = torch.zeros_like(tokens)
-    return TokenBatch(
-        tokens, positions, zeros + 1, zeros, zeros, zeros.bool(), segments=tuple(segments)
-    )
+    return TokenBatch(tokens, positions, zeros + 1, zeros, zeros.bool(), segments=tuple(segments))
 
 
 def _recorded(model: Packed, batch: TokenBatch) -> Tensor:

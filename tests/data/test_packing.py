@@ -28,7 +28,6 @@ def test_a_pair_and_a_lone_sequence_lie_in_one_row() -> None:
     assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 3, 4, 5, 0, 1, 2]]
     assert batch.segment_ids.tolist() == [[1, 1, 1, 2, 2, 3, 3, 3, 4, 4, 4]]
-    assert batch.prefix_ids.tolist() == [[0, 0, 0, 1, 1, 1, 1, 1, 0, 0, 0]]
     # 6, the first token of `rejected`, is predicted by 3, the prompt's last
     assert batch.predictor.tolist() == [[0, 0, 1, 2, 3, 2, 5, 6, 8, 8, 9]]
     # the prompt never counts, nor does 9, which nothing predicts
@@ -44,7 +43,12 @@ def test_a_pair_and_a_lone_sequence_lie_in_one_row() -> None:
 def test_a_second_prefix_is_found_where_it_lies() -> None:
     batch = collate([LONE, PAIR])
     assert batch.predictor.tolist() == [[0, 0, 1, 3, 3, 4, 5, 6, 5, 8, 9]]
-    assert batch.prefix_ids.tolist() == [[0] * 6 + [2] * 5]
+    assert [(s.prefix_start, s.prefix_stop) for s in batch.segments] == [
+        (0, 0),
+        (0, 0),
+        (3, 6),
+        (3, 6),
+    ]
 
 
 def test_counted_coordinates() -> None:
@@ -70,7 +74,8 @@ def test_what_all_groups_open_with_stands_in_the_row_once() -> None:
     assert batch.input_ids.tolist() == [[*OPENING, 1, 2, 4, 5, 6, 9, 10, 11]]
     assert batch.position_ids[0, 8:].tolist() == [8, 9, 10, 11, 10, 8, 9, 10]
     assert batch.segment_ids[0, 8:].tolist() == [2, 2, 3, 3, 4, 5, 5, 5]
-    assert batch.prefix_ids[0, 8:].tolist() == [1, 1, 2, 2, 2, 1, 1, 1]
+    continued = [(s.prefix_start, s.prefix_stop) for s in batch.segments]
+    assert continued == [(0, 0), (0, 8), (8, 10), (8, 10), (0, 8)]
     assert batch.predictor[0, 8:].tolist() == [7, 8, 9, 10, 9, 7, 13, 14]
     assert batch.loss_mask[0, 8:].tolist() == [False] * 2 + [True] * 3 + [False, True, True]
     which, offset = counted_coordinates(batch)

@@ -182,9 +182,10 @@ def dense(
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     above = {0: set[int]()}  # segment -> itself and all that it continues
-    for row, before in zip(batch.segment_ids.tolist(), batch.prefix_ids.tolist(), strict=True):
-        for number, prefix in zip(row, before, strict=True):
-            above.setdefault(number, {number} | above[prefix])
+    numbers = {(s.row, s.start, s.stop): n for n, s in enumerate(batch.segments, start=1)}
+    for number, s in enumerate(batch.segments, start=1):
+        continued = numbers[s.row, s.prefix_start, s.prefix_stop] if s.prefix_stop else 0
+        above[number] = {number} | above[continued]
     allowed = torch.tensor(
         [[[j in above[i] for j in row] for i in row] for row in batch.segment_ids.tolist()]
     )
@@ -207,11 +208,11 @@ def two_rows(groups: list[TokenGroup]) -> TokenBatch:
 
     def stacked(name: str) -> Tensor:
         a, b = getattr(first, name), getattr(second, name)
-        if name in ("segment_ids", "prefix_ids"):
+        if name == "segment_ids":
             b = torch.where(b > 0, b + count, 0)
         return torch.cat([a, torch.nn.functional.pad(b, (0, missing))])
 
-    names = ("input_ids", "position_ids", "segment_ids", "prefix_ids", "predictor", "loss_mask")
+    names = ("input_ids", "position_ids", "segment_ids", "predictor", "loss_mask")
     moved = tuple(replace(s, row=1) for s in second.segments)
     return TokenBatch(*(stacked(n) for n in names), segments=first.segments + moved)
 

@@ -162,29 +162,26 @@ class _Piece:
     input_ids: np.ndarray
     loss_mask: np.ndarray
     segment: Segment
-    prefix_id: int  # 1-based segment number, 0 = none
 
 
-def _pieces(
-    group: TokenGroup, sequence: int, start: int, num_segments: int, opening: int
-) -> list[_Piece]:
+def _pieces(group: TokenGroup, sequence: int, start: int, opening: int) -> list[_Piece]:
     """The group's segments, the prefix first, from column ``start`` on.
 
     ``opening`` tokens of the group already stand in the row's first segment.
     """
     pieces: list[_Piece] = []
-    prefix_start, prefix_stop, prefix_id, column = 0, opening, min(opening, 1), start
+    prefix_start, prefix_stop, column = 0, opening, start
     if len(group.prefix_ids):
         own = group.prefix_ids[opening:]
         segment = Segment(0, start, start + len(own), prefix_start, prefix_stop)
-        pieces.append(_Piece(own, np.zeros(len(own), dtype=bool), segment, prefix_id))
+        pieces.append(_Piece(own, np.zeros(len(own), dtype=bool), segment))
         prefix_start, prefix_stop, opening = segment.start, segment.stop, 0
-        prefix_id, column = num_segments + 1, segment.stop
+        column = segment.stop
     for k, continuation in enumerate(group.continuations):
         ids, mask = continuation.input_ids[opening:], continuation.loss_mask[opening:]
         stop = column + len(ids)
         segment = Segment(0, column, stop, prefix_start, prefix_stop, sequence + k, opening)
-        pieces.append(_Piece(ids, mask, segment, prefix_id))
+        pieces.append(_Piece(ids, mask, segment))
         column = stop
     return pieces
 
@@ -193,10 +190,10 @@ def _one_row(numbered: Iterable[tuple[TokenGroup, int]], opening: np.ndarray) ->
     pieces: list[_Piece] = []
     if len(opening):
         uncounted = np.zeros(len(opening), dtype=bool)
-        pieces.append(_Piece(opening, uncounted, Segment(0, 0, len(opening)), 0))
+        pieces.append(_Piece(opening, uncounted, Segment(0, 0, len(opening))))
     for group, sequence in numbered:
         start = pieces[-1].segment.stop if pieces else 0
-        pieces += _pieces(group, sequence, start, len(pieces), len(opening))
+        pieces += _pieces(group, sequence, start, len(opening))
     if not pieces:
         raise ValueError("nothing to collate: no group has a token; give at least one group")
     length = pieces[-1].segment.stop
@@ -204,14 +201,12 @@ def _one_row(numbered: Iterable[tuple[TokenGroup, int]], opening: np.ndarray) ->
     loss_mask = np.concatenate([p.loss_mask for p in pieces]).astype(bool)
     position_ids = np.empty(length, dtype=np.int64)
     segment_ids = np.empty(length, dtype=np.int32)
-    prefix_ids = np.empty(length, dtype=np.int32)
     predictor = np.arange(length, dtype=np.int64) - 1
     for number, piece in enumerate(pieces, start=1):
         s = piece.segment
         before = int(position_ids[s.prefix_stop - 1]) + 1 if s.prefix_stop else 0
         position_ids[s.start : s.stop] = before + np.arange(s.stop - s.start)
         segment_ids[s.start : s.stop] = number
-        prefix_ids[s.start : s.stop] = piece.prefix_id
         if s.stop > s.start:
             predictor[s.start] = s.prefix_stop - 1 if s.prefix_stop else s.start
             loss_mask[s.start] &= bool(s.prefix_stop)  # nothing predicts a sequence's first token
@@ -219,7 +214,6 @@ def _one_row(numbered: Iterable[tuple[TokenGroup, int]], opening: np.ndarray) ->
         input_ids=torch.from_numpy(input_ids)[None],
         position_ids=torch.from_numpy(position_ids)[None],
         segment_ids=torch.from_numpy(segment_ids)[None],
-        prefix_ids=torch.from_numpy(prefix_ids)[None],
         predictor=torch.from_numpy(predictor)[None],
         loss_mask=torch.from_numpy(loss_mask)[None],
         segments=tuple(p.segment for p in pieces),

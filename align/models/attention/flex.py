@@ -2,6 +2,10 @@
 
 Blocks of 128 by 128 with nothing visible are skipped, so neighbours in a row cost nothing, and a
 shared prompt's keys are not copied. Dong et al. 2024, arXiv:2412.05496.
+
+Kept for models that cap their scores (Gemma 2, VaultGemma) on a GPU: the flash kernel of torch 2.13
+has no cap, and ``segments`` keeps 9 bytes of each score for the backward pass. With the 8 heads of
+Gemma 2 2B and one sequence of 4,096 tokens that is 1.1 GiB a layer, 29 GiB in 26 layers.
 """
 
 from __future__ import annotations
