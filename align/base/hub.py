@@ -1,26 +1,19 @@
-"""Is a hub id there? One question with a bound of a few seconds, before the libraries ask.
+"""Ask the hub once whether an id exists, before the libraries ask.
 
-They ask with retries: for nearly a minute, where there is no network. Only a definite no is an
-error here: no such id, no access, no connection (refused, no route, none within `CONNECT_SECONDS`).
-Where the hub answers slowly or not well, or breaks a connection off, they go on as ever; where
-nothing has come within `PATIENCE_SECONDS`, so they do after a warning.
+The libraries ask with retries: for nearly a minute, where there is no network. Here one question
+has huggingface_hub's own time-out (``HF_HUB_ETAG_TIMEOUT``, 10 seconds). Only a definite no is an
+error: no such id, no access, no connection (refused, no route, no answer to it in time). Where the
+hub answers slowly or not well, or breaks a connection off, the libraries ask again as ever.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from queue import Empty, Queue
-from threading import Thread
 from typing import Literal
 
-from align.base.progress import warn
 from align.types import AlignError
 
-CONNECT_SECONDS = 5.0
-"""To connect, and then to answer."""
-PATIENCE_SECONDS = 12.0
-"""For all of it: the time in which a name is resolved has no bound of its own. Then we go on."""
 UNREACHABLE = {"ConnectError", "ConnectTimeout", "ConnectionError", "ProxyError"}
 """Errors by their names: the library under huggingface_hub is not always the same."""
 BROKEN_OFF = (ConnectionResetError, ConnectionAbortedError, BrokenPipeError)
@@ -36,38 +29,21 @@ def require_on_the_hub(name: str, kind: Literal["model", "dataset"], file: str) 
         kind: What it is a name of.
         file: A file that is asked for; that it is missing is no error.
     """
-    from huggingface_hub import constants
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
 
     if constants.HF_HUB_OFFLINE:
         return
-    answers: Queue[Exception | None] = Queue()
-    Thread(target=lambda: answers.put(_ask(name, kind, file)), daemon=True).start()
     try:
-        error = answers.get(timeout=PATIENCE_SECONDS)
-    except Empty:
-        warn(
-            f"{name}: no answer from the hub within {PATIENCE_SECONDS:g} s; asking on (with "
-            "HF_HUB_OFFLINE=1 only what the hub's cache holds is used)"
-        )
-        return
-    reason = None if error is None else _definite_no(error)
-    if reason:
-        key = {"model": "model", "dataset": "data"}[kind]
-        raise AlignError(f"{key}: {name}: no such folder here, and {reason}") from error
-
-
-def _ask(name: str, kind: str, file: str) -> Exception | None:
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
-
-    try:
-        get_hf_file_metadata(hf_hub_url(name, file, repo_type=kind), timeout=CONNECT_SECONDS)
+        get_hf_file_metadata(hf_hub_url(name, file, repo_type=kind))
     except Exception as error:  # of any library under huggingface_hub
-        return error
-    return None
+        reason = _definite_no(error)
+        if reason:
+            key = {"model": "model", "dataset": "data"}[kind]
+            raise AlignError(f"{key}: {name}: no such folder here, and {reason}") from error
 
 
 def _definite_no(error: Exception) -> str:
-    """What to tell the user, or nothing where asking again may help."""
+    """Line for the user; empty where asking again may help."""
     names = {cls.__name__ for cls in type(error).__mro__}
     if "GatedRepoError" in names:
         return "gated on the hub: ask for access on its page, then set HF_TOKEN"
@@ -83,7 +59,7 @@ def _definite_no(error: Exception) -> str:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and what it came from."""
+    """Yield an error and what it came from."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__

@@ -1,24 +1,25 @@
-"""Locks on folders that the operating system holds for a process's life (``flock``).
+"""Locks on folders, held for the life of a process and taken through ``filelock``.
 
-A lock goes with its process, however that ends: no clock and no process number is compared, and a
-killed run leaves none behind. The file ``.running`` in the folder is what is locked; its content
-says who holds it, for a line to the user. Where a file system has no locks (some network ones, and
-Windows) the content alone has to do: a process of another machine counts as running then until the
-file is removed.
+The operating system drops a lock when its process ends, however that ends, so no clock and no
+process number is compared and a killed run leaves no lock behind. The locked file is ``.running``
+in the folder; its content names the holder, for a line to the user. On a file system without locks
+(some network ones) the content alone decides: a process of another machine counts as running until
+the file is removed.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+from filelock import FileLock, Timeout
 
 from align.types import AlignError
 
@@ -31,15 +32,15 @@ NAME = ".running"
 """The file that is locked."""
 
 PATIENCE = 0.5
-"""Seconds that a lock is waited for: to ask whether it is held takes it for a moment."""
+"""Seconds to wait for a lock: `holder_of` takes it for a moment."""
 
-_held: dict[Path, int] = {}
-"""Folder -> descriptor of the file that this process has locked."""
+WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""Errors of a file system that has no locks."""
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a lock, and whether the file system keeps it."""
+    """Process that holds a lock, and whether the file system keeps the lock."""
 
     host: str
     process: int
@@ -53,56 +54,63 @@ class Holder:
         return self.host != platform.node() or psutil.pid_exists(self.process)
 
 
+_held: dict[Path, tuple[os.stat_result, FileLock | None]] = {}
+"""Folder -> the file that this process has locked, and its lock where the file system has any."""
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_held.clear)  # filelock closes the child's descriptors
+
+
 def take(folder: Path) -> Holder | None:
     """Hold the folder's lock until `release` or the end of this process.
 
     Returns:
-        Who else holds it, or None where it is held by this process now.
+        The other process that holds it, or None where this process holds it now.
     """
     if holds(folder):
         return None
-    path, until = folder / NAME, time.monotonic() + PATIENCE
-    while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        got = _lock(handle, exclusive=True)
-        if got is False:
-            os.close(handle)
-            if time.monotonic() < until:
-                time.sleep(0.02)
-                continue
-            return _recorded(path) or Holder(platform.node(), 0)
-        if _is_at(handle, path):  # else its holder removed it between open and lock
-            break
-        os.close(handle)
+    release(folder)  # of a folder that was removed and made again
+    path = folder / NAME
     recorded = _recorded(path)
+    try:
+        lock = _lock(path)
+    except Timeout:
+        return _recorded(path) or Holder(platform.node(), 0)
     if recorded is not None and not recorded.locked and recorded.may_be_alive():
-        os.close(handle)
+        if lock is not None:
+            lock.release()
         return recorded
-    record = {"host": platform.node(), "process": os.getpid(), "locked": got is True}
-    os.ftruncate(handle, 0)
-    os.pwrite(handle, (json.dumps(record) + "\n").encode(), 0)
-    _held[folder.resolve()] = handle
+    record = {"host": platform.node(), "process": os.getpid(), "locked": lock is not None}
+    path.write_text(json.dumps(record) + "\n", encoding="utf-8")
+    _held[folder.resolve()] = path.stat(), lock
     return None
 
 
 def release(folder: Path) -> None:
     """Give the lock back, if this process holds it."""
-    handle = _held.pop(folder.resolve(), None)
-    if handle is not None:
+    mine = holds(folder)
+    _, lock = _held.pop(folder.resolve(), (None, None))
+    if mine:
         with suppress(OSError):
-            if _is_at(handle, folder / NAME):
-                (folder / NAME).unlink()
-        os.close(handle)
+            (folder / NAME).unlink()
+    if lock is not None:
+        lock.release()
 
 
 def holds(folder: Path) -> bool:
     """Whether this process holds the folder's lock, and the folder is still the same one."""
-    handle = _held.get(folder.resolve())
-    return handle is not None and _is_at(handle, folder / NAME)
+    try:
+        file, _ = _held[folder.resolve()]
+        return os.path.samestat(file, (folder / NAME).stat())
+    except (KeyError, OSError):
+        return False
 
 
 def holder_of(folder: Path) -> Holder | None:
-    """Who holds the folder's lock now; changes nothing, and works in a folder that is read-only."""
+    """Process that holds the folder's lock now.
+
+    Changes nothing and works in a read-only folder: ``filelock`` would make the file, and write.
+    """
     if holds(folder):
         return Holder(platform.node(), os.getpid())
     path = folder / NAME
@@ -111,10 +119,10 @@ def holder_of(folder: Path) -> Holder | None:
     except OSError:
         return None
     try:
-        got, recorded = _lock(handle, exclusive=False), _recorded(path)
+        free, recorded = _is_free(handle), _recorded(path)
     finally:
         os.close(handle)
-    if got is False:
+    if free is False:
         return recorded or Holder(platform.node(), 0)
     by_record = recorded is not None and not recorded.locked and recorded.may_be_alive()
     return recorded if by_record else None
@@ -157,24 +165,37 @@ def refusal(folder: Path, holder: Holder) -> str:
     return f"{holder} is running in it; {others}"
 
 
-def _lock(handle: int, *, exclusive: bool) -> bool | None:
-    """Whether the lock was taken; None where there are no locks."""
+def _lock(path: Path) -> FileLock | None:
+    """Lock a file; None where there are no locks.
+
+    Raises:
+        Timeout: Another process holds it.
+    """
+    if fcntl is None:  # what Windows locks cannot be read
+        return None
+    # a soft lock would outlive a killed process
+    lock = FileLock(path, thread_local=False, fallback_to_soft=False)
+    try:
+        lock.acquire(timeout=PATIENCE, poll_interval=0.02)
+    except OSError as error:
+        if error.errno not in WITHOUT_LOCKS:
+            raise
+        return None
+    return lock
+
+
+def _is_free(handle: int) -> bool | None:
+    """Whether nobody holds the lock; None where there are no locks."""
     if fcntl is None:
         return None
     try:
-        fcntl.flock(handle, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        # shared: NFS gives an exclusive lock to a writer only
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # ENOLCK, ENOSYS, EOPNOTSUPP: a file system without locks
+    except OSError:
         return None
     return True
-
-
-def _is_at(handle: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(handle), os.stat(path))
-    except OSError:
-        return False
 
 
 def _recorded(path: Path) -> Holder | None:
@@ -183,15 +204,3 @@ def _recorded(path: Path) -> Holder | None:
         return Holder(str(found["host"]), int(found["process"]), bool(found["locked"]))
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None  # no record, or one of an older align
-
-
-def _let_go() -> None:
-    """Close a forked child's copies: they would hold the locks of a parent that has died."""
-    for handle in _held.values():
-        with suppress(OSError):
-            os.close(handle)
-    _held.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_let_go)

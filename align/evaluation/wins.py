@@ -7,7 +7,6 @@ characters, which every text has, without a tokenizer.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -145,22 +144,21 @@ def length_controlled_difference(
     The prompt's own difficulty cancels in the pairing. A linear effect of length is removed, even
     if longer answers are also better ones.
     """
+    from scipy.stats import linregress  # takes a second to import
+
     y = np.subtract(scores_a, scores_b).astype(float)
     x = np.subtract(lengths_a, lengths_b).astype(float)
     if len(y) < 4 or np.ptp(x) == 0:
         return None
-    design = np.stack([np.ones_like(x), x / 100], axis=1)
-    (difference, slope), *_ = np.linalg.lstsq(design, y, rcond=None)
-    residual = y - design @ np.array([difference, slope])
-    freedom = len(y) - 2
+    fit = linregress(x / 100, y)
+    residual = y - fit.intercept - fit.slope * x / 100
     if residual @ residual <= 1e-18 * (y @ y):
         return None
-    covariance = residual @ residual / freedom * np.linalg.inv(design.T @ design)
-    half_width = student_t_quantile(0.975, freedom) * math.sqrt(covariance[0, 0])
+    half_width = student_t_quantile(0.975, len(y) - 2) * fit.intercept_stderr
     return EqualLength(
-        difference=float(difference),
-        ci95=(float(difference - half_width), float(difference + half_width)),
-        per_100_characters=float(slope),
+        difference=float(fit.intercept),
+        ci95=(float(fit.intercept - half_width), float(fit.intercept + half_width)),
+        per_100_characters=float(fit.slope),
     )
 
 

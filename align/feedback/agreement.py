@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
+from scipy.optimize import brentq
+from scipy.special import expit
 
 from align.base.intervals import Interval, share_ci95
 from align.feedback.ranking import Comparison, bradley_terry
@@ -124,13 +126,14 @@ def reliability(
 
 
 def _slope(gaps: np.ndarray) -> tuple[float, float]:
-    """Fit one logistic slope by Newton's method; a weak prior around 0 keeps it finite."""
-    slope, weight = 0.0, 0.01
-    for _ in range(50):
-        wrong = 1 / (1 + np.exp(slope * gaps))
-        gradient = float(gaps @ wrong) - weight * slope
-        information = float((gaps**2) @ (wrong * (1 - wrong))) + weight
-        slope += max(-1.0, min(1.0, gradient / information))
-        if abs(gradient) < 1e-9:
-            break
+    """Fit a logistic slope and its standard error; a weak prior around 0 keeps it finite."""
+    weight = 0.01
+
+    def gradient(slope: float) -> float:
+        return float(gaps @ expit(-slope * gaps)) - weight * slope
+
+    far = float(np.abs(gaps).sum()) / weight + 1  # from there on the prior pulls harder
+    slope = float(brentq(gradient, -far, far))
+    wrong = expit(-slope * gaps)
+    information = float((gaps**2) @ (wrong * (1 - wrong))) + weight
     return slope, information**-0.5

@@ -23,7 +23,7 @@ from align.types import AlignError
 
 HOLD = """
 import pathlib, subprocess, sys, time, os
-from align import locks
+from align.base import locks
 assert locks.take(pathlib.Path(sys.argv[1])) is None
 {more}
 print("held", flush=True)
@@ -104,7 +104,7 @@ def test_asking_does_not_refuse_a_run_that_starts_meanwhile(tmp_path: Path) -> N
     asking = (
         "locks.release(pathlib.Path(sys.argv[1]))\n"
         "handle = os.open(sys.argv[1] + '/.running', os.O_CREAT | os.O_RDONLY)\n"
-        "assert locks._lock(handle, exclusive=False)\nprint('held', flush=True)\n"
+        "import fcntl; fcntl.flock(handle, fcntl.LOCK_SH)\nprint('held', flush=True)\n"
         "time.sleep(0.2)\nos.close(handle)"
     )
     with holder(tmp_path, asking):
