@@ -6,6 +6,8 @@
 #   make sft ARGS="train.epochs=2"                 run sft again with overrides
 #   make sft AGAIN=1                               run sft again, not what comes before it
 #   make -B ppo                                    run everything again that ppo needs
+#   make quick                                     tests of losses, data and recipes: within a minute
+#   make test                                      every test: a few minutes on two cores
 #   make bench                                     side by side with TRL; ARGS=--full is the long form
 #   make venv TORCH=cuda                           torch with CUDA; the default is CPU only
 #   make venv PYTHON=python3.12                    another Python; 3.11 installs pinned versions
@@ -34,7 +36,7 @@ SMOLLM2 := models/smollm2-135m-instruct
 
 help:
 	@sed -n 's/^#   //p' Makefile
-	@echo "targets: venv bundle base sft pairs rm ppo dpo eval report sentiment smollm2 test oracles fuzz check bench format clean-runs"
+	@echo "targets: venv bundle base sft pairs rm ppo dpo eval report sentiment smollm2 quick test oracles fuzz check bench format clean-runs"
 	@echo "order:   sft, pairs, rm, ppo; dpo after pairs; eval after all (SUITE=$(SUITE))"
 
 # ---------------------------------------------------------------- environment
@@ -182,6 +184,10 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(CORES)
 
 test: $(STAMP)
 	$(PYTEST) $(ARGS)
+
+# the inner loop: what is plain arithmetic, rows and keys, and trains nothing
+quick: $(STAMP)
+	$(PYTEST) tests/losses tests/data tests/config $(ARGS)
 
 # every test and the long ones, which measure again what docs/trust.md says and docs/oracles/ draws
 oracles: $(STAMP)

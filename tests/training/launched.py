@@ -1,16 +1,18 @@
-"""Runs of `align`, one after another, in each of the processes that a launcher started.
+"""Runs of `python -m align`, one after another, in each process that a launcher started.
 
     accelerate launch ... tests/training/launched.py RUNS.json
+    torchrun ... tests/training/launched.py RUNS.json
 
 RUNS.json is a list of {"arguments": [...]}, and where wanted "env": {...}; "stop": a step in which
 the last process, and no other, is told to leave (SIGTERM); "copy": [from, to], after
-the run. Not a test: those of test_fsdp.py read what it leaves.
+the run. Not a test: those of test_fsdp.py and test_processes.py read what it leaves.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import runpy
 import shutil
 import signal
 import sys
@@ -18,7 +20,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from align.cli import main
 from align.training import loop
 
 TOLD_TO_STOP = 128 + signal.SIGTERM
@@ -35,11 +36,21 @@ def set_lr_and_stop(original: Any, stop: int) -> Any:
     return set_lr
 
 
+def align(arguments: list[str]) -> int:
+    """Exit code of ``python -m align``."""
+    with mock.patch.object(sys, "argv", ["align", *arguments]):
+        try:
+            runpy.run_module("align", run_name="__main__")
+        except SystemExit as end:
+            return int(end.code or 0)
+    return 0
+
+
 for run in json.loads(Path(sys.argv[1]).read_text("utf-8")):
     os.environ.update(run.get("env", {}))
     stop = run.get("stop", -1)
     with mock.patch.object(loop, "set_lr", set_lr_and_stop(loop.set_lr, stop)):
-        code = main(run["arguments"])
+        code = align(run["arguments"])
     wanted = TOLD_TO_STOP if stop >= 0 else 0
     assert code == wanted, f"{run['arguments']}: exit code {code}, wanted {wanted}"
     if "copy" in run and os.environ["RANK"] == "0":
