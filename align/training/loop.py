@@ -202,7 +202,8 @@ def _step(
     model.train()
     mine = my_share(members, accelerator)
     # every process knows the whole minibatch, so the denominator needs no exchange
-    denominator = max(sum(units(groups[i]) for i in members), 1)
+    minibatch = {i: groups[i] for i in members}  # read once: a group is made when it is asked for
+    denominator = max(sum(units(minibatch[i]) for i in members), 1)
     sums: dict[str, float] = {}
 
     def visit(batch: TokenBatch, last: bool, *, weight: float = 1.0) -> None:
@@ -220,7 +221,7 @@ def _step(
 
     reseed()
     tokens = microbatches.accumulate(
-        [groups[i] for i in mine],
+        [minibatch[i] for i in mine],
         visit,
         restart,
         rounds=partial(rounds, model=model, accelerator=accelerator),
@@ -232,7 +233,7 @@ def _step(
     metrics = _means(sum_over_processes(sums, accelerator))
     metrics["grad_norm"] = norm
     must_be_finite = {"loss": metrics["loss"], "gradient": metrics["grad_norm"]}
-    if accept(must_be_finite, [groups[i].id for i in members]):
+    if accept(must_be_finite, [minibatch[i].id for i in members]):
         optimizer.step()
     else:
         metrics = {"tokens": metrics["tokens"]}

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from inspect import signature
 from itertools import pairwise
@@ -268,6 +268,17 @@ WAYS = [
 """(which way, soft cap, keys of a padded call, tokens by which its lengths differ)"""
 
 
+@pytest.fixture(scope="module")
+def many_graphs() -> Iterator[None]:
+    """Flex's plain form compiles too: a graph for each number of heads, shared by what varies."""
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=64):
+        yield
+
+
+@pytest.mark.usefixtures("many_graphs")
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("window", [None, 1, 5])
 @pytest.mark.parametrize(("way", "softcap", "short", "step"), WAYS)
@@ -287,7 +298,6 @@ def test_segment_attention_is_masked_softmax(
     """
     backend = way if way in attention.BACKENDS else "segments"
     monkeypatch.setattr(varlen, "kernel", lambda: one_after_another)
-    torch._dynamo.reset()  # flex's plain form compiles too, and counts other tests' shapes
     # torch refuses gradients on a CPU, though its plain form has them
     monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
     monkeypatch.setattr(products, "pays", lambda *_: way != "fused")
