@@ -21,7 +21,7 @@ from typing import NoReturn
 
 from align import __version__
 from align.base.console import complain, say, say_traceback
-from align.base.suggest import nearest
+from align.base.suggest import suggest
 from align.commands import data, doctor, label
 
 # command -> (recipe class in align.config.keys, module:function, what --help says)
@@ -71,7 +71,7 @@ class OneLineParser(argparse.ArgumentParser):
         unknown = re.search(r"invalid choice: '(.*?)' \(choose from", message)
         if unknown and "COMMAND" in message:
             commands = [*STAGES, *OTHERS]
-            near = nearest(unknown[1], commands)
+            near = suggest(unknown[1], commands)
             hint = f"; did you mean {near}?" if near else f"; there are {', '.join(commands)}"
             message = f"{unknown[1]}: no such command{hint}"
         complain(f"{message}; see `{self.prog} --help`")

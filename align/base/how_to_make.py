@@ -28,7 +28,7 @@ RESULTS = {
 """Output of a stage in ``runs/SUITE`` -> its command; the recipe is named like the folder."""
 
 
-def made_by(path: str) -> str | None:
+def how_to_make(path: str) -> str | None:
     """Say how to make a missing ``path``, as half a sentence; None if no shipped recipe reads it.
 
     A missing name inside an existing folder is misspelt, so nothing makes it.

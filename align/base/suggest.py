@@ -15,7 +15,7 @@ def alike(a: str, b: str) -> float:
     return SequenceMatcher(None, a, b).ratio()
 
 
-def nearest(
+def suggest(
     name: str, candidates: Iterable[str], *, likeness: Callable[[str, str], float] = alike
 ) -> str | None:
     """Return the likeliest candidate; None if none is near."""
@@ -23,7 +23,7 @@ def nearest(
     return best[1] if best[0] >= CUTOFF else None
 
 
-def nearest_path(path: Path, *, wanted: Callable[[Path], bool] = lambda _: True) -> Path | None:
+def suggest_path(path: Path, *, wanted: Callable[[Path], bool] = lambda _: True) -> Path | None:
     """Return the likeliest existing path; if parent folders are missing too, the likeliest folder.
 
     Args:
@@ -33,7 +33,7 @@ def nearest_path(path: Path, *, wanted: Callable[[Path], bool] = lambda _: True)
     while not path.parent.is_dir():
         path = path.parent
     there = [p.name for p in path.parent.iterdir() if not p.name.startswith(".") and wanted(p)]
-    name = nearest(path.name, sorted(there), likeness=_alike_but_for_the_ending)
+    name = suggest(path.name, sorted(there), likeness=_alike_but_for_the_ending)
     return path.parent / name if name else None
 
 
@@ -45,5 +45,5 @@ def _alike_but_for_the_ending(a: str, b: str) -> float:
 
 def did_you_mean(path: Path) -> str:
     """Return ``; did you mean a/b?``, or "" if no path is near."""
-    near = nearest_path(path)
+    near = suggest_path(path)
     return f"; did you mean {near}?" if near else ""

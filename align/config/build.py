@@ -21,7 +21,7 @@ from typing import (
     get_type_hints,
 )
 
-from align.base.suggest import alike, nearest
+from align.base.suggest import alike, suggest
 from align.config.keys import DataConfig
 from align.config.ranges import ALIASES, RANGES
 from align.types import RewardTerm
@@ -218,7 +218,7 @@ def unknown_key(key: str, root: type) -> KeyProblem:
     leaf = key.rsplit(".", 1)[-1]
     known = list(dotted_keys(root))
     alias = ALIASES.get(leaf)
-    near = alias if alias in known else nearest(key, known, likeness=_likeness)
+    near = alias if alias in known else suggest(key, known, likeness=_likeness)
     if near:
         return KeyProblem(key, f"no such key; did you mean {near}?")
     there = ", ".join(k for k in known if "." not in k)

@@ -16,7 +16,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from align.base.suggest import nearest
+from align.base.suggest import suggest
 from align.config.build import KeyProblem, build, unknown_key, unknown_keys
 from align.config.checks import check_whole
 from align.config.text import odd_number, refuse_functions
@@ -113,7 +113,7 @@ def find_recipe(recipe: str) -> Path:
     if name in shipped:
         return shipped[name]
     beside = [str(p) for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-    near = nearest(recipe, [*shipped, *beside])
+    near = suggest(recipe, [*shipped, *beside])
     hint = f"did you mean {near}?" if near else "`align ls` shows the shipped ones"
     raise AlignError(f"{recipe}: no such recipe; {hint}")
 

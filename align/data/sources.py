@@ -19,9 +19,9 @@ from itertools import count, islice
 from pathlib import Path
 from typing import IO, Any, cast
 
-from align.base.how_to_make import made_by
+from align.base.how_to_make import how_to_make
 from align.base.hub import require_on_the_hub
-from align.base.suggest import nearest_path
+from align.base.suggest import suggest_path
 from align.data.readers.arrow_files import read_arrow, read_parquet
 from align.data.readers.csv_files import read_csv
 from align.data.readers.json_files import read_json, read_lines
@@ -280,14 +280,14 @@ def file_sha256(path: Path) -> str:
 
 def _what_there_is(path: Path) -> str:
     """Advice on a missing path: what makes it, the likeliest existing one, what there is."""
-    remedy = made_by(str(path))
+    remedy = how_to_make(str(path))
     if remedy:
         return f"{remedy}; or give data of your own"
 
     def may_hold_data(found: Path) -> bool:
         return found.is_dir() or found.name.endswith(SUFFIXES)
 
-    near = nearest_path(path, wanted=may_hold_data)
+    near = suggest_path(path, wanted=may_hold_data)
     if near:
         return f"did you mean {near}?"
     parent = next(p for p in path.parents if p.is_dir())

@@ -27,8 +27,8 @@ from align.data.held_out import notes_of
 from align.data.subset import pick
 from align.evaluation.agreement import best_of_n, best_of_n_kl
 from align.evaluation.bleu import CORPUS_METRICS
-from align.evaluation.measure import Measurer, System, own_metric
-from align.evaluation.outputs import Answerer, Outputs, Reference, ReferenceFit, read_outputs
+from align.evaluation.measure import Evaluator, System, own_metric
+from align.evaluation.outputs import Generator, Outputs, Reference, ReferenceFit, read_outputs
 from align.evaluation.reward import agreement_with, evaluate_reward
 from align.evaluation.systems import Judge, comparisons, judge_of, pooled, win_rates
 from align.evaluation.table import closing_table, reward_table, significance
@@ -133,7 +133,7 @@ class _Evaluation:
     ) -> None:
         self.recipe, self.examples, self.device = recipe, examples, device
         self.reward, self.gold = self._source(recipe.reward), self._source(recipe.gold_reward)
-        self.measurer = Measurer(recipe, examples, reward=self.reward, gold=self.gold)
+        self.evaluator = Evaluator(recipe, examples, reward=self.reward, gold=self.gold)
         self.judge = _judge(recipe.judge)
         self.systems: list[System] = []
         self.copied = self._copied()
@@ -142,14 +142,14 @@ class _Evaluation:
         # agreement of gold reward and reward over all samples of best-of-n
         self.agreement: dict[str, Any] | None = None
         if recipe.reference_model is not None and examples:
-            self.reference = Reference(self._answerer(recipe.reference_model))
+            self.reference = Reference(self._generator(recipe.reference_model))
 
     def add(self, name: str, model: str) -> None:
         if model.endswith(".jsonl"):
             outputs, samples, fit = read_outputs(model, self.examples), None, None
         else:
-            outputs, samples, fit = self._generate(name, self._answerer(model))
-        system = self.measurer.measure(name, outputs, samples, fit)
+            outputs, samples, fit = self._generate(name, self._generator(model))
+        system = self.evaluator.measure(name, outputs, samples, fit)
         system.row["model"] = model
         self.systems.append(system)
 
@@ -159,12 +159,12 @@ class _Evaluation:
         if reference is None or self.reward is None or recipe.sampling is None:
             raise AlignError("best_of_n: needs reference_model, reward and sampling")
         options = replace(recipe.sampling, samples_per_prompt=n)
-        drawn = reference.answerer.answer(self.examples, options, seed=recipe.seed + 1)
+        drawn = reference.generator.generate(self.examples, options, seed=recipe.seed + 1)
         shape = (len(self.examples), n)
-        proxy = np.array(self.measurer.score(self.reward, drawn.responses, n)).reshape(shape)
+        proxy = np.array(self.evaluator.score(self.reward, drawn.responses, n)).reshape(shape)
         gold = proxy
         if self.gold is not None:
-            gold = np.array(self.measurer.score(self.gold, drawn.responses, n)).reshape(shape)
+            gold = np.array(self.evaluator.score(self.gold, drawn.responses, n)).reshape(shape)
             self.agreement = agreement_with(proxy, gold)
         best = proxy.argmax(axis=1) + np.arange(shape[0]) * n
 
@@ -174,7 +174,7 @@ class _Evaluation:
         chosen = Outputs(
             [drawn.responses[i] for i in best], of_best(drawn.lengths), of_best(drawn.finished)
         )
-        system = self.measurer.measure(f"best-of-{n}", chosen)
+        system = self.evaluator.measure(f"best-of-{n}", chosen)
         # an upper bound, since best-of-n is not a model
         system.row["kl"] = best_of_n_kl(n)
         system.row["model"] = f"best of {n} samples of {recipe.reference_model}"
@@ -229,7 +229,7 @@ class _Evaluation:
         }
 
     def _generate(
-        self, name: str, answerer: Answerer
+        self, name: str, generator: Generator
     ) -> tuple[Outputs, Outputs | None, ReferenceFit | None]:
         recipe = self.recipe
         total = len(self.examples) * (1 if recipe.sampling is None else 2)
@@ -243,22 +243,22 @@ class _Evaluation:
                 "reference": self.reference,
                 "on_tokens": count,
             }
-            fit = answerer.fit(self.examples) if self.measurer.has_references else None
+            fit = generator.fit(self.examples) if self.evaluator.has_references else None
             single = replace(recipe.generation, samples_per_prompt=1)
-            outputs = answerer.answer(self.examples, single, **options)
+            outputs = generator.generate(self.examples, single, **options)
             bar.advance(steps=len(self.examples))
             if recipe.sampling is None:
                 return outputs, None, fit
-            return outputs, answerer.answer(self.examples, recipe.sampling, **options), fit
+            return outputs, generator.generate(self.examples, recipe.sampling, **options), fit
 
     def _copied(self) -> System | None:
         sources = [e.source_text for e in self.examples if e.source_text is not None]
-        complete = self.measurer.has_references and len(sources) == len(self.examples)
+        complete = self.evaluator.has_references and len(sources) == len(self.examples)
         if not complete or not sources:
             return None
         # without reward, since no model wrote it
         system = System(COPY, {}, Outputs(sources))
-        self.measurer.against_references(system)
+        self.evaluator.against_references(system)
         return system
 
     def _copy_baseline(self) -> dict[str, Any] | None:
@@ -279,8 +279,8 @@ class _Evaluation:
             ),
         )
 
-    def _answerer(self, model: str) -> Answerer:
-        return Answerer(model, self.recipe, device=self.device)
+    def _generator(self, model: str) -> Generator:
+        return Generator(model, self.recipe, device=self.device)
 
 
 def _data(

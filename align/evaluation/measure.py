@@ -46,7 +46,7 @@ class System:
     statistics: dict[str, np.ndarray] = field(default_factory=dict)
 
 
-class Measurer:
+class Evaluator:
     """Metrics, rewards and references with which every model is measured."""
 
     def __init__(

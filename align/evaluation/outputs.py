@@ -63,7 +63,7 @@ class ReferenceFit:
     num_bytes: np.ndarray
 
 
-class Answerer:
+class Generator:
     """One model under evaluation, loaded once, that generates its answers."""
 
     def __init__(self, model: str, recipe: EvalRecipe, *, device: torch.device) -> None:
@@ -89,7 +89,7 @@ class Answerer:
         self.tokens_per_microbatch = recipe.tokens_per_microbatch
         self.cache = outputs_cache(recipe)
 
-    def answer(
+    def generate(
         self,
         examples: Sequence[PromptExample],
         options: GenerationOptions,
@@ -147,26 +147,26 @@ class Answerer:
 class Reference:
     """The reference model of KL."""
 
-    def __init__(self, answerer: Answerer) -> None:
-        self._policy: Policy = answerer.policy
-        self._vocabulary = answerer.tokenizer.get_vocab()
-        self.answerer = answerer
+    def __init__(self, generator: Generator) -> None:
+        self._policy: Policy = generator.policy
+        self._vocabulary = generator.tokenizer.get_vocab()
+        self.generator = generator
 
     def kl(
-        self, rollout: Rollout, options: GenerationOptions, answerer: Answerer
+        self, rollout: Rollout, options: GenerationOptions, generator: Generator
     ) -> list[float] | None:
         """Sum log pi - log pi_ref over each response, both at the sampling temperature.
 
         None if the vocabularies differ, since the two models then have different tokens.
         """
-        if answerer.tokenizer.get_vocab() != self._vocabulary:
+        if generator.tokenizer.get_vocab() != self._vocabulary:
             return None
         temperature = options.temperature or 1.0
         ref_logprobs = over_rollout(
             rollout_groups(rollout, options.samples_per_prompt),
             lambda batch: self._policy(batch, temperature=temperature).logprobs,
             like=rollout.logprobs,
-            tokens_per_microbatch=answerer.tokens_per_microbatch,
+            tokens_per_microbatch=generator.tokens_per_microbatch,
         )
         return (rollout.logprobs - ref_logprobs).sum(1).tolist()
 

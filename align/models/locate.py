@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from align.base.files import read_json
-from align.base.how_to_make import made_by
+from align.base.how_to_make import how_to_make
 from align.base.hub import require_on_the_hub
 from align.base.suggest import did_you_mean
 from align.models.adapters import CONFIG, find_adapter
@@ -149,7 +149,7 @@ def no_such_model(model: str) -> AlignError:
             f"model: {model}: a file, not a model; name a folder, a hub id or a .gguf"
         )
     what = "file" if Path(model).suffix in DATA_FILES else "folder"
-    remedy = made_by(model)
+    remedy = how_to_make(model)
     if remedy is None:
         near = did_you_mean(Path(model))
         return AlignError(f"model: {model}: no such {what}{near or f'; give {GIVEN}'}")

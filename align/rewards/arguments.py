@@ -7,7 +7,7 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from align.base.suggest import nearest
+from align.base.suggest import suggest
 from align.types import AlignError
 
 # names in other libraries -> ours, for the hint
@@ -124,7 +124,7 @@ def _meant(parameter: inspect.Parameter, allowed: Sequence[str]) -> str | None:
     if known in allowed:
         return known
     if parameter.default is inspect.Parameter.empty:
-        return nearest(parameter.name, allowed)
+        return suggest(parameter.name, allowed)
     return next((name for name in allowed if name == f"{parameter.name}s"), None)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from align.base.how_to_make import RESULTS, SHIPPED, SUITES, TARGETS, made_by
+from align.base.how_to_make import RESULTS, SHIPPED, SUITES, TARGETS, how_to_make
 from align.cli import main
 from align.config.load import shipped_recipes
 
@@ -50,18 +50,20 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     ],
 )
 def test_in_a_clone(in_clone: Path, path: str, maker: str | None) -> None:
-    assert made_by(path) == maker
+    assert how_to_make(path) == maker
 
 
 def test_elsewhere(elsewhere: Path) -> None:
-    assert made_by("models/smollm2-135m-instruct") == "`make smollm2` in a clone of align makes it"
-    assert made_by("runs/tiny/pairs/pairs.jsonl") == "`align generate tiny/pairs` makes it"
-    assert "run the command in the clone's folder" in str(made_by("data/kjv_web/sft.jsonl"))
+    assert (
+        how_to_make("models/smollm2-135m-instruct") == "`make smollm2` in a clone of align makes it"
+    )
+    assert how_to_make("runs/tiny/pairs/pairs.jsonl") == "`align generate tiny/pairs` makes it"
+    assert "run the command in the clone's folder" in str(how_to_make("data/kjv_web/sft.jsonl"))
 
 
 def test_a_misspelt_name_beside_what_is_there_is_not_made(in_clone: Path) -> None:
     (in_clone / "runs/sentiment/data").mkdir(parents=True)
-    assert made_by("runs/sentiment/data/sft_trian.jsonl") is None
+    assert how_to_make("runs/sentiment/data/sft_trian.jsonl") is None
 
 
 @pytest.mark.parametrize("target", sorted({*TARGETS.values(), "sft", "pairs", "rm", "ppo", "dpo"}))
@@ -85,7 +87,7 @@ def test_every_path_of_a_shipped_recipe_is_made_or_shipped(elsewhere: Path) -> N
         if re.match(r"(runs|models|data)/\w+/", f"{word}/")
     }
     assert len(paths) > 20
-    assert [path for path in sorted(paths) if made_by(path) is None] == []
+    assert [path for path in sorted(paths) if how_to_make(path) is None] == []
     commands = {f"{s}/{result.split('/')[0]}" for s in SUITES for result in RESULTS}
     assert {"tiny/sft", "gpu/rm", "smollm2/pairs"} <= commands & set(shipped_recipes())
 

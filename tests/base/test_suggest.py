@@ -4,18 +4,18 @@ from pathlib import Path
 
 import pytest
 
-from align.base.suggest import did_you_mean, nearest, nearest_path
+from align.base.suggest import did_you_mean, suggest, suggest_path
 
 
 def test_the_likeliest_name_or_none() -> None:
-    assert nearest("chrf3", ["bleu", "chrf", "ter"]) == "chrf"
-    assert nearest("zzz", ["bleu", "chrf"]) is None
-    assert nearest("bleu", []) is None
+    assert suggest("chrf3", ["bleu", "chrf", "ter"]) == "chrf"
+    assert suggest("zzz", ["bleu", "chrf"]) is None
+    assert suggest("bleu", []) is None
 
 
 def test_an_ending_in_common_makes_no_two_files_alike(tmp_path: Path) -> None:
     (tmp_path / "verses.jsonl").touch()
-    assert nearest_path(tmp_path / "q.jsonl") is None
+    assert suggest_path(tmp_path / "q.jsonl") is None
     assert did_you_mean(tmp_path / "q.jsonl") == ""
 
 
@@ -27,4 +27,4 @@ def test_a_missing_folder_is_what_was_mistyped(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [".runs", "runs.txt"])
 def test_hidden_and_unwanted_neighbours_are_not_meant(tmp_path: Path, name: str) -> None:
     (tmp_path / name).touch()
-    assert nearest_path(tmp_path / "runs", wanted=Path.is_dir) is None
+    assert suggest_path(tmp_path / "runs", wanted=Path.is_dir) is None

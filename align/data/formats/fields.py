@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn, TypeAlias
 
-from align.base.suggest import nearest
+from align.base.suggest import suggest
 from align.data.formats.turn_keys import NotTurns, is_list, says_more
 from align.data.formats.turns import (
     AS_A_LIST,
@@ -151,7 +151,7 @@ def check_names(columns: Mapping[str, str]) -> None:
     """Refuse a name of ours that no format has: it would change nothing."""
     for name in columns:
         if name not in NAMES:
-            near = nearest(name, NAMES)
+            near = suggest(name, NAMES)
             hint = f"did you mean {near}?" if near else f"there are {', '.join(NAMES)}"
             raise AlignError(f"data.columns.{name}: no such field; {hint}")
 

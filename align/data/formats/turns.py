@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from align.base.suggest import alike, nearest
+from align.base.suggest import alike, suggest
 from align.data.formats.tool_turns import standard_calls, tools_of
 from align.data.formats.turn_keys import (
     TOOLS,
@@ -131,7 +131,7 @@ def misspelt(role: str) -> str | None:
     bare = role.strip().lower()
     if bare in ROLES or bare in _ALIASES:
         return bare
-    near = nearest(bare, _COMMON)
+    near = suggest(bare, _COMMON)
     return near if near and alike(bare, near) >= _NEAR else None
 
 
