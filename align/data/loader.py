@@ -35,7 +35,7 @@ from align.data.tokens.cache import (
     write_arrow,
 )
 from align.data.tokens.groups import SCHEMA, TokenGroups, open_entry
-from align.data.tokens.template import Tokenizer
+from align.data.tokens.text_ids import Tokenizer
 from align.data.tokens.tokenise import Tally, batches_of
 from align.types import AlignError, DataSource, SourceReport
 

@@ -19,7 +19,7 @@ from align.data.readers.source_rows import PassRows, Place
 from align.data.sources import BadRow, Row
 from align.data.stream_counts import Counts, SourceCounts, examples_of, require_some
 from align.data.tokens.chat import LossOn, encode_some
-from align.data.tokens.template import Tokenizer
+from align.data.tokens.text_ids import Tokenizer
 from align.types import AlignError, DataSource, TokenGroup
 
 Mark: TypeAlias = Mapping[str, Any]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from align.data.tokens.decode import decode_response
 from align.data.tokens.packing import counted_coordinates, pack
-from align.data.tokens.template import Tokenizer
+from align.data.tokens.text_ids import Tokenizer
 from align.losses import gae, masked_whiten, shape_rewards
 from align.types import Experience, Rollout, Text, TokenBatch, TokenGroup, TokenSequence
 

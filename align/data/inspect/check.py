@@ -34,7 +34,7 @@ from align.data.readers.rows import TIE
 from align.data.sources import BadRow, Row, read_source
 from align.data.tokens.findings import Shown, counts, encode_all, of_template, of_tokens, show
 from align.data.tokens.lengths import longer_wins
-from align.data.tokens.template import Tokenizer
+from align.data.tokens.text_ids import Tokenizer
 from align.types import AlignError, DataSource, PreferencePair, SFTExample, SourceReport
 
 NO_VALUE = frozenset({"NA", "N/A", "NaN", "nan", "null", "NULL", "None"})

@@ -8,30 +8,30 @@ the system text, or write EOS after the last turn only.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import is_
 
 import numpy as np
 
 from align.data.tokens.template import (
     OURS,
     PROBE,
-    Tokenizer,
     cut_at_end,
-    encode_text,
-    eos_id,
     holds,
     left_out,
     opening,
     render,
     require_keys_rendered,
     require_rendered,
-    special_tokens,
 )
+from align.data.tokens.text_ids import Tokenizer, encode_text, eos_id, special_tokens
 from align.types import AlignError, Message, TokenGroup, TokenSequence
 
 _CONTEXT = 48
 """Characters before a boundary that are looked at for the tokens after it."""
+_RECENT = 4 * _CONTEXT
+"""Tokens before a boundary among which a special one is looked for first."""
 
 
 @dataclass(frozen=True)
@@ -42,35 +42,60 @@ class Answer:
         prefix: What the model is given.
         said: What it says, through the end token where ``ended``.
         ended: False where the template writes no end token: EOS is appended.
-        prompt: The rendered prompt, which has the words of all earlier turns.
     """
 
     prefix: str
     said: str
     ended: bool
-    prompt: str = ""
 
 
-def answer_at(
-    tokenizer: Tokenizer, turns: Sequence[Message], i: int, *, checked: tuple[int, str] = (0, "")
-) -> Answer:
-    """Turn ``i`` of a conversation against its own rendered prefix.
+class Prompts:
+    """Rendered prompts of one row and their tokens, each made once.
 
-    ``checked`` is a number of turns and a text that has their words, as the prompt of an earlier
-    answer has: they are not looked for again in a prefix that begins with this text.
+    The answers of a pair have one prompt, and the prompt of a turn goes on from that of the turn
+    before.
     """
-    before, turn = turns[:i], turns[i]
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self._turns: tuple[Message, ...] = ()
+        self._rendered = ""  # of these turns, whose words are all in it
+        self._text: str | None = None
+        self._ids: list[int] = []
+
+    def render(self, turns: Sequence[Message]) -> str:
+        """The prompt that ends in these turns; refused where it leaves out any of their words."""
+        known = len(self._turns)
+        goes_on = known <= len(turns) and all(map(is_, self._turns, turns))
+        if goes_on and known == len(turns) > 0:
+            return self._rendered
+        text = render(self.tokenizer, turns, open_turn=True)
+        first = known if goes_on and text.startswith(self._rendered) else 0
+        require_rendered(self.tokenizer, turns, text, first=first)
+        self._turns, self._rendered = tuple(turns), text
+        return text
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a rendered text, a list of the caller's own."""
+        if self._text is None or not text.startswith(self._text):
+            self._ids = encode_text(self.tokenizer, text)
+        elif text != self._text:
+            more = text[len(self._text) :]
+            added, exact = encode_after(self.tokenizer, self._text, self._ids, more)
+            self._ids = self._ids + added if exact else encode_text(self.tokenizer, text)
+        self._text = text
+        return list(self._ids)
+
+
+def answer_at(prompts: Prompts, turns: Sequence[Message], i: int) -> Answer:
+    """Turn ``i`` of a conversation against its own rendered prefix."""
+    tokenizer, before, turn = prompts.tokenizer, turns[:i], turns[i]
     whole = render(tokenizer, turns[: i + 1])
-    if before:
-        prompt = prefix = render(tokenizer, before, open_turn=True)
-        first = checked[0] if prefix.startswith(checked[1]) else 0
-        require_rendered(tokenizer, before, prefix, first=first)
-    else:
-        prompt, prefix = "", _opening_of_first(tokenizer, turn, whole)
+    prefix = prompts.render(before) if before else _opening_of_first(tokenizer, turn, whole)
     said = whole[len(prefix) :]
     if not (whole.startswith(prefix) and holds(said, turn["content"])):
         prefix, said = _rewritten(tokenizer, before, turn, prefix=prefix, whole=whole)
-    return Answer(prefix, *cut_at_end(tokenizer, said), prompt)
+    return Answer(prefix, *cut_at_end(tokenizer, said))
 
 
 def _rewritten(
@@ -156,24 +181,28 @@ def _tails(tokenizer: Tokenizer, text: str, ids: list[int]) -> Iterator[tuple[st
     No token crosses a special one, and tokens rarely depend on what is further off than a word.
     """
     special = special_tokens(tokenizer)
-    last = next((k for k in range(len(ids) - 1, -1, -1) if ids[k] in special), None)
+    last = _last_in(special, ids, len(ids) - _RECENT)
     at = text.rfind(special[ids[last]]) if last is not None else -1
     if last is not None and 0 <= len(text) - at <= 4 * _CONTEXT and at >= 0:
         yield text[at:], ids[last:]
     else:
         cut = max(text.rfind(gap, 0, max(len(text) - _CONTEXT, 0)) for gap in (" ", "\n"))
-        tail = _encode_quickly(tokenizer, text[cut:]) if cut > 0 else []
-        if tail and ids[-len(tail) :] == tail:
-            yield text[cut:], tail
+        # sentencepiece puts a space in front of a text: there the word alone has the same tokens
+        for start in (cut, cut + 1) if cut > 0 else ():
+            tail = encode_text(tokenizer, text[start:])
+            if tail and ids[-len(tail) :] == tail:
+                yield text[start:], tail
+                break
+        last = _last_in(special, ids, 0)
+        at = text.rfind(special[ids[last]]) if last is not None else -1
+        if last is not None and at > 0:
+            yield text[at:], ids[last:]
     yield text, ids
 
 
-def _encode_quickly(tokenizer: Tokenizer, text: str) -> list[int]:
-    """`encode_text` in a third of its time, for ids that are compared with others."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return encode_text(tokenizer, text)
-    return list(backend.encode(text, add_special_tokens=False).ids)
+def _last_in(special: Container[int], ids: Sequence[int], start: int) -> int | None:
+    """Place of the last special token among ``ids`` from ``start`` on."""
+    return next((k for k in range(len(ids) - 1, max(start, 0) - 1, -1) if ids[k] in special), None)
 
 
 @dataclass
@@ -209,12 +238,17 @@ class _Sequence:
 
 
 def encode_turns(
-    tokenizer: Tokenizer, turns: Sequence[Message], *, first: int = 0
+    tokenizer: Tokenizer,
+    turns: Sequence[Message],
+    *,
+    first: int = 0,
+    prompts: Prompts | None = None,
 ) -> list[TokenSequence]:
     """Sequences that train the assistant's turns from ``first`` on, each turn in one of them.
 
     One sequence where the template never changes what it wrote. Turns with ``train: False`` are a
     part of what follows. Turns after the last trained one teach nothing and are left out.
+    ``prompts`` are those of the row, where it has several conversations.
     """
     assistants = [i for i in range(first, len(turns)) if turns[i]["role"] == "assistant"]
     trained = [i for i in assistants if turns[i].get(OURS, True)]
@@ -225,13 +259,12 @@ def encode_turns(
             else "no assistant turn to learn from; give messages an answer"
         )
     require_keys_rendered(tokenizer, turns[: trained[-1] + 1])
+    prompts = prompts or Prompts(tokenizer)
     made: list[_Sequence] = []
-    checked = (0, "")
     for i in trained:
-        answer = answer_at(tokenizer, turns, i, checked=checked)
-        checked = (i, answer.prompt)
+        answer = answer_at(prompts, turns, i)
         if not made or not made[-1].extended_to(tokenizer, answer.prefix):
-            made.append(_Sequence(answer.prefix, encode_text(tokenizer, answer.prefix)))
+            made.append(_Sequence(answer.prefix, prompts.encode(answer.prefix)))
         made[-1].say(tokenizer, answer)
     return [sequence.done() for sequence in made]
 

@@ -25,7 +25,7 @@ import pyarrow as pa
 
 from align import types
 from align.base.locks import waiting_for
-from align.data.tokens.template import Tokenizer
+from align.data.tokens.text_ids import Tokenizer
 from align.types import AlignError
 
 LIBRARIES = ("transformers", "tokenizers", "jinja2", "datasets", "pyarrow", "numpy")

@@ -15,19 +15,24 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
-from align.data.tokens.answers import cut_text, encode_after, encode_turns, group_of, split_group
+from align.data.tokens.answers import (
+    Prompts,
+    cut_text,
+    encode_after,
+    encode_turns,
+    group_of,
+    split_group,
+)
 from align.data.tokens.decode import without_bos
 from align.data.tokens.template import (
     OURS,
-    Tokenizer,
     cut_at_end,
-    encode_text,
     end_token_ids,
-    eos_id,
     render,
     require_keys_rendered,
     require_rendered,
 )
+from align.data.tokens.text_ids import Tokenizer, encode_text, eos_id
 from align.types import (
     AlignError,
     Message,
@@ -117,7 +122,8 @@ def encode_answers(
         ids = encode_prompt(tokenizer, prompt)
         sequences = [_string_answer(tokenizer, prompt, ids, answer) for answer in answers]
         return TokenGroup(ids, tuple(sequences), id=id, margin=margin)
-    found = [_one_sequence(tokenizer, prompt, answer) for answer in answers]
+    prompts = Prompts(tokenizer)
+    found = [_one_sequence(prompts, prompt, answer) for answer in answers]
     return group_of(found, id=id, margin=margin)
 
 
@@ -136,8 +142,9 @@ def _string_answer(
     return TokenSequence(_array(ids), np.ones(len(ids), dtype=bool))
 
 
-def _one_sequence(tokenizer: Tokenizer, prompt: Sequence[Message], answer: Text) -> TokenSequence:
-    found = encode_turns(tokenizer, (*prompt, *_turns(answer)), first=len(prompt))
+def _one_sequence(prompts: Prompts, prompt: Sequence[Message], answer: Text) -> TokenSequence:
+    turns = (*prompt, *_turns(answer))
+    found = encode_turns(prompts.tokenizer, turns, first=len(prompt), prompts=prompts)
     if len(found) > 1:
         raise AlignError(
             "the answer has several assistant turns, and the chat template writes the earlier ones "

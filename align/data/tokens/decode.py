@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from align.data.tokens.answers import encode_after
-from align.data.tokens.template import Tokenizer, end_token_ids
+from align.data.tokens.template import end_token_ids
+from align.data.tokens.text_ids import Tokenizer
 from align.types import Text
 
 

@@ -12,15 +12,13 @@ from align.data.formats.columns import Example
 from align.data.inspect.findings import Finding, Level, findings_of, texts_of
 from align.data.tokens.chat import encode_example, over_length
 from align.data.tokens.template import (
-    Tokenizer,
     cut_at_end,
-    encode_text,
     end_token_ids,
     opening,
-    special_tokens,
     structure_ids,
     times_in_dialogue,
 )
+from align.data.tokens.text_ids import Tokenizer, encode_text, special_tokens
 from align.types import AlignError, Message, PreferencePair, SFTExample, Text, TokenGroup
 
 

@@ -9,15 +9,13 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, TypeAlias
+from typing import Any
 
 from align.data.formats.turn_keys import TOOLS
 from align.data.formats.turns import ALLOWED, ROLES
 from align.data.tokens.sandbox import Unbounded, Untried, render_bounded
+from align.data.tokens.text_ids import Tokenizer, encode_text, special_tokens
 from align.types import AlignError, Message
-
-Tokenizer: TypeAlias = Any
-"""A ``transformers`` tokenizer; its own type does not say what it takes and gives."""
 
 PROBE = "alignprobe"  # letters only, so that no template or tokenizer alters it
 
@@ -34,26 +32,6 @@ RECORDS = frozenset({
 """Keys of published data sets that are about a turn and no part of what was said."""
 
 _EMPTY: tuple[Any, ...] = ("", [], {})
-
-
-def encode_text(tokenizer: Tokenizer, text: str, *, specials: bool = False) -> list[int]:
-    """Token ids of the text; ``specials`` are BOS and EOS where the tokenizer adds them."""
-    found = tokenizer(
-        text,
-        add_special_tokens=specials,
-        return_attention_mask=False,  # lists that nobody reads are an eighth of the time
-        return_token_type_ids=False,
-    )
-    return list(found["input_ids"])
-
-
-def eos_id(tokenizer: Tokenizer) -> int:
-    if tokenizer.eos_token_id is None:
-        raise AlignError(
-            "the tokenizer has no EOS token, so no answer could ever end; set eos_token in its "
-            "tokenizer_config.json"
-        )
-    return int(tokenizer.eos_token_id)
 
 
 # ---------------------------------------------------------------- rendering
@@ -248,16 +226,6 @@ def end_token_ids(
     more = () if more is None else (more,) if isinstance(more, int) else tuple(more)
     ends = (tokenizer.eos_token_id, _turn_end(tokenizer, str(tokenizer.chat_template)), *more)
     return tuple(dict.fromkeys(int(i) for i in ends if i is not None))
-
-
-@lru_cache(maxsize=16)
-def special_tokens(tokenizer: Tokenizer) -> dict[int, str]:
-    """Id -> text of the special tokens. Added words that are not special (``<tool_call>``) are
-    text."""
-    found = {int(i): str(t) for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-    named = [tokenizer.eos_token_id, *tokenizer.all_special_ids]
-    found.update({i: tokenizer.convert_ids_to_tokens(i) for i in named if i is not None})
-    return {i: text for i, text in found.items() if text}
 
 
 def cut_at_end(tokenizer: Tokenizer, said: str, *, is_turn: bool = True) -> tuple[str, bool]:

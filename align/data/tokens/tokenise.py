@@ -19,7 +19,7 @@ import pyarrow as pa
 from align.data.records import CHUNK
 from align.data.tokens.chat import Encoded, Example, encode_some, require_usable
 from align.data.tokens.groups import to_batches
-from align.data.tokens.template import Tokenizer
+from align.data.tokens.text_ids import Tokenizer
 from align.types import AlignError, PromptExample
 
 MANY = 5_000
