@@ -39,7 +39,8 @@ fuzz = settings(
 words = st.text(st.characters(codec="utf-8"), max_size=20)
 said = words.filter(lambda text: bool(text.strip()))
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | words
-turns = st.fixed_dictionaries({"role": words | st.just("user"), "content": scalars})
+roles = st.sampled_from(("user", "assistant", "tool", "function_call", "observation"))
+turns = st.fixed_dictionaries({"role": words | roles, "content": scalars})
 values = st.recursive(
     scalars | turns,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3),
@@ -48,7 +49,8 @@ values = st.recursive(
 COLUMNS = (
     "prompt", "chosen", "rejected", "completion", "messages", "conversations", "text", "system",
     "references", "margin", "instruction", "input", "output", "history", "labels", "human_ref_A",
-    "human_ref_B", "choice", "summaries", "info", "tools", "score_A", "score_B",
+    "human_ref_B", "choice", "summaries", "info", "tools", "score_A", "score_B", "response_a",
+    "response_b", "winner", "chosen_score", "rejected_score",
 )  # fmt: skip
 rows_of_anything = st.dictionaries(st.sampled_from(COLUMNS) | words, values, max_size=6)
 GOOD = [{"prompt": f"say {i}", "chosen": "yes " * i + "good", "rejected": "no"} for i in range(9)]
