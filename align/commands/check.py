@@ -22,7 +22,7 @@ from align.config.keys import (
     IterateRecipe,
     PPORecipe,
 )
-from align.models.checks import check_models, check_tokenizers
+from align.models.checks import check_models, check_tokenizers, check_weights
 from align.models.sizes import find_config
 from align.training.distributed import check_trackers
 from align.types import AlignError, DataSource, PromptExample
@@ -68,6 +68,7 @@ def check(command: str, recipe: Any) -> Iterator[str]:
         check_plugins(recipe)
     check_models(command, recipe)
     check_tokenizers(command, recipe)
+    check_weights(command, recipe)
     yield from _notes(recipe)
     rows = 0
     sample: list[Any] = []

@@ -92,6 +92,20 @@ def check_tokenizers(command: str, recipe: Any) -> None:
             raise other_vocabulary(key, model, recipe.model)
 
 
+def check_weights(command: str, recipe: Any) -> None:
+    """Compare the names of local models' weights with their configs, without reading a weight."""
+    from align.models.load import require_whole
+
+    options = {"trust_remote_code": recipe.trust_remote_code, "base_model": recipe.base_model}
+    if getattr(recipe, "from_scratch", False):
+        return
+    for _, model, use in named_models(command, recipe):
+        if isinstance(recipe, EvalRecipe) and _is_no_model(Path(model)):
+            continue
+        if find_config(model, **options)[0] is not None:
+            require_whole(model, use, **options)
+
+
 def other_vocabulary(key: str, model: str, policy: str) -> AlignError:
     """Build the error about a model whose vocabulary is not the policy's."""
     return AlignError(

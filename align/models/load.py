@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -24,21 +23,15 @@ from transformers import (
 
 from align.models.adapters import Adapter, find_adapter, of_adapter
 from align.models.attention.packed import BACKENDS
+from align.models.complete import require_complete
 from align.models.configs import load_config, read_config, settle_generation
 from align.models.dropout import switch_off_dropout
 from align.models.guard import loading
-from align.models.kinds import require_kind
+from align.models.kinds import Use, require_kind
 from align.models.locate import require_found, require_safe_on_hub
 from align.models.merging import merge
 from align.models.vocabulary import resize
 from align.types import AlignError
-
-LAYER = re.compile(r"(^|\.)(layers|h|blocks?)\.\d+\.")
-"""Pattern in the names of a decoder layer's weights."""
-BESIDE = re.compile(
-    r"inv_freq$|masked_bias$|\.attn\.bias$|\.attention\.bias$|(cos|sin)_cached$|vis|image|audio|mtp"
-)
-"""Tensors in checkpoints that are no decoder weights: recomputed buffers, other towers."""
 
 
 def load_tokenizer(
@@ -182,6 +175,30 @@ def load_classifier(
     return _settle(loaded, tokenizer), fresh
 
 
+def require_whole(
+    model: str, use: Use, *, trust_remote_code: bool = False, base_model: str | None = None
+) -> None:
+    """Refuse a local model whose weights a run would refuse: too few, or more than its config has.
+
+    No weight is read: transformers loads the model on torch's meta device, and its report on the
+    files' names is the one that a run gets.
+    """
+    adapter = find_adapter(model, base_model=base_model)
+    where = model if adapter is None else adapter.base
+    if not Path(where).is_dir():
+        return
+    if adapter is not None and find_adapter(where) is not None:
+        require_whole(where, use, trust_remote_code=trust_remote_code)
+        return
+    one_label = use != "policy" if adapter is None else adapter.task == "SEQ_CLS"
+    within = nullcontext() if adapter is None else of_adapter(adapter)
+    with within:
+        where, options = require_found(where)
+        config = read_config(where, options, trust_remote_code=trust_remote_code)
+        load = _classifier if one_label else _causal_lm
+        load(where, options | {"device_map": "meta"}, config, torch.float32, trust_remote_code)
+
+
 def _base_of(adapter: Adapter) -> tuple[str, dict[str, Any]]:
     """Return ``from_pretrained``'s arguments for an adapter's base, which may be an adapter too."""
     if find_adapter(adapter.base, fetch=True) is not None:
@@ -225,7 +242,7 @@ def _causal_lm(
     """Load all of a language model's weights; refuse an incomplete checkpoint."""
     auto = AutoModelForCausalLM
     loaded, info = _loaded(auto, where, options, config, dtype, trust_remote_code)
-    _complete(where, info)
+    require_complete(where, info, options)
     return loaded
 
 
@@ -243,7 +260,7 @@ def _classifier(
     if not hasattr(loaded, "score"):
         raise AlignError(f"{where}: {type(loaded).__name__} has no `score` head; use a decoder")
     fresh = any(key.startswith("score") for key in info["missing_keys"])
-    _complete(where, info, but="score")
+    require_complete(where, info, options, but="score")
     if fresh:
         _draw_head(loaded.score)
     return loaded, fresh
@@ -321,24 +338,3 @@ def _settle(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTr
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         resize(model, len(tokenizer))
     return model
-
-
-def _complete(model: str, info: dict[str, Any], *, but: str = "") -> None:
-    """Refuse weights that do not match the config.
-
-    transformers would draw missing weights at random and drop those that have no place.
-    """
-    missing = sorted(k for k in info["missing_keys"] if not (but and k.startswith(but)))
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise AlignError(
-            f"model: {model}: its files lack {missing[0]}{more}, which would be random; "
-            "fetch or save the model whole"
-        )
-    left = sorted(k for k in info["unexpected_keys"] if LAYER.search(k) and not BESIDE.search(k))
-    if left:
-        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
-        raise AlignError(
-            f"model: {model}: its files hold {left[0]}{more}, which would be left out, as its "
-            "config.json names no such layer; mend num_hidden_layers there, or save the model whole"
-        )

@@ -25,7 +25,8 @@ LIMITS: dict[str, float] = {
     "approx_kl": 0.05,  # nats per token and update
     "sampled_otherwise": 0.5,  # distance of the first minibatch's probability ratios from 1
     "critic_useless": 0.0,  # explained variance
-    "reward_model_weak": 0.5,  # accuracy; that of "longer wins" where it is more
+    # lower end of the accuracy's 95% interval; the accuracy of "longer wins" where that is more
+    "reward_model_weak": 0.5,
     "chosen_falling": -10.0,  # log-ratio of chosen, nats per response
     "never_ends": 0.1,  # share of responses that end by themselves
     "scores_equal": 0.0,  # standard deviation of the scores of a rollout
@@ -260,11 +261,14 @@ def _reward_model_weak(rows: Rows, manifest: Row) -> Finding | None:
         return None
     longer = float(manifest.get("held_out", {}).get("accuracy_of_longer", 0.0))
     limit = max(LIMITS["reward_model_weak"], longer)
-    if accuracy[-1] > limit:
+    interval = manifest.get("held_out_accuracy_ci95")
+    if (interval[0] if interval else accuracy[-1]) > limit:
         return None
     rival = "preferring the longer answer" if longer == limit else "a coin"
+    how = "no better" if accuracy[-1] <= limit else "not surely better"
+    within = f" (95% interval {interval[0]:.0%} to {interval[1]:.0%})" if interval else ""
     says = (
-        f"the reward model is right on {accuracy[-1]:.0%} of held-out pairs, no better than "
+        f"the reward model is right on {accuracy[-1]:.0%} of held-out pairs{within}, {how} than "
         f"{rival} ({limit:.0%})"
     )
     cure = "give it more pairs, or pairs that differ more; do not optimise it yet"

@@ -113,12 +113,12 @@ def run(recipe: RewardRecipe) -> None:
         resume=recipe.resume == "auto",
     )
     trained = whole(model, session.accelerator)
+    facts = {}
     if trained is not None:
-        trained.to(session.accelerator.device)
-        _finish(session, trained, train_data, test_data, recipe)
+        facts = _finish(session, trained, train_data, test_data, recipe)
     baseline = _accuracy_of_longer(test_groups, session)
     after, before = after | baseline, before | baseline
-    session.run.finish(change(before, after), held_out=after)
+    session.run.finish(change(before, after), held_out=after, **facts)
 
 
 def _add_pooling_layer(scalar: ScalarModel, recipe: RewardRecipe) -> None:
@@ -185,8 +185,14 @@ def _accuracy_of_longer(groups: Sequence[TokenGroup], session: Session) -> dict[
 
 def _finish(
     session: Session, scalar: ScalarModel, train_data: Split, test_data: Split, recipe: RewardRecipe
-) -> None:
-    """Normalise the head, save the model, and write what its scores look like."""
+) -> dict[str, Any]:
+    """Normalise the head, save the model, and write what its scores look like.
+
+    Returns:
+        The interval of the accuracy on held-out pairs, for the manifest; nothing without pairs.
+    """
+    facts: dict[str, Any] = {}
+    scalar.to(session.accelerator.device)
     budget = recipe.train.tokens_per_microbatch
     reference = scores_of(scalar, _reference_pairs(train_data.groups, recipe.seed), budget)
     gain = 1.0
@@ -205,8 +211,9 @@ def _finish(
         gaps = held_out[0::2] - held_out[1::2]
         from align.evaluation.agreement import accuracy  # brings sacrebleu and scipy along
 
-        stats["held_out_accuracy_ci95"] = accuracy(gaps)["accuracy_ci95"]
-        low, high = stats["held_out_accuracy_ci95"]
+        low, high = accuracy(gaps)["accuracy_ci95"]
+        facts["held_out_accuracy_ci95"] = [low, high]
+        stats |= facts
         say(f"  held-out accuracy: 95% interval {low:.3f} to {high:.3f}, {len(gaps)} pairs")
         counts, edges = np.histogram(gaps, bins=20)
         stats["held_out_margins"] = {"counts": counts.tolist(), "edges": edges.tolist()}
@@ -216,6 +223,7 @@ def _finish(
         session.tokenizer,
         extra_files={"reward_stats.json": json.dumps(stats, indent=2) + "\n"},
     )
+    return facts
 
 
 def _reference_pairs(groups: Sequence[TokenGroup], seed: int) -> Sequence[TokenGroup]:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from align import cli
 from align.models import load_policy, load_scalar_model, load_tokenizer
@@ -33,6 +34,21 @@ def config(**changes: Any) -> Harm:
         path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
     return harm
+
+
+def more_weights(*names: str, value: float = 1.0) -> Harm:
+    """Further tensors of zeros or ones in the file of weights."""
+
+    def harm(folder: Path) -> None:
+        path = folder / "model.safetensors"
+        weights = load_file(path)
+        weights |= {name: torch.full((4,), value) for name in names}
+        save_file(weights, path, metadata={"format": "pt"})
+
+    return harm
+
+
+BIASES = [f"model.layers.0.self_attn.{part}_proj.bias" for part in "qkvo"]
 
 
 def text(name: str, content: str) -> Harm:
@@ -127,6 +143,14 @@ HARM: dict[str, tuple[Harm, str]] = {
         lambda f: (sharded("a")(f), (f / INDEX).write_text('{"metadata": {}, "weight_map": []}')),
         "weight_map is not",
     ),
+    "a layer too many": (
+        more_weights("model.layers.99.mlp.up_proj.weight"),
+        "hold model.layers.99.mlp.up_proj.weight, which would be .* mend num_hidden_layers",
+    ),
+    "biases switched off": (
+        more_weights(*BIASES),
+        "hold model.layers.0.self_attn.k_proj.bias and 3 more, .*attention_bias",
+    ),
     "consolidated": (
         lambda f: (f / "model.safetensors").rename(f / "consolidated.00.pth"),
         r"only pickled weights \(consolidated.00.pth\)",
@@ -155,6 +179,18 @@ def test_run_and_check_refuse_in_one_line(
     )
     assert cli.main(["check", str(tmp_path / "sft.yaml")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_biases_of_zeros_may_be_switched_off(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more_weights(*BIASES, value=0.0)(folder)
+    load_policy(str(folder), device=CPU, precision="fp32")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "red", "completion": "blue"}\n' * 20)
+    (tmp_path / "sft.yaml").write_text(
+        f"model: {folder}\noutput_dir: {tmp_path / 'run'}\ndata: {tmp_path / 'rows.jsonl'}\n"
+    )
+    assert cli.main(["check", str(tmp_path / "sft.yaml")]) == 0, capsys.readouterr().err
 
 
 def test_shards_in_their_folder_are_loaded(folder: Path) -> None:

@@ -121,6 +121,28 @@ def test_fires_on_a_reward_model_that_length_beats(
     trust.row("doctor", f"rm: {found.kind}, {rival}", found=str(found), wanted="this finding alone")
 
 
+@pytest.mark.parametrize(
+    ("accuracy", "interval", "longer", "weak"),
+    [
+        (0.63, [0.55, 0.70], 0.59, True),  # above both, but not surely above "longer wins"
+        (0.56, [0.49, 0.63], 0.45, True),  # nor above a coin
+        (0.63, [0.60, 0.66], 0.59, False),
+        (0.56, [0.51, 0.61], 0.45, False),
+    ],
+)
+def test_a_reward_model_has_to_be_surely_better(
+    accuracy: float, interval: list[float], longer: float, weak: bool
+) -> None:
+    logged = rows("rm")
+    logged[-1]["eval_accuracy"] = accuracy
+    facts = {"held_out": {"accuracy_of_longer": longer}, "held_out_accuracy_ci95": interval}
+    found = diagnose("rm", logged, MANIFEST | facts)
+    assert [one.kind for one in found] == (["reward_model_weak"] if weak else [])
+    if weak:
+        assert f"95% interval {interval[0]:.0%} to {interval[1]:.0%}" in found[0].says
+        assert "not surely better than" in found[0].says
+
+
 @pytest.mark.parametrize("stage", ["sft", "rm", "dpo"])
 def test_fires_on_too_little_data(stage: str, trust: Trust) -> None:
     (few,) = diagnose(stage, rows(stage), MANIFEST | {"train_rows": 20})

@@ -215,6 +215,9 @@ def test_equal_scores_are_half_right_and_accuracy_has_an_interval(
     low, high = read_stats(folder)["held_out_accuracy_ci95"]
     assert 0 <= low <= after["eval_accuracy"] <= high <= 1
     assert high - low > 0.1
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["held_out_accuracy_ci95"] == [low, high]
+    assert [found["kind"] for found in manifest["doctor"]].count("reward_model_weak") == 1
 
 
 def test_longer_answers_are_the_baseline(
