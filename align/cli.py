@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import importlib
 import os
 import platform
 import re
@@ -17,23 +16,13 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from align import __version__
 from align.base.console import complain, say, say_traceback
 from align.base.suggest import suggest
 from align.commands import data, doctor, label
-
-# command -> (recipe class in align.config.keys, module:function, what --help says)
-STAGES: dict[str, tuple[str, str, str]] = {
-    "sft": ("SFTRecipe", "align.stages.sft:run", "fine-tune on demonstrations"),
-    "rm": ("RewardRecipe", "align.stages.reward_model:run", "train a reward model on pairs"),
-    "ppo": ("PPORecipe", "align.stages.ppo.run:run", "optimise a reward by PPO"),
-    "dpo": ("DPORecipe", "align.stages.dpo:run", "optimise preference pairs by DPO"),
-    "eval": ("EvalRecipe", "align.evaluation.harness:run", "BLEU, chrF, reward, KL of checkpoints"),
-    "generate": ("GenerateRecipe", "align.stages.generate:run", "sample, score and pair responses"),
-    "iterate": ("IterateRecipe", "align.stages.iterate:run", "rounds of generate, rm, ppo or dpo"),
-}
+from align.stages import STAGES, names_of, recipe_classes, run_stage
 
 OTHERS = ("ls", "cp", "check", "doctor", "data", "label", "report", "sweep")
 
@@ -148,10 +137,10 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(
         dest="command", metavar="COMMAND", required=True, parser_class=OneLineParser
     )
-    for name, (_, _, help_text) in STAGES.items():
-        stage = commands.add_parser(name, help=help_text, allow_abbrev=False)
-        _add_recipe_arguments(stage)
-        stage.set_defaults(run=run_stage)
+    for name, stage in STAGES.items():
+        command = commands.add_parser(name, help=stage.help, allow_abbrev=False)
+        _add_recipe_arguments(command)
+        command.set_defaults(run=run_recipe)
     ls = commands.add_parser("ls", help="list the shipped recipes")
     ls.add_argument("pattern", nargs="?", default="", metavar="PATTERN", help="part of a name")
     ls.set_defaults(run=run_ls)
@@ -169,7 +158,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.set_defaults(run=run_report)
     sweep = commands.add_parser("sweep", help="a recipe over several values of a key; resumable")
-    sweep.add_argument("stage", choices=[s for s in STAGES if s not in ("eval", "generate")])
+    sweep.add_argument("stage", choices=[*names_of(lambda stage: stage.resumable)])
     _add_recipe_arguments(sweep)
     sweep.add_argument(
         "--over", action="append", required=True, metavar="KEY=A,B,C", help="such as kl.coef=.1,.3"
@@ -224,19 +213,15 @@ def _keep_freed_memory() -> None:
 # ---------------------------------------------------------------- commands
 
 
-def run_stage(args: argparse.Namespace) -> None:
+def run_recipe(args: argparse.Namespace) -> None:
     from align.base import threads
-    from align.config import keys as config
     from align.config.load import load_recipe
 
     load = threads.read_load()
-    classes = {command: getattr(config, name) for command, (name, _, _) in STAGES.items()}
-    recipe = load_recipe(classes[args.command], args.recipe, args.overrides, others=classes)
+    stage = STAGES[args.command]
+    recipe: Any = load_recipe(stage.recipe, args.recipe, args.overrides, others=recipe_classes())
     threads.choose_wait_policy(load, os.environ)
-    from align.run.files import supervise
-
-    module, function = STAGES[args.command][1].split(":")
-    supervise(getattr(importlib.import_module(module), function), recipe)
+    run_stage(stage, recipe)
 
 
 def run_ls(args: argparse.Namespace) -> None:
@@ -287,19 +272,18 @@ def run_sweep(args: argparse.Namespace) -> None:
     threads.choose_wait_policy(threads.read_load(), os.environ)
     from align.commands.sweep import sweep
 
-    sweep(args.stage, STAGES, args.recipe, args.overrides, over=args.over, evaluate=args.eval)
+    sweep(STAGES[args.stage], args.recipe, args.overrides, over=args.over, evaluate=args.eval)
 
 
 def run_check(args: argparse.Namespace) -> None:
     from align.commands.check import check
-    from align.config import keys as config
     from align.config.load import load_recipe, stage_of
     from align.types import AlignError
 
     if args.recipe in STAGES and args.overrides and "=" not in args.overrides[0]:
         whole = f"align check {args.overrides[0]} --stage {args.recipe}"
         raise AlignError(f"check: takes the recipe alone; run `{whole}`")
-    classes = {stage: getattr(config, name) for stage, (name, _, _) in STAGES.items()}
-    command = args.stage or stage_of(args.recipe, classes, args.overrides)
-    for line in check(command, load_recipe(classes[command], args.recipe, args.overrides)):
+    command = args.stage or stage_of(args.recipe, recipe_classes(), args.overrides)
+    recipe: Any = load_recipe(STAGES[command].recipe, args.recipe, args.overrides)
+    for line in check(command, recipe):
         say(line)

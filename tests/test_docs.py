@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 
 from align import cli
-from align.config import keys as config
 from align.config.checks import METRIC_NAMES
 from align.config.load import find_recipe, load_recipe, shipped_recipes
 from align.data.examples import load_examples
@@ -28,6 +27,7 @@ from align.evaluation.wins import EqualLength, WinRate
 from align.losses.dpo import LOSSES
 from align.rewards import load_function
 from align.run.doctor_rules import LIMITS
+from align.stages import STAGES
 from align.types import DataSource, TokenGroup, TokenSequence
 
 ROOT = Path(__file__).parents[1]
@@ -183,9 +183,8 @@ def test_commands_parse() -> None:
     assert len(found) > 15
     for page, words in found:
         args = cli._parse(words)
-        if args.command in cli.STAGES:
-            recipe = getattr(config, cli.STAGES[args.command][0])
-            load_recipe(recipe, args.recipe, args.overrides)
+        if args.command in STAGES:
+            load_recipe(STAGES[args.command].recipe, args.recipe, args.overrides)
         elif args.command == "check":
             assert find_recipe(args.recipe), page
 
@@ -197,7 +196,7 @@ def test_example_recipes_load() -> None:
     assert len(names) >= 8
     for path in names:
         word = next(w for w in re.split(r"[_.]", path.name) if w in stages)
-        load_recipe(getattr(config, cli.STAGES[stages[word]][0]), str(path), [])
+        load_recipe(STAGES[stages[word]].recipe, str(path), [])
 
 
 @pytest.mark.usefixtures("_examples")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -19,10 +19,9 @@ from typing import Any, get_args, get_type_hints
 PAGE = Path(__file__).parents[1] / "docs" / "recipe-keys.md"
 sys.path.insert(0, str(PAGE.parents[1]))
 
-from align.cli import STAGES  # noqa: E402
-from align.config import keys as config  # noqa: E402
 from align.config.keys import CommonRecipe  # noqa: E402
 from align.config.ranges import RANGES  # noqa: E402
+from align.stages import recipe_classes  # noqa: E402
 from align.types import DataSource, RewardTerm  # noqa: E402
 
 HEAD = """\
@@ -99,7 +98,7 @@ MEANINGS: dict[str, str] = {
 
 def render() -> str:
     """The whole page."""
-    recipes = {command: getattr(config, stage[0]) for command, stage in STAGES.items()}
+    recipes = recipe_classes()
     parts = [HEAD, _overview(recipes), _table("Keys of every command but `eval`", CommonRecipe, "")]
     common = frozenset(f.name for f in fields(CommonRecipe))
     for command, cls in recipes.items():
@@ -110,7 +109,7 @@ def render() -> str:
     return "\n".join(part for part in parts if part)
 
 
-def _overview(recipes: dict[str, type]) -> str:
+def _overview(recipes: Mapping[str, type]) -> str:
     lines = ["| command | sections |", "|---|---|"]
     for command, cls in recipes.items():
         names = [f.name for f in fields(cls) if _section_class(get_type_hints(cls)[f.name])]

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from align.base.suggest import did_you_mean
 from align.commands.check_memory import microbatch_tokens, models_and_memory
@@ -22,35 +22,22 @@ from align.config.keys import (
     IterateRecipe,
     PPORecipe,
 )
+from align.data.formats.fields import Kind
 from align.models.checks import check_models, check_tokenizers, check_weights
 from align.models.sizes import find_config
+from align.stages import STAGES
 from align.training.distributed import check_trackers
 from align.types import AlignError, DataSource, PromptExample
-
-Kind = Literal["sft", "preference", "prompt"]
-
-# command -> what its rows are
-KINDS: dict[str, Kind] = {
-    "sft": "sft",
-    "rm": "preference",
-    "dpo": "preference",
-    "ppo": "prompt",
-    "eval": "prompt",
-    "generate": "prompt",
-}
 
 
 def check(command: str, recipe: Any) -> Iterator[str]:
     """The lines that ``align check`` prints. Keys and values were validated on reading."""
+    kind = STAGES[command].rows
     check_trackers(getattr(recipe, "trackers", ()))
     yield f"command     align {command}"
-    yield f"output_dir  {recipe.output_dir}{_output_note(recipe)}"
-    if isinstance(recipe, IterateRecipe):
-        from align.stages.iterate import stage_recipes
-
-        yield f"rounds      at most {recipe.rounds}, each of these stages"
-        for name, stage in stage_recipes(recipe).items():
-            yield f"{name:<11} {getattr(recipe, name)}: {_first_source(stage.data)}"
+    yield f"output_dir  {recipe.output_dir}{_output_note(command, recipe)}"
+    if kind is None:
+        yield from _rounds(recipe)
         return
     if isinstance(recipe, DPORecipe):
         from align.stages.dpo_options import check_options
@@ -77,7 +64,7 @@ def check(command: str, recipe: Any) -> Iterator[str]:
         for source in getattr(recipe.data, name):
             streamed = name == "train" and recipe.data.streaming
             read = _read_beginning if streamed else _read_as_the_run
-            examples, line = read(source, recipe.data, KINDS[command])
+            examples, line = read(source, recipe.data, kind)
             _check_references(recipe, examples)
             prompts += [e for e in examples if isinstance(e, PromptExample)]
             if name == "train":
@@ -94,6 +81,14 @@ def check(command: str, recipe: Any) -> Iterator[str]:
     yield from (f"data        {line} (of {len(sample):,} rows tokenised)" for line in dropped)
     yield from models_and_memory(command, recipe, tokens_per_row)
     yield from (f"not here    {line}" for line in _only_elsewhere(recipe))
+
+
+def _rounds(recipe: IterateRecipe) -> Iterator[str]:
+    from align.stages.iterate import stage_recipes
+
+    yield f"rounds      at most {recipe.rounds}, each of these stages"
+    for name, stage in stage_recipes(recipe).items():
+        yield f"{name:<11} {getattr(recipe, name)}: {_first_source(stage.data)}"
 
 
 def _only_elsewhere(recipe: Any) -> Iterator[str]:
@@ -255,7 +250,7 @@ def _tokenised(recipe: Any, sample: Sequence[Any]) -> tuple[float | None, list[s
     return mean or None, dropped
 
 
-def _output_note(recipe: Any) -> str:
+def _output_note(command: str, recipe: Any) -> str:
     folder = Path(recipe.output_dir)
     if folder.exists() and not folder.is_dir():
         raise AlignError(f"output_dir: {folder} is a file; name a folder")
@@ -265,7 +260,7 @@ def _output_note(recipe: Any) -> str:
         return " (holds a run, which is overwritten)"
     if getattr(recipe, "resume", "never") == "auto":
         return " (holds a run, which is resumed)"
-    resume = " or resume=auto" if not isinstance(recipe, EvalRecipe | GenerateRecipe) else ""
+    resume = " or resume=auto" if STAGES[command].resumable else ""
     return f" (holds a run already: refused without overwrite=true{resume})"
 
 

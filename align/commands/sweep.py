@@ -8,11 +8,9 @@ started again by the same command.
 from __future__ import annotations
 
 import gc
-import importlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -21,12 +19,12 @@ from align.base.locks import held
 from align.base.progress import say, table
 from align.config.load import load_recipe
 from align.run.files import MANIFEST, read_manifest
+from align.stages import STAGES, Stage, recipe_classes, run_stage
 from align.types import AlignError
 
 
 def sweep(
-    stage: str,
-    stages: Mapping[str, tuple[str, str, str]],
+    stage: Stage,
     recipe: str,
     overrides: Sequence[str],
     *,
@@ -36,8 +34,7 @@ def sweep(
     """Run every point, then the evaluation over all of them.
 
     Args:
-        stage: The command that is swept, such as ``dpo``.
-        stages: The command line's table: command -> recipe class, function, help.
+        stage: What is swept, such as ``STAGES["dpo"]``.
         recipe: A path or a shipped name.
         overrides: ``key=value`` for every point.
         over: ``key=a,b,c``; several keys make a grid.
@@ -45,26 +42,26 @@ def sweep(
     """
     points = grid(over)
     # every point is read before the first one runs: a mistake in the last would cost hours
-    base = _load(stage, stages, recipe, overrides)
+    base = _load(stage, recipe, overrides)
     root = Path(base.output_dir)
     planned = []
     for point in points:
         folder = root / ",".join(point)
         own = [*overrides, *point, f"output_dir={folder}"]
         planned.append((folder, own))
-        _load(stage, stages, recipe, own)
+        _load(stage, recipe, own)
     swept = {folder.name: str(folder / "model") for folder, _ in planned}
     evaluation = None
     if evaluate is not None:
-        evaluation = _with_models(stages, evaluate, swept, root / "eval")
+        evaluation = _with_models(evaluate, swept, root / "eval")
     with held(root, "sweep"):  # two of them would run the same points
         for number, (folder, own) in enumerate(planned, start=1):
             say(f"sweep: {number} of {len(planned)}: {folder.name}")
-            _run_point(stage, stages, recipe, own, folder)
+            _run_point(stage, recipe, own, folder)
             gc.collect()
         say(table(_held_out([folder for folder, _ in planned]), title="\nsweep, held out"))
         if evaluation is not None:
-            _function(stages, "eval")(evaluation)
+            run_stage(STAGES["eval"], evaluation)
     say(f"sweep: done; `align report {root}` draws it")
 
 
@@ -97,15 +94,14 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 
 def _run_point(
-    stage: str,
-    stages: Mapping[str, tuple[str, str, str]],
+    stage: Stage,
     recipe: str,
     overrides: Sequence[str],
     folder: Path,
 ) -> None:
-    planned = _load(stage, stages, recipe, overrides)
+    planned = _load(stage, recipe, overrides)
     if not os.path.lexists(folder / MANIFEST):
-        _function(stages, stage)(planned)
+        run_stage(stage, planned)
         return
     manifest = _manifest(folder)
     if manifest.get("status") == "done":
@@ -115,7 +111,7 @@ def _run_point(
     from align.training.checkpoint import checkpoints
 
     how = "resume=auto" if checkpoints(folder / "checkpoints") else "overwrite=true"
-    _function(stages, stage)(_load(stage, stages, recipe, [*overrides, how]))
+    run_stage(stage, _load(stage, recipe, [*overrides, how]))
 
 
 def _check_same(manifest: Mapping[str, Any], planned: Any, folder: Path) -> None:
@@ -132,33 +128,15 @@ def _check_same(manifest: Mapping[str, Any], planned: Any, folder: Path) -> None
         )
 
 
-def _with_models(
-    stages: Mapping[str, tuple[str, str, str]], recipe: str, swept: dict[str, str], folder: Path
-) -> Any:
+def _with_models(recipe: str, swept: dict[str, str], folder: Path) -> Any:
     """The evaluation's recipe with the sweep's models behind its own."""
-    own = _load("eval", stages, recipe, [])
+    own = _load(STAGES["eval"], recipe, [])
     models = {**own.models, **swept}
     # through JSON: names and folders may hold what YAML would read otherwise
     named = json.dumps(models, ensure_ascii=False)
-    return _load(
-        "eval", stages, recipe, [f"models={named}", f"output_dir={folder}", "overwrite=true"]
-    )
+    overrides = [f"models={named}", f"output_dir={folder}", "overwrite=true"]
+    return _load(STAGES["eval"], recipe, overrides)
 
 
-def _load(
-    command: str,
-    stages: Mapping[str, tuple[str, str, str]],
-    recipe: str,
-    overrides: Sequence[str],
-) -> Any:
-    from align.config import keys as config
-
-    classes = {name: getattr(config, kind) for name, (kind, _, _) in stages.items()}
-    return load_recipe(classes[command], recipe, overrides, others=classes)
-
-
-def _function(stages: Mapping[str, tuple[str, str, str]], command: str) -> Callable[[Any], None]:
-    from align.run.files import supervise
-
-    module, name = stages[command][1].split(":")
-    return partial(supervise, getattr(importlib.import_module(module), name))
+def _load(stage: Stage, recipe: str, overrides: Sequence[str]) -> Any:
+    return load_recipe(stage.recipe, recipe, overrides, others=recipe_classes())

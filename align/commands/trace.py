@@ -11,6 +11,7 @@ from align.base.console import say
 from align.base.files import load_text, read_logged, reading
 from align.base.progress import warn
 from align.run.files import MANIFEST, NONFINITE, read_manifest
+from align.stages import names_of
 from align.types import AlignError
 
 
@@ -73,7 +74,7 @@ def members_of(manifest: dict[str, Any], lengths: list[int], step: int) -> list[
     from align.data.order import epoch_order, minibatches, prompt_batch
 
     recipe = manifest["recipe"]
-    if manifest["stage"] not in ("sft", "rm", "dpo", "ppo"):
+    if manifest["stage"] not in names_of(lambda stage: stage.trains):
         raise AlignError(f"data trace: --step: a run of {manifest['stage']} has no steps")
     order = epoch_order(recipe.get("data.order", "shuffled"), lengths, manifest["seed"])
     if manifest["stage"] == "ppo":

@@ -23,6 +23,7 @@ from align.models.locate import is_on_the_hub
 from align.models.offload import require_gpu
 from align.models.policy import Packed
 from align.run.folder import Run
+from align.stages import STAGES
 from align.training.distributed import (
     check_sharding,
     is_sharded,
@@ -43,7 +44,11 @@ class Session:
 
 def open_session(recipe: CommonRecipe, stage: str) -> Session:
     """Check the output folder before anything slow, then load the tokenizer."""
-    check_sharding(stage, activation_offload=recipe.activation_offload)
+    check_sharding(
+        stage,
+        shardable=STAGES[stage].shardable,
+        activation_offload=recipe.activation_offload,
+    )
     accelerator = make_accelerator(recipe.trackers, recipe.output_dir)
     if accelerator.distributed_type.value in ("DEEPSPEED", "MEGATRON_LM"):
         raise AlignError(
@@ -69,7 +74,7 @@ def open_session(recipe: CommonRecipe, stage: str) -> Session:
         seed=recipe.seed,
         resume=recipe.resume,
         overwrite=recipe.overwrite,
-        resumable=stage != "generate",
+        resumable=STAGES[stage].resumable,
         is_main=accelerator.is_main_process,
     )
     sharded = is_sharded() and accelerator.num_processes > 1

@@ -20,11 +20,7 @@ from align.base.progress import say, table
 from align.config.keys import (
     DataConfig,
     DPORecipe,
-    EvalRecipe,
-    GenerateRecipe,
     IterateRecipe,
-    PPORecipe,
-    RewardRecipe,
     StopRules,
 )
 from align.config.load import load_recipe, to_yaml
@@ -34,7 +30,7 @@ from align.models.average import average_models
 from align.models.checks import has_adapter
 from align.run.files import MANIFEST, read_manifest, supervise
 from align.run.folder import Run
-from align.stages import dpo, generate, reward_model
+from align.stages import STAGES, dpo, generate, reward_model
 from align.stages.dpo_options import check_options
 from align.stages.ppo import run as ppo
 from align.types import AlignError, DataSource, RewardTerm
@@ -48,13 +44,8 @@ SET_IN: dict[str, tuple[str, ...]] = {
     "eval": ("models", "reference_model", "reward", "preferences", "best_of_n"),
 }
 
-KINDS: dict[str, type] = {
-    "generate": GenerateRecipe,
-    "rm": RewardRecipe,
-    "ppo": PPORecipe,
-    "dpo": DPORecipe,
-    "eval": EvalRecipe,
-}
+OF_A_ROUND = ("generate", "rm", "ppo", "dpo", "eval")
+"""Stages that a round may run, in this order; keys of an `IterateRecipe` name their recipes."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +68,7 @@ def stage_recipes(recipe: IterateRecipe) -> dict[str, Any]:
     Raises:
         AlignError: A recipe is missing, wrong, or for another method than is asked for.
     """
-    named = {name: getattr(recipe, name) for name in KINDS}
+    named = {name: getattr(recipe, name) for name in OF_A_ROUND}
     given = {name: path for name, path in named.items() if path is not None}
     for override in recipe.set:
         if override.partition(".")[0] not in given:
@@ -88,7 +79,7 @@ def stage_recipes(recipe: IterateRecipe) -> dict[str, Any]:
     loaded: dict[str, Any] = {}
     for name, path in given.items():
         overrides = [o.partition(".")[2] for o in recipe.set if o.startswith(f"{name}.")]
-        loaded[name] = load_recipe(KINDS[name], path, overrides, but=_set_here(name))
+        loaded[name] = load_recipe(STAGES[name].recipe, path, overrides, but=_set_here(name))
         if recipe.base_model:
             loaded[name] = replace(loaded[name], base_model=recipe.base_model)
     if loaded["generate"].pairs is None:

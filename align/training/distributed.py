@@ -84,11 +84,11 @@ def is_sharded() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
-def check_sharding(stage: str, *, activation_offload: bool = False) -> None:
+def check_sharding(stage: str, *, shardable: bool = True, activation_offload: bool = False) -> None:
     """Refuse FSDP where a stage samples, and those of its settings that would change something."""
     if not is_sharded():
         return
-    if stage in ("ppo", "generate"):
+    if not shardable:
         raise AlignError(
             f"{stage}: FSDP trains sft, rm and dpo only, because sampling runs the model token by "
             "token, on each process as often as its own responses need; launch it with "

@@ -19,7 +19,6 @@ from align import cli
 from align.commands import check as checking
 from align.commands.check import check
 from align.commands.check_memory import HOLES, largest_microbatch, training_bytes
-from align.config import keys as config
 from align.config.keys import (
     DataConfig,
     DPOConfig,
@@ -33,6 +32,7 @@ from align.config.load import stage_of
 from align.config.options import GenerationOptions, LoraOptions
 from align.models.locate import looks_like_hub_id
 from align.models.sizes import Size, count_parameters
+from align.stages import recipe_classes
 from align.types import AlignError, DataSource, RewardTerm
 
 # embedding and head 2 x 256 x 64; a layer: q, k, v, o 4 x 64 x 64, gate, up, down 3 x 64 x 128,
@@ -343,7 +343,7 @@ def test_hub_ids(name: str, hub: bool) -> None:
     assert looks_like_hub_id(name) is hub
 
 
-STAGE_CLASSES = {stage: getattr(config, name) for stage, (name, _, _) in cli.STAGES.items()}
+STAGE_CLASSES = recipe_classes()
 PLAIN = "model: m\noutput_dir: o\ndata: d.jsonl\noptim: {lr: 1.0e-5}\ntrain: {epochs: 1}\n"
 
 

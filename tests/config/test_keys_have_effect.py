@@ -12,14 +12,13 @@ from typing import Any
 
 import pytest
 
-from align.cli import STAGES
-from align.config import keys as config
 from align.config.build import dotted_keys
 from align.config.effects import RULES
 from align.config.load import load_recipe, shipped_recipes, stage_of
+from align.stages import recipe_classes
 from align.types import AlignError
 
-CLASSES: dict[str, type] = {name: getattr(config, kind) for name, (kind, _, _) in STAGES.items()}
+CLASSES = recipe_classes()
 BASE = {
     "sft": "model: m\noutput_dir: o\ndata: d.jsonl\n",
     "rm": "model: m\noutput_dir: o\ndata: d.jsonl\n",
