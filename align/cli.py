@@ -7,44 +7,22 @@ misspelt command answer at once.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import os
-import platform
 import re
 import signal
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from align import __version__
+from align.base import libraries
 from align.base.console import complain, say, say_traceback
 from align.base.suggest import suggest
 from align.commands import data, doctor, label
 from align.stages import STAGES, names_of, recipe_classes, run_stage
 
 OTHERS = ("ls", "cp", "check", "doctor", "data", "label", "report", "sweep")
-
-# huge pages for tensors on a CPU: a tenth of a training step is page faults without them
-FAST = {"THP_MEM_ALLOC_ENABLE": "1"}
-# oneDNN keeps a compiled product for each of the last 1,024 shapes, and in bf16 a microbatch has
-# some 20 of its own: 7 MB each time, scattered among the activations, whose memory then has holes.
-# It must hold those of one layer of a microbatch, 7 for each length of its segments: with 64, 14
-# preference pairs took 1.2 times as long; with 256 nothing was lost
-LEAN = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "512"}
-# no telemetry, no warnings about forks, no progress bars but our own
-QUIET = {
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "DO_NOT_TRACK": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "TRANSFORMERS_VERBOSITY": "error",
-    "DATASETS_VERBOSITY": "error",
-    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "TQDM_DISABLE": "1",  # the default of those who do not ask; our own bars do
-    "HF_HUB_VERBOSITY": "error",
-}
 
 EPILOG = """\
 RECIPE is a YAML file or a shipped name (`align ls`); key=value changes one of its keys:
@@ -76,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     args = _parse([a for a in arguments if a != "--debug"])
-    _set_up_libraries()
+    libraries.set_up(quiet=True)
     try:
         return args.run(args) or 0
     except KeyboardInterrupt as interrupt:
@@ -184,30 +162,6 @@ def _add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="key=value", help="such as train.epochs=2"
     )
-
-
-def _set_up_libraries() -> None:
-    """Set what the libraries read when they are imported; what the user has set is kept."""
-    for name, value in {**FAST, **LEAN, **QUIET}.items():
-        os.environ.setdefault(name, value)
-    # what transformers 6 will rename is a matter for us, not for the user
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
-    _keep_freed_memory()
-
-
-def _keep_freed_memory() -> None:
-    """Tell glibc to reuse what a step has freed instead of handing it back to the system.
-
-    Else every step faults the same pages in again, which doubled its time on a virtual machine.
-    Blocks above 32 MiB still go back: keeping them too gained nothing beside huge pages, and holes
-    of their size would be left.
-    """
-    names = ("TRIM_THRESHOLD", "MMAP_THRESHOLD", "MMAP_MAX", "TOP_PAD")
-    theirs = ("GLIBC_TUNABLES", *(f"MALLOC_{name}_" for name in names))
-    if platform.libc_ver()[0] == "glibc" and not any(name in os.environ for name in theirs):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
-        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: bytes
 
 
 # ---------------------------------------------------------------- commands

@@ -60,9 +60,10 @@ def run(command: dict[str, Any]) -> int:
 
 if __name__ == "__main__":
     sys.path.insert(0, os.getcwd())
-    from align.cli import _set_up_libraries, main
+    from align.base import libraries
+    from align.cli import main
 
-    _set_up_libraries()
+    libraries.set_up(quiet=True)
     for stage in ("sft", "reward_model", "dpo", "ppo"):
         importlib.import_module(f"align.stages.{stage}")
     commands = json.load(sys.stdin)

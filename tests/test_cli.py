@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from align import cli
+from align.base import libraries
 from align.config import load as recipes_io
 from align.stages import STAGES
 from align.types import AlignError
@@ -26,7 +27,7 @@ def _somewhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (shipped / "tiny" / "sft.yaml").write_text("# Fine-tune.\n" + BASE, encoding="utf-8")
     monkeypatch.setattr(recipes_io, "recipes_root", lambda: shipped)
     monkeypatch.chdir(tmp_path)
-    for name, value in {**cli.FAST, **cli.LEAN, **cli.QUIET}.items():
+    for name, value in {**libraries.FAST, **libraries.LEAN, **libraries.QUIET}.items():
         monkeypatch.setenv(name, value)
 
 
@@ -146,7 +147,7 @@ def test_help_and_typos_do_not_load_torch(argv: list[str]) -> None:
 CHURN = """
 import resource
 import sys
-from align import cli
+from align.base import libraries
 
 def churn():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -154,7 +155,7 @@ def churn():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 if sys.argv[1] == "kept":
-    cli._keep_freed_memory()
+    libraries.keep_freed_memory()
 print(churn(), churn())
 """
 
@@ -178,7 +179,7 @@ def test_the_users_own_allocator_settings_are_kept(
     monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     told: list[str] = []
-    monkeypatch.setattr(cli.ctypes, "CDLL", lambda name: told.append("changed"))
+    monkeypatch.setattr(libraries.ctypes, "CDLL", lambda name: told.append("changed"))
     monkeypatch.setenv(f"MALLOC_{name}_", "1")
-    cli._keep_freed_memory()
+    libraries.keep_freed_memory()
     assert told == []

@@ -1,4 +1,4 @@
-"""Progress bars and closing tables: bars on a terminal only, tables also in a log."""
+"""Progress bars and closing tables: bars on a terminal or in a notebook, tables in a log too."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ __all__ = ["Progress", "change", "duration", "say", "table", "warn"]
 
 
 class Progress:
-    """A bar over steps with ETA and tokens per second; nothing if stderr is no terminal."""
+    """A bar over steps with ETA and tokens per second, on a terminal or in a notebook only."""
 
     def __init__(self, total: int, what: str, *, unit: str = "step", shown: bool = True) -> None:
-        self._bar = tqdm(
+        notebook = in_notebook()
+        self._bar = _bars(notebook)(
             total=total,
             desc=printable(what),
             unit=unit,
-            disable=not (shown and sys.stderr.isatty()),
+            disable=not (shown and (notebook or sys.stderr.isatty())),
             leave=False,
             dynamic_ncols=True,
             delay=1.0,
@@ -48,6 +49,22 @@ class Progress:
         trace: TracebackType | None,
     ) -> None:
         self._bar.close()
+
+
+def in_notebook() -> bool:
+    """Whether a Jupyter kernel runs this process."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None
+    return shell is not None and "IPKernelApp" in shell.config
+
+
+def _bars(notebook: bool) -> type[tqdm]:
+    """The class of a bar: a widget where the notebook can show one."""
+    if not notebook:
+        return tqdm
+    from tqdm.auto import tqdm as widget
+
+    return widget
 
 
 def table(rows: Sequence[Sequence[str]], *, title: str) -> str:

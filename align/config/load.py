@@ -6,6 +6,7 @@ relative to the folder that the command runs in. OmegaConf parses; ``recipe_buil
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, asdict, fields
@@ -28,6 +29,7 @@ DATA = (".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".gz")
 """Endings that no recipe has."""
 
 COMMAND_LINE = "command line"
+ARGUMENTS = "arguments"
 REPLACES = {"data.test": "data.test_fraction", "train.max_steps": "train.epochs"}
 """Override -> the recipe's key that it stands in for: beside it that would have no effect."""
 
@@ -39,13 +41,17 @@ UNREADABLE = (
 
 def load_recipe(
     cls: type[R],
-    recipe: str,
+    recipe: str | Mapping[str, Any],
     overrides: Sequence[str] = (),
     *,
+    values: Mapping[str, Any] | None = None,
     others: Mapping[str, type] | None = None,
     but: Collection[str] = (),
 ) -> R:
     """Read a recipe and its overrides into ``cls``; later overrides win.
+
+    ``recipe`` is a path, a shipped name, or a mapping as YAML would give it. ``values`` are further
+    overrides, dotted key -> value as Python has it.
 
     An override replaces what the key held. ``data=FILE`` replaces the training data and drops the
     recipe's own test data, so that ``data.test_fraction`` of FILE is held out instead;
@@ -56,21 +62,25 @@ def load_recipe(
     Raises:
         AlignError: One line with the file, the key, what it got and what is allowed.
     """
-    path = find_recipe(recipe)
-    tree = _normalised(_read_yaml(path))
-    theirs = (others or {}).get(path.stem)
+    path = find_recipe(recipe) if isinstance(recipe, str) else Path("recipe")
+    read = _read_yaml(path) if isinstance(recipe, str) else copy.deepcopy(dict(recipe))
+    tree = _normalised(read)
+    theirs = (others or {}).get(path.stem) if isinstance(recipe, str) else None
     if theirs is not None and theirs is not cls:
         raise AlignError(f"{path}: is a recipe for `align {path.stem}` by its name; run that")
     from_command_line: list[str] = []
     for override in overrides:
         from_command_line.append(_apply(tree, override))
+    for key, value in (values or {}).items():
+        _set(tree, key, value, ARGUMENTS)
     try:
         built = build(cls, _resolved(tree, path))
         check_whole(built, but=but)
     except KeyProblem as problem:
         overridden = any(_covers(key, problem.key) for key in from_command_line)
-        where = COMMAND_LINE if overridden else path
-        meant = None if overridden else _meant_for(tree, cls, others or {})
+        given = any(_covers(key, problem.key) for key in values or ())
+        where = COMMAND_LINE if overridden else ARGUMENTS if given else path
+        meant = None if overridden or given else _meant_for(tree, cls, others or {})
         if meant:
             raise AlignError(f"{path}: is a recipe for `align {meant}`; run that") from problem
         raise AlignError(f"{where}: {problem}") from problem
@@ -212,6 +222,11 @@ def _apply(tree: dict[str, Any], override: str) -> str:
         raise AlignError(f"{COMMAND_LINE}: {key}: {_first_line(error)}; quote it") from error
     if odd:
         raise AlignError(f"{COMMAND_LINE}: {key}: {odd[1]}")
+    return _set(tree, key, value, COMMAND_LINE)
+
+
+def _set(tree: dict[str, Any], key: str, value: Any, where: str) -> str:
+    """Set the dotted key in the tree and return it, with ``.train`` behind a lone ``data``."""
     if key == "data" and not isinstance(value, dict):
         key = "data.train"
         if isinstance(tree.get("data"), dict):
@@ -227,7 +242,7 @@ def _apply(tree: dict[str, Any], override: str) -> str:
             inner = place[section] = {}
         if not isinstance(inner, dict):
             raise AlignError(
-                f"{COMMAND_LINE}: {key}: {section} holds {type(inner).__name__}, which has no "
+                f"{where}: {key}: {section} holds {type(inner).__name__}, which has no "
                 f"keys of its own; set {section}=... as a whole"
             )
         place = inner

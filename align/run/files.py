@@ -92,14 +92,27 @@ def _checksum(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
 
 
+_AT_END: list[Callable[[], None]] = []
+"""What the runs of this process have opened and `supervise` closes, the newest last."""
+
+
+def at_end(close: Callable[[], None]) -> None:
+    """Call ``close`` when the current run has ended, however it ends."""
+    _AT_END.append(close)
+
+
 def supervise(stage: Callable[[Any], None], recipe: Any) -> None:
     """Run a stage; if it fails, record how in the manifest, and restore a run being replaced."""
+    opened_before = len(_AT_END)
     try:
         stage(recipe)
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt)
         close(Path(recipe.output_dir), "interrupted" if stopped else "failed", error)
         raise
+    finally:
+        while len(_AT_END) > opened_before:
+            _AT_END.pop()()
 
 
 def close(folder: Path, status: str, error: BaseException) -> None:

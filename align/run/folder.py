@@ -13,8 +13,10 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -42,6 +44,9 @@ from align.run.files import (
 from align.run.identity import lasting, plain, require_same
 from align.types import AlignError, SourceReport
 
+CALLER: ContextVar[Mapping[str, Any]] = ContextVar("CALLER", default=MappingProxyType({}))
+"""Facts about a call from Python that the manifests of its runs hold: ``command``, ``given``."""
+
 
 class Run:
     """An open run folder; every rank has one, only the main process writes."""
@@ -68,6 +73,7 @@ class Run:
             "status": "running",
             "seed": seed,
             "command": " ".join(sys.argv),
+            **CALLER.get(),
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "versions": versions(),
             "hardware": hardware(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from align.models.checks import check_models, other_vocabulary
 from align.models.locate import is_on_the_hub
 from align.models.offload import require_gpu
 from align.models.policy import Packed
+from align.run.files import at_end
 from align.run.folder import Run
 from align.stages import STAGES
 from align.training.distributed import (
@@ -96,7 +98,17 @@ def _no_traceback_of_a_full_disk(failed: threading.ExceptHookArgs) -> None:
 def _tracker(accelerator: Accelerator, stage: str, recipe: str) -> Callable[..., None]:
     """Accelerate's trackers, opened with the first numbers: by then the run has begun."""
     opened: list[bool] = []
+    hook = threading.excepthook
     threading.excepthook = _no_traceback_of_a_full_disk
+
+    def close() -> None:
+        """Write out what is left: a notebook's process does not end with its run."""
+        threading.excepthook = hook
+        for tracker in accelerator.trackers if opened else ():
+            with suppress(OSError):  # of a full disk, of which the run has told
+                tracker.finish()
+
+    at_end(close)
 
     def log(metrics: dict[str, float], step: int) -> None:
         if not opened:

@@ -20,7 +20,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
 from types import FrameType
 from typing import Any
 
@@ -244,7 +243,9 @@ def _limited() -> Iterator[None]:
         yield
         return
 
-    _install_stop()
+    # installing a handler takes a tenth of the time that a rendering takes, so it stays
+    if signal.getsignal(signal.SIGVTALRM) is not _stop:
+        signal.signal(signal.SIGVTALRM, _stop)
     _started_at[0] = time.thread_time()
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     held = _virtual_memory()
@@ -263,16 +264,10 @@ _started_at = [0.0]
 """Processor time of the main thread at which its present rendering began."""
 
 
-@cache
-def _install_stop() -> None:
-    """Once, because installing a handler takes a tenth of the time that a rendering takes."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        # the timer counts all threads of the process, and those of OpenMP may spin
-        left = CPU_SECONDS - (time.thread_time() - _started_at[0])
-        if left > 0.01:
-            signal.setitimer(signal.ITIMER_VIRTUAL, left)
-            return
-        raise Unbounded(TIME)
-
-    signal.signal(signal.SIGVTALRM, stop)
+def _stop(number: int, frame: FrameType | None) -> None:
+    # the timer counts all threads of the process, and those of OpenMP may spin
+    left = CPU_SECONDS - (time.thread_time() - _started_at[0])
+    if left > 0.01:
+        signal.setitimer(signal.ITIMER_VIRTUAL, left)
+        return
+    raise Unbounded(TIME)

@@ -1,0 +1,248 @@
+"""Objects of Python in a call: what stands in the recipe instead of each.
+
+Rows are a source that is read like a file as long as the call lasts. A model is written into the run's folder, as
+safetensors and named by its content, and loaded from there, so that every check of a model on disk
+holds for it and a run can be resumed. A function is named by its module.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from align.data.readers.objects import given
+from align.types import AlignError, DataSource
+
+FOLDER = "given"
+"""In a run's folder, holds the models that were given as objects."""
+PLACE = "<output_dir>"
+"""Stands for the run's folder until the recipe is read."""
+SOURCES = ("data", "data.train", "data.test", "preferences.train", "preferences.test")
+"""Keys whose values are sources of rows."""
+SOURCE_KEYS = {f.name for f in fields(DataSource)}
+WANTED = "a path, a list of rows (mappings), a datasets.Dataset, or a list of these"
+
+
+class Given:
+    """The objects of one call, in a context: its rows can be read until it ends.
+
+    Attributes:
+        facts: Key -> one line about its object, for the manifest.
+    """
+
+    def __init__(self, tokenizer: Any = None) -> None:
+        self.tokenizer = tokenizer
+        self.facts: dict[str, str] = {}
+        self._open = ExitStack()
+        self._models: dict[str, Any] = {}
+
+    def __enter__(self) -> Given:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._open.close()
+
+    # ------------------------------------------------------------ reading a call
+
+    def flat(
+        self, cls: type, keys: Mapping[str, Any], prefix: str = ""
+    ) -> Iterator[tuple[str, Any]]:
+        """(dotted key, value) of nested keyword arguments, every object replaced."""
+        for name, value in keys.items():
+            key = f"{prefix}{name}"
+            section = section_of(cls, key)
+            if section is None or not isinstance(value, Mapping) or _is_source(key, value):
+                if key not in SOURCES:
+                    yield key, self._plain(key, value)
+                    continue
+                found = self._sources(key, value)
+                yield key, [found] if isinstance(found, dict) else found
+            elif value:
+                yield from self.flat(cls, value, f"{key}.")
+            else:
+                yield key, {}
+
+    def _sources(self, key: str, value: Any) -> Any:
+        """Sources of rows as a recipe names them."""
+        if value is None or isinstance(value, str | os.PathLike):
+            return self._plain(key, value)
+        if isinstance(value, Mapping) and "path" in value:
+            return self._source(key, value)
+        if _is_dataset(value) or (_is_list(value) and _are_rows(value)):
+            return self._rows(key, value)
+        if _is_list(value) and len(value):
+            numbered = enumerate(value)
+            return [self._sources(f"{key}[{number}]", one) for number, one in numbered]
+        if value == ():  # of a recipe that was read
+            return []
+        if value == []:
+            raise AlignError(f"{key}: is an empty list; wanted {WANTED}")
+        raise AlignError(f"{key}: is a {_kind(value)}; wanted {WANTED}")
+
+    def _source(self, key: str, value: Mapping[str, Any]) -> dict[str, Any]:
+        """``{"path": ..., "weight": ...}``, whose path may be rows."""
+        path: Any = value.get("path")
+        if isinstance(path, str | os.PathLike):
+            return {**value, "path": os.fspath(path)}
+        if _is_dataset(path) or (_is_list(path) and _are_rows(path)):
+            return {**value, **self._rows(key, path)}
+        raise AlignError(f"{key}.path: is a {_kind(path)}; wanted a path, rows, or a Dataset")
+
+    def _rows(self, key: str, rows: Any) -> dict[str, Any]:
+        self.facts[key] = _kind(rows)
+        return {"path": self._open.enter_context(given(rows, key))}
+
+    def _plain(self, key: str, value: Any) -> Any:
+        """A value as YAML has it."""
+        if isinstance(value, os.PathLike):
+            return os.fspath(value)
+        if isinstance(value, Mapping):
+            return {str(k): self._plain(f"{key}.{k}", v) for k, v in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._plain(key, one) for one in value]
+        if _is_model(value):
+            return self._model(key, value)
+        if callable(value):
+            return self._function(key, value)
+        return value.item() if hasattr(value, "dtype") and hasattr(value, "item") else value
+
+    # ------------------------------------------------------------ functions
+
+    def _function(self, key: str, function: Any) -> str:
+        """``module:name`` of a function that can be found again by it."""
+        module, name = getattr(function, "__module__", None), getattr(function, "__name__", "")
+        if getattr(sys.modules.get(module or ""), name, None) is not function:
+            raise AlignError(
+                f"{key}: {_kind(function)} {name or repr(function)} cannot be found again by a "
+                "name; define it with def at the top of a module, a script or a notebook"
+            )
+        return f"{module}:{name}"
+
+    # ------------------------------------------------------------ models
+
+    def _model(self, key: str, model: Any) -> str:
+        """A path below the run's folder, which `place` fills in."""
+        if self.tokenizer is None:
+            raise AlignError(
+                f"{key}: is a {_kind(model)} without its tokenizer; give tokenizer=... beside it, "
+                "or the model's folder or hub id instead"
+            )
+        from align.models.load import fingerprint
+
+        tokens = repr((sorted(self.tokenizer.get_vocab().items()), self.tokenizer.chat_template))
+        content = hashlib.sha256((fingerprint(model) + tokens).encode()).hexdigest()[:12]
+        path = f"{FOLDER}/{key.replace('.', '_')}-{content}"
+        self._models[path] = model
+        self.facts[key] = f"{_kind(model)}, saved in {path} and loaded from there"
+        return f"{PLACE}/{path}"
+
+    def require_used(self) -> None:
+        """Refuse a tokenizer beside a model that has its own."""
+        if self.tokenizer is not None and not self._models:
+            raise AlignError(
+                "tokenizer: is for a model that is given as an object; a model that is named has "
+                "its tokenizer beside it"
+            )
+
+    def place(self, value: Any, folder: Path) -> Any:
+        """The same keys with models in ``folder``."""
+        if isinstance(value, dict):
+            return {key: self.place(one, folder) for key, one in value.items()}
+        if isinstance(value, list):
+            return [self.place(one, folder) for one in value]
+        if isinstance(value, str) and value.startswith(f"{PLACE}/"):
+            return str(folder / value.removeprefix(f"{PLACE}/"))
+        return value
+
+    def save(self, folder: Path) -> list[Path]:
+        """Write the models into the run's folder; returns what was not there before."""
+        written = []
+        for path, model in self._models.items():
+            if not (folder / path).is_dir():
+                _save_model(folder / path, model, self.tokenizer)
+                written.append(folder / path)
+        return written
+
+    def discard(self, folder: Path, written: Sequence[Path]) -> None:
+        """Remove models of a run that was refused: what its folder holds is not about them."""
+        manifest = folder / "manifest.json"
+        text = manifest.read_text("utf-8", "replace") if manifest.is_file() else ""
+        for path in written:
+            if path.name not in text:
+                shutil.rmtree(path)
+        with suppress(OSError):  # not empty: something of another run is there
+            (folder / FOLDER).rmdir()
+
+    def keep_own(self, folder: Path) -> None:
+        """Remove models that an earlier run in ``folder`` was given."""
+        for place in (folder / FOLDER).glob("*"):
+            if f"{FOLDER}/{place.name}" not in self._models:
+                shutil.rmtree(place)
+
+
+def _save_model(place: Path, model: Any, tokenizer: Any) -> None:
+    """Save beside, then rename: a run that is killed leaves no half of it."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(dir=place.parent, prefix=".saving-"))
+    try:
+        model.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+        beside.chmod(0o755)
+        os.replace(beside, place)
+    except (OSError, ValueError, TypeError) as error:
+        raise AlignError(f"model: cannot be saved as {place}: {error}") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+# ---------------------------------------------------------------- what a value is
+
+
+def section_of(cls: type, key: str) -> type | None:
+    """The class of a recipe's section, dotted; None where the key is no section."""
+    found: Any = cls
+    for name in key.split("."):
+        hint = get_type_hints(found).get(name) if is_dataclass(found) else None
+        parts: Iterable[Any] = (hint, *get_args(hint))
+        found = next((p for p in parts if is_dataclass(p)), None) if not _is_tuple(hint) else None
+    return found if isinstance(found, type) else None
+
+
+def _is_tuple(hint: Any) -> bool:
+    return getattr(hint, "__origin__", None) is tuple
+
+
+def _is_source(key: str, value: Mapping[str, Any]) -> bool:
+    return key in SOURCES and "path" in value and value.keys() <= SOURCE_KEYS
+
+
+def _are_rows(value: Sequence[Any]) -> bool:
+    """Whether a list holds rows rather than sources of rows: its first item decides."""
+    return bool(len(value)) and isinstance(value[0], Mapping) and not _is_source("data", value[0])
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple)
+
+
+def _is_dataset(value: Any) -> bool:
+    datasets = sys.modules.get("datasets")
+    kinds = ("Dataset", "IterableDataset", "DatasetDict", "IterableDatasetDict")
+    return datasets is not None and isinstance(value, tuple(getattr(datasets, k) for k in kinds))
+
+
+def _is_model(value: Any) -> bool:
+    transformers = sys.modules.get("transformers")
+    return transformers is not None and isinstance(value, transformers.PreTrainedModel)
+
+
+def _kind(value: Any) -> str:
+    return type(value).__name__
