@@ -63,9 +63,9 @@ def test_rows_and_a_file_of_them_train_the_same(
         assert [row["step"] for row in run.metrics if "loss" in row] == [1, 2]
         assert_same_weights(runs["file"].model, run.model)
     reports = [runs[name].manifest["data"]["train"][0] for name in given]
-    assert [report["path"] for report in reports] == ["data.train"] * 2
-    assert reports[0]["sha256"] == reports[1]["sha256"] != ""
-    assert runs["list"].manifest["given"]["data.train"].startswith("list of 30 rows, sha256 ")
+    assert [report["path"] for report in reports] == ["<data.train>"] * 2
+    assert all(len(report["sha256"]) == 64 for report in reports)
+    assert runs["list"].manifest["given"] == {"data.train": "list"}
     assert runs["list"].manifest["command"] == "align.sft() in Python"
     traced = (tmp_path / "list" / "train_rows.tsv").read_text().split("\t")[0]
     assert traced.startswith("data.train[")
@@ -176,8 +176,10 @@ def test_the_process_is_left_as_it_was(
         assert state() == before
     finally:
         AcceleratorState._reset_state()
-    (events,) = (tmp_path / "run" / "tracking").rglob("events*")
-    assert b"loss" in events.read_bytes()  # written out, though the process goes on
+    events = (tmp_path / "run" / "tracking").rglob("events*")
+    assert any(
+        b"loss" in file.read_bytes() for file in events
+    )  # written out, though the process goes on
     assert capsys.readouterr().err == ""
 
 
@@ -206,7 +208,7 @@ def test_keys_change_a_recipe_as_the_command_line_does(tmp_path: Path) -> None:
             assert (got.lora.r, got.data.test[0].path) == (2, "t.jsonl")
     # a data set replaces the recipe's, its held-out rows with it
     got = align.load_recipe(path, data=[{"prompt": "a", "completion": "b"}])
-    assert (got.data.train[0].path, got.data.test, got.data.max_tokens) == ("data", (), 64)
+    assert (got.data.train[0].path, got.data.test, got.data.max_tokens) == ("<data>", (), 64)
     assert align.load_recipe(got, stage="sft") == got
     sources = [
         path.parent / "x.jsonl",
@@ -214,7 +216,11 @@ def test_keys_change_a_recipe_as_the_command_line_does(tmp_path: Path) -> None:
         {"path": [{"text": "z"}]},
     ]
     got = align.load_recipe(tree, stage="sft", data=sources)
-    assert [s.path for s in got.data.train] == [f"{path.parent / 'x.jsonl'}", "y.jsonl", "data[2]"]
+    assert [s.path for s in got.data.train] == [
+        f"{path.parent / 'x.jsonl'}",
+        "y.jsonl",
+        "<data[2]>",
+    ]
     assert got.data.train[1].weight == 0.5
     assert isinstance(align.load_recipe("tiny/sft"), SFTRecipe)
     with pytest.raises(align.AlignError, match="is a SFTRecipe; `dpo` takes DPORecipe"):
@@ -228,9 +234,12 @@ def test_the_recipe_of_given_rows_says_so(
 
     run = align.sft(**short(tiny, tmp_path / "run", data=demonstrations))
     (source,) = run.manifest["recipe"]["data.train"]
-    assert source["rows"].startswith("30 rows given in Python, sha256 ")
+    assert source["path"] == "<data>"
     assert main(["sft", str(run.folder / "config.yaml"), "overwrite=true"]) == 2
-    assert "are in no file; call `align` from Python with them again" in capsys.readouterr().err
+    assert (
+        "<data> names rows that a program held in memory; call it again with them"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_run_of_given_rows_is_resumed_with_the_same_rows_alone(

@@ -1,8 +1,8 @@
 """Objects of Python in a call: what stands in the recipe instead of each.
 
-Rows are a source that is read like a file as long as the call lasts. A model is written into the run's folder, as
-safetensors and named by its content, and loaded from there, so that every check of a model on disk
-holds for it and a run can be resumed. A function is named by its module.
+Rows are a source that is read like a file as long as the call lasts. A model is written into the
+run's folder, as safetensors and named by its content, and loaded from there, so that every check of
+a model on disk holds for it and a run can be resumed. A function is named by its module.
 """
 
 from __future__ import annotations
