@@ -119,7 +119,7 @@ class _Odd:
         ({"data": 3}, "data: is a int; wanted a path, a list of rows"),
         ({"data": []}, "data: is an empty list; wanted"),
         ({"data": {"train": _Odd()}}, "data.train: is a _Odd; wanted a path, a list"),
-        ({"data": [{"prompt": "a", "completion": "b"}, 3]}, "data[1]: row: not a mapping"),
+        ({"data": [{"prompt": "a", "completion": "b"}, 3]}, "data[1]: row: not a"),
         ({"data": [{"prompt": "a", "completion": ""}]}, "data[0]: completion: empty"),
         ({"data": "nowhere.jsonl"}, "nowhere.jsonl: no such file or folder"),
         ({"tokenizer": object()}, "tokenizer: is for a model that is given as an object"),
@@ -276,7 +276,7 @@ def test_rows_that_are_trained_on_are_not_held_out(
     tiny: Path, tmp_path: Path, demonstrations: Rows
 ) -> None:
     data = {"train": demonstrations, "test": [*demonstrations]}
-    with pytest.raises(align.AlignError, match=r"data.test: .* is training data too"):
+    with pytest.raises(align.AlignError, match=r"data.test: .* training data too"):
         align.sft(**short(tiny, tmp_path / "run", data=data))
 
 

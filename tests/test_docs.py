@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.util
 import itertools
 import json
@@ -278,9 +279,8 @@ def test_rows_of_the_readme_are_json() -> None:
     assert all(json.loads(row) for row in rows)
 
 
-def make_recipe_docs() -> ModuleType:
-    path = ROOT / "tools" / "make_recipe_docs.py"
-    spec = importlib.util.spec_from_file_location("make_recipe_docs", path)
+def load_tool(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -289,9 +289,19 @@ def make_recipe_docs() -> ModuleType:
 
 
 def test_recipe_keys_are_up_to_date() -> None:
-    tool = make_recipe_docs()
+    tool = load_tool("make_recipe_docs")
     page = tool.PAGE.read_text(encoding="utf-8")
     assert page == tool.render(), "run `python tools/make_recipe_docs.py`"
+
+
+def test_the_python_page_lists_what_is_public() -> None:
+    page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    tool = load_tool("make_python_docs")
+    assert page == tool.render(page), "run `python tools/make_python_docs.py`"
+    for package in tool.PACKAGES:  # nothing public is missing from the list
+        assert len(tool.listing(package).splitlines()) == len(
+            importlib.import_module(package).__all__
+        )
     assert "|  |\n" not in page, "a key without a meaning: comment it in the code"
 
 
