@@ -63,7 +63,7 @@ def test_rows_and_a_file_of_them_train_the_same(
         assert [row["step"] for row in run.metrics if "loss" in row] == [1, 2]
         assert_same_weights(runs["file"].model, run.model)
     reports = [runs[name].manifest["data"]["train"][0] for name in given]
-    assert [report["path"] for report in reports] == ["<data.train>"] * 2
+    assert [report["path"] for report in reports] == ["data.train"] * 2
     assert all(len(report["sha256"]) == 64 for report in reports)
     assert runs["list"].manifest["given"] == {"data.train": "list"}
     assert runs["list"].manifest["command"] == "align.sft() in Python"

@@ -292,17 +292,16 @@ def test_recipe_keys_are_up_to_date() -> None:
     tool = load_tool("make_recipe_docs")
     page = tool.PAGE.read_text(encoding="utf-8")
     assert page == tool.render(), "run `python tools/make_recipe_docs.py`"
+    assert "|  |\n" not in page, "a key without a meaning: comment it in the code"
 
 
 def test_the_python_page_lists_what_is_public() -> None:
     page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
     tool = load_tool("make_python_docs")
     assert page == tool.render(page), "run `python tools/make_python_docs.py`"
-    for package in tool.PACKAGES:  # nothing public is missing from the list
-        assert len(tool.listing(package).splitlines()) == len(
-            importlib.import_module(package).__all__
-        )
-    assert "|  |\n" not in page, "a key without a meaning: comment it in the code"
+    for package in tool.PACKAGES:
+        public = importlib.import_module(package).__all__
+        assert len(tool.listing(package).splitlines()) == len(public) > 5
 
 
 def test_every_dpo_loss_is_listed() -> None:

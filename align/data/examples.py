@@ -25,7 +25,15 @@ from align.data.formats.rankings import Rated, pairs_of
 from align.data.formats.turn_keys import TOOLS
 from align.data.readers.bad_rows import BadRows, no_row
 from align.data.records import CHUNK, Examples, InMemory, Record, Records, write_records
-from align.data.sources import BadRow, Row, file_sha256, find_parts, name_of, read_set
+from align.data.sources import (
+    BadRow,
+    Row,
+    file_sha256,
+    find_parts,
+    hash_of_given,
+    name_of,
+    read_set,
+)
 from align.types import AlignError, DataSource, SFTExample, SourceReport, Text
 
 OnBadRow: TypeAlias = Literal["stop", "skip"]
@@ -314,7 +322,7 @@ def _open(source: DataSource) -> Iterator[tuple[str, str | None, Iterator[Row | 
     """(path, sha256, rows) of what is read of each file of a source."""
     parts = find_parts(source)
     if not parts:
-        yield name_of(source), None, read_set(source)
+        yield name_of(source), hash_of_given(source), read_set(source)
     for part in parts:
         yield str(part.path), file_sha256(part.path), part.rows()
 

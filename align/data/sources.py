@@ -47,6 +47,7 @@ __all__ = [
     "file_sha256",
     "find_files",
     "find_parts",
+    "hash_of_given",
     "name_of",
     "open_stream",
     "read_file",
@@ -209,6 +210,15 @@ def read_file(path: Path) -> Iterator[Row | BadRow]:
 def name_of(source: DataSource) -> str:
     """Name of a source that has no local files, as reports show it."""
     return source.path[1:-1] if is_given(source) else f"{source.path}/{source.split}"
+
+
+def hash_of_given(source: DataSource, *, streamed: bool = False) -> str | None:
+    """Hash of rows in memory, by which a resumed run knows them; None for a hub data set.
+
+    Rows of an unknown number are not gone through twice where they are ``streamed``.
+    """
+    rows = open_given(source) if is_given(source) else None
+    return None if rows is None or (streamed and not hasattr(rows, "__len__")) else hash_of(rows)
 
 
 def read_set(source: DataSource) -> Iterator[Row | BadRow]:

@@ -16,7 +16,7 @@ from align.config.options import TrainOptions
 from align.data.examples import with_columns
 from align.data.formats.fields import Kind
 from align.data.formats.unread import not_read
-from align.data.sources import find_files, name_of
+from align.data.sources import find_files, hash_of_given, name_of
 from align.data.stream import TokenStream
 from align.data.stream_counts import Counts
 from align.data.stream_windows import Window, WindowReader
@@ -88,7 +88,7 @@ def _places(source: DataSource) -> list[dict[str, Any]]:
     """What is streamed, as far as it can be told without reading it: a file's name and size."""
     files = find_files(source)
     if not files:
-        return [{"path": name_of(source), "sha256": None}]
+        return [{"path": name_of(source), "sha256": hash_of_given(source, streamed=True)}]
     return [{"path": str(file), "bytes": Path(file).stat().st_size} for file in files]
 
 
