@@ -39,7 +39,7 @@ ALLOWED: dict[str, str] = {
     "commands": f"{MOST} training evaluation stages report",
     "cli": f"base types {LOAD} run stages evaluation report commands __version__",
     "__main__": "cli",
-    "__init__": "",
+    "__init__": "types run stages",
 }
 # package -> the libraries that it may import, besides Python's own
 LIBRARIES: dict[str, str] = {
@@ -55,7 +55,7 @@ LIBRARIES: dict[str, str] = {
     "rewards": "numpy sacrebleu torch transformers",
     "training": "accelerate numpy safetensors torch",
     "evaluation": "accelerate evaluate numpy sacrebleu safetensors scipy torch",
-    "stages": "accelerate matplotlib numpy pyarrow torch transformers",
+    "stages": "accelerate huggingface_hub matplotlib numpy pyarrow torch transformers",
     "report": "jinja2 markupsafe matplotlib numpy rich yaml",
     "commands": "rich torch werkzeug",
     "cli": "",
