@@ -51,7 +51,7 @@ def load(recipe: Any, keys: Mapping[str, Any], command: str | None, tokenizer: A
     if command is None:
         if not isinstance(recipe, str | os.PathLike):
             raise AlignError(f"stage: say which; allowed are {', '.join(STAGES)}")
-        command = stage_of(os.fspath(recipe), list(STAGES))
+        command = stage_of(os.fspath(recipe), recipe_classes())
     if command not in STAGES:
         raise AlignError(f"stage: is {command!r}; allowed are {', '.join(STAGES)}")
     with Given(tokenizer) as given:
