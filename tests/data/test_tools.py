@@ -10,7 +10,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from align.data.formats.rows import BadRow, Row
 
 from align.data.examples import load_examples
 from align.data.formats.columns import Example, read_row
