@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from align.data.loader import load_examples, split_by_prompt
+    from align.data.examples import load_examples, split_by_prompt
     from align.data.readers.objects import given
     from align.data.tokens.chat import encode_examples
     from align.data.tokens.packing import collate, pack
@@ -42,9 +42,9 @@ FOUND_IN = {
     "collate": "align.data.tokens.packing",
     "encode_examples": "align.data.tokens.chat",
     "given": "align.data.readers.objects",
-    "load_examples": "align.data.loader",
+    "load_examples": "align.data.examples",
     "pack": "align.data.tokens.packing",
-    "split_by_prompt": "align.data.loader",
+    "split_by_prompt": "align.data.examples",
 }
 
 
