@@ -60,8 +60,6 @@ NO_NUMBERS = {
     "stages/ppo/run.py": {
         "before",
         "left_out_in_a_row",
-        "reference log-probability",
-        "critic's value",
     },
     "training/finite.py": {"step", "what", "value", "ids"},
     "stages/ppo/update.py": {

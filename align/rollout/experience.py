@@ -1,4 +1,4 @@
-"""Turn a rollout into experience: shaped rewards, advantages and returns."""
+"""From a rollout to what an update needs: texts, token groups, shaped rewards, advantages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from align.data.tokens.decode import decode_response
 from align.data.tokens.packing import counted_coordinates, pack
 from align.data.tokens.text_ids import Tokenizer
 from align.losses import gae, masked_whiten, shape_rewards
-from align.types import Experience, Rollout, Text, TokenBatch, TokenGroup, TokenSequence
+from align.types import Rollout, Text, TokenBatch, TokenGroup, TokenSequence
 
 
 def decode_rollout(
@@ -75,40 +75,36 @@ def over_rollout(
     return out
 
 
-def make_experience(
+def shaped_rewards(
     rollout: Rollout,
-    *,
-    scores: Tensor,
+    terminal_rewards: Tensor,
     ref_logprobs: Tensor,
-    values: Tensor,
+    *,
     kl_coef: float,
     kl_kind: str,
-    gamma: float,
-    gae_lambda: float,
-    whiten_rewards: bool,
-    whiten_advantages: bool,
-) -> Experience:
-    """Shape rewards from KL and scores, and estimate advantages over one whole rollout.
+    whiten: bool,
+) -> Tensor:
+    """Charge KL on every sampled token and pay the terminal reward on the last one, ``[B,R]``.
 
     Args:
-        scores: Score paid on each response's last token, reward units ``[B]``.
-        kl_coef: Reward units per nat charged in the reward; 0 if KL is a loss term.
+        terminal_rewards: What each response earns on its last token, reward units ``[B]``.
+        kl_coef: Reward units per nat charged in the reward; 0 where KL is a loss term.
+        whiten: Scale the rewards of the whole rollout to variance 1 and keep their mean.
     """
     mask = rollout.response_mask
     rewards = shape_rewards(
-        scores, rollout.logprobs, ref_logprobs, mask, kl_coef=kl_coef, kl_kind=kl_kind
+        terminal_rewards, rollout.logprobs, ref_logprobs, mask, kl_coef=kl_coef, kl_kind=kl_kind
     )
-    if whiten_rewards:
-        rewards = masked_whiten(rewards, mask, keep_mean=True)
+    return masked_whiten(rewards, mask, keep_mean=True) if whiten else rewards
+
+
+def estimate_advantages(
+    rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, gae_lambda: float, whiten: bool
+) -> tuple[Tensor, Tensor]:
+    """Estimate advantages and returns of one whole rollout by GAE, both ``[B,R]``.
+
+    Args:
+        whiten: Scale the advantages to mean 0 and variance 1; the returns stay as they are.
+    """
     advantages, returns = gae(rewards, values, mask, gamma=gamma, gae_lambda=gae_lambda)
-    if whiten_advantages:
-        advantages = masked_whiten(advantages, mask)
-    return Experience(
-        rollout=rollout,
-        ref_logprobs=ref_logprobs,
-        values=values,
-        rewards=rewards,
-        advantages=advantages,
-        returns=returns,
-        scores=scores,
-    )
+    return (masked_whiten(advantages, mask) if whiten else advantages), returns

@@ -1,10 +1,10 @@
-"""Whole checkpoints in safetensors and JSON: all of one there, or none of it.
+"""Atomic checkpoints in safetensors and JSON, taken between two steps.
 
 A checkpoint is written beside its place, forced to disk and renamed into it, so a run that dies in
 the middle of a save leaves the checkpoint before it untouched. ``SHA256SUMS`` has the sum of every
 file, and the state names the run, so that a changed bit or a checkpoint of another run is found.
 Nothing is pickled. No random state is saved: every step seeds its generators from (seed, step), so
-a resumed run draws what the whole run drew.
+a resumed run draws the same random numbers as the uninterrupted one.
 """
 
 from __future__ import annotations
@@ -22,19 +22,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from align.base.checksums import SUMS, check_sums, load_tensors, save_tensors, summing
+from align.base.checksums import SUMS, check_sums, summing
 from align.base.files import Unreadable, fsync, load_json, writing
 from align.base.folders import replace_folder
-from align.base.progress import warn
 from align.training.distributed import laid_out_as, own_parameters, whole_tensors
 from align.types import AlignError
 
 Trained = Mapping[str, tuple[torch.nn.Module, torch.optim.Optimizer]]
-
-InHand = tuple[Mapping[str, torch.Tensor], Mapping[str, Any]]
-"""Tensors and JSON values of a step that was not finished."""
-
-IN_HAND = "in_hand.safetensors"
 
 STATE = "state.json"
 
@@ -50,23 +44,18 @@ def save_checkpoint(
     *,
     keep: int,
     also_keep: Collection[int] = (),
-    part: int = 0,
-    in_hand: InHand | None = None,
     write: bool = True,
 ) -> Path:
-    """Write ``folder/step-N`` with weights, moments and ``state``, and drop the oldest.
+    """Write ``folder/step-N`` with weights, moments and ``state``, and remove the oldest.
 
     Args:
         trained: Name of a role (``actor``) -> its model and optimizer.
-        state: Whatever else the run needs to go on; JSON values only.
+        state: Everything else that the run needs to resume; JSON values only.
         keep: Newest checkpoints to keep, at least 1.
         also_keep: Steps to keep whatever their age.
-        part: How far inside the step after ``step``, where weights have moved on already; the
-            place is ``step-N-part-M`` then.
-        in_hand: What that unfinished step has made so far.
-        write: False in a process that only takes part: of a sharded model each has a part.
+        write: False on the ranks that only take part in gathering a sharded model.
     """
-    name = f"step-{step}" + (f"-part-{part}" if part else "")
+    name = f"step-{step}"
     place, partial, old = folder / name, folder / f"partial-{name}", folder / f"old-{name}"
     files = _files(trained)
     if not write:
@@ -85,8 +74,6 @@ def save_checkpoint(
                 (partial / STATE).write_text(text, encoding="utf-8")
                 fsync(partial / STATE)
                 add_sum(STATE)
-            if in_hand is not None:
-                _save_in_hand(in_hand, partial, {"step": step, **state})
             fsync(partial)
             replace_folder(partial, place, old)
     except BaseException:
@@ -96,12 +83,6 @@ def save_checkpoint(
         if _position(other) not in {(kept, 0) for kept in also_keep}:
             shutil.rmtree(other)
     return place
-
-
-def add_in_hand(place: Path, in_hand: InHand) -> None:
-    """Put an unfinished step beside the whole checkpoint that it starts from."""
-    with writing(place, "it is whole without what was to be added"):
-        _save_in_hand(in_hand, place, _read_state(place))
 
 
 def load_checkpoint(place: Path, trained: Trained) -> dict[str, Any]:
@@ -121,13 +102,15 @@ def load_checkpoint(place: Path, trained: Trained) -> dict[str, Any]:
 def damage(
     place: Path, roles: Iterable[str], *, run: str | None = None, compare: bool = True
 ) -> str:
-    """Why a checkpoint cannot be gone on from, or nothing.
+    """Say why a run cannot resume from a checkpoint; an empty string where it can.
 
     Args:
-        run: The run that it has to be of; an older checkpoint names none.
-        compare: Whether files are compared with their sums and the run with ``run``: one process
-            of several does that, the others look at headers, sizes and the state.
+        run: Id of the run that the checkpoint must belong to; an older checkpoint names none.
+        compare: Whether to compare files with their sums and the run with ``run``. One rank of
+            several does that, the others look at headers, sizes and the state.
     """
+    if _position(place)[1:] > (0,):
+        return f"checkpoint {place}: an older align saved it in the middle of a PPO iteration"
     names = [f"{role}{end}.safetensors" for role in roles for end in ("", ".optimizer")]
     try:
         for name in names:
@@ -139,9 +122,6 @@ def damage(
                 return f"checkpoint {place}: is of another run ({state['run']}, not {run})"
             if not check_sums(place, [STATE, *names]) and "run" in state:
                 raise Unreadable(f"{SUMS} is missing")
-        # one of a whole step is whole without, see `load_in_hand`
-        if _position(place)[1:] > (0,) and _read_in_hand(place) is None:
-            raise Unreadable(f"{IN_HAND} is missing, from which its step goes on")
     except UNREADABLE as error:
         return f"checkpoint {place}: cannot be read: {error}"
     return ""
@@ -182,21 +162,6 @@ def set_aside(place: Path) -> Path:
     return aside
 
 
-def load_in_hand(place: Path) -> InHand | None:
-    """Tensors and values that `save_checkpoint` or `add_in_hand` kept of an unfinished step.
-
-    What was added to a whole step and cannot be read is left out, with a line: the step is done
-    again from its beginning.
-    """
-    try:
-        return _read_in_hand(place)
-    except UNREADABLE as error:
-        if _position(place)[1:] > (0,):
-            raise _unreadable(place / IN_HAND, error) from error
-        warn(f"resume: {place / IN_HAND}: cannot be read: {error}; its step is begun again")
-        return None
-
-
 def checkpoints(folder: Path) -> list[Path]:
     """Whole checkpoints, oldest first.
 
@@ -213,22 +178,10 @@ def places(folder: Path) -> list[Path]:
 
 
 def _position(place: Path) -> tuple[int, int] | tuple[()]:
-    """``step-N`` or ``step-N-part-M`` -> (N, M), M = 0 where there is none."""
+    """``step-N`` -> (N, 0), and ``step-N-part-M`` of an older align -> (N, M)."""
     name = place.name.removeprefix("old-").removeprefix("step-")
     step, _, part = name.partition("-part-")
     return (int(step), int(part or 0)) if (step + part).isdecimal() else ()
-
-
-def _read_in_hand(place: Path) -> InHand | None:
-    path = place / IN_HAND
-    if not path.is_file():
-        return None
-    with named(IN_HAND):
-        tensors, state = load_tensors(path)
-    of = _read_state(place)
-    if any(state.pop(key, of.get(key)) != of.get(key) for key in ("run", "step")):
-        raise Unreadable(f"{IN_HAND}: is of another run or step")
-    return tensors, state
 
 
 def _read_state(place: Path) -> dict[str, Any]:
@@ -268,12 +221,6 @@ def _moments(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
 def _save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     save_file({name: t.contiguous() for name, t in tensors.items()}, path)
     fsync(path)
-
-
-def _save_in_hand(in_hand: InHand, folder: Path, state: Mapping[str, Any]) -> None:
-    """Bound to its checkpoint by run and step; apart from its sums, as it is added later."""
-    of = {key: state[key] for key in ("run", "step") if key in state}
-    save_tensors(in_hand[0], folder / IN_HAND, {**in_hand[1], **of})
 
 
 def _restore(

@@ -2,7 +2,7 @@
 
 The loss of a step is a sum over all counted units of the *global* minibatch divided by their
 number, however it is cut into microbatches and spread over processes: accumulation changes no
-result. PPO has a loop of its own in ``stages/ppo.py``.
+result. PPO has a loop of its own in ``stages/ppo/run.py``.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def train(
         bar.advance(steps=step)
         before = state["before"] if "before" in state else measured_now()
         saver.require_best("train.keep_best", before)
-        saver.stay_or_leave(step, lasting())
+        saver.checkpoint_if_signalled(step, lasting())
         for members in minibatches(len(groups), train.minibatch, order, start=step, stop=total):
             lr = set_lr(optimizer, peak, step, total, optim)
             metrics = _step(
@@ -164,7 +164,7 @@ def train(
             if save:
                 saver.save(step, lasting(), held_out)
             if step < total:
-                saver.stay_or_leave(step, lasting())
+                saver.checkpoint_if_signalled(step, lasting())
         after = measured_now()
         if saver.take_best(after):
             after = evaluate()

@@ -1,8 +1,9 @@
-"""When a run saves, what it keeps, how it goes on, and how it leaves when it is told to.
+"""Save checkpoints, resume from the newest whole one, and answer signals with a checkpoint.
 
-SIGTERM, SIGHUP (the terminal was closed) and Ctrl-C are noted and answered at the next point where
-the state is whole: the run saves and leaves. A second one leaves at once. A checkpoint is taken
-again exactly or refused.
+SIGTERM, SIGHUP (the terminal was closed) and Ctrl-C are noted and answered between two steps: the
+run saves a checkpoint and exits. A block that changes no state, such as PPO's sampling, is
+interrupted at once (`interruptible`). A second signal exits at once, without saving. A checkpoint
+is restored exactly or refused.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -22,9 +23,7 @@ from align.base.files import free_in, in_words
 from align.base.progress import say, warn
 from align.run.folder import Run
 from align.training.checkpoint import (
-    InHand,
     Trained,
-    add_in_hand,
     checkpoints,
     damage,
     load_checkpoint,
@@ -46,12 +45,23 @@ HANGUP = getattr(signal, "SIGHUP", None)
 SIGNALS = (signal.SIGINT, signal.SIGTERM, *([HANGUP] if HANGUP else []))
 
 
+class _Abandoned(Interrupted):
+    """A signal came inside an `interruptible` block; ``step`` and ``state`` are those of its start.
+
+    `Saver.__exit__` turns it into a checkpoint.
+    """
+
+    def __init__(self, number: int, step: int, state: Mapping[str, Any]) -> None:
+        super().__init__(number, "interrupted")
+        self.step, self.state = step, state
+
+
 class Saver:
-    """The checkpoints of one run; as a context it listens to signals.
+    """The checkpoints of one run; as a context manager it handles signals.
 
     Args:
         trained: Name of a role -> its model and optimizer.
-        keep: Newest checkpoints that are kept.
+        keep: How many of the newest checkpoints to keep.
         best_by: A key of ``BETTER_WHEN_LOWER``: the checkpoint that is best by it is kept too.
     """
 
@@ -70,6 +80,8 @@ class Saver:
         # {"step": of the best checkpoint, "value": its held-out number}
         self.best: dict[str, float] | None = None
         self._signal = 0
+        # step and state to save if a signal comes now; None where it is only noted
+        self._unchanged: tuple[int, Mapping[str, Any]] | None = None
         self._handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Saver:
@@ -77,8 +89,8 @@ class Saver:
             if number == HANGUP and signal.getsignal(number) is signal.SIG_IGN:
                 continue  # `nohup`: the run outlives its terminal
             try:
-                self._handlers[number] = signal.signal(number, self._note)
-            except ValueError:  # not the main thread: whoever started it listens
+                self._handlers[number] = signal.signal(number, self._on_signal)
+            except ValueError:  # not the main thread: whoever started it handles signals
                 pass
         return self
 
@@ -88,10 +100,14 @@ class Saver:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+        try:
+            if isinstance(error, _Abandoned):
+                self._save_and_exit(error.number, error.step, error.state)
+        finally:
+            for number, handler in self._handlers.items():
+                signal.signal(number, handler)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._signal and number == HANGUP:
             return  # the shell and the system both send it, and a logout sends it behind SIGTERM
         if self._signal and self._signal != HANGUP:
@@ -100,20 +116,50 @@ class Saver:
         if self.run.is_main:
             with suppress(RuntimeError):  # in the middle of another line
                 warn(f"{self.run.stage}: told to stop; saving as soon as possible (again: at once)")
+        self._abandon_block()
 
-    # ------------------------------------------------------------ going on
+    @contextmanager
+    def interruptible(self, step: int, state: Mapping[str, Any]) -> Iterator[None]:
+        """Let a signal end a block that changes nothing of what a checkpoint holds.
+
+        One process leaves the block at once; several finish it, because each waits for the others.
+        The checkpoint is that of the block's start.
+
+        Args:
+            step: Steps done before the block.
+            state: As for `save`.
+
+        Raises:
+            Interrupted: A signal came; the checkpoint is saved.
+        """
+        if self.accelerator.num_processes == 1:
+            self._unchanged = (step, state)
+        try:
+            if self._signal:
+                self._abandon_block()
+            yield
+        finally:
+            self._unchanged = None
+        number = self._agreed_signal()
+        if number:
+            self._save_and_exit(number, step, state)
+
+    def _abandon_block(self) -> None:
+        if self._unchanged is not None:
+            raise _Abandoned(self._signal, *self._unchanged)
+
+    # ------------------------------------------------------------ resuming
 
     def resume(self, wanted: bool) -> dict[str, Any] | None:
         """Load the newest whole checkpoint and return its state; None where the run is new.
 
-        Damaged ones that are newer are renamed, not removed. ``state["place"]`` is the checkpoint's
-        folder.
+        Newer ones that are damaged are renamed, not removed.
 
         Raises:
             AlignError: There are checkpoints, and none is whole.
         """
         if self.run.is_main:
-            self._tell_of_little_room()
+            self._warn_of_little_room()
         place, damaged = self._newest_whole() if wanted else (None, {})
         self.run.require_unfinished()
         if place is None:
@@ -135,7 +181,7 @@ class Saver:
         self.run.rewind(state)
         if self.run.is_main:
             say(f"{self.run.stage}: resumed from {place} ({state['step']} steps done)")
-        return {**state, "place": place}
+        return state
 
     @contextmanager
     def _all_refuse(self) -> Iterator[None]:
@@ -145,11 +191,11 @@ class Saver:
             yield
         except AlignError as error:
             refused = error
-        if self._anywhere(refused is not None):
+        if self._on_any_rank(refused is not None):
             raise refused or AlignError("resume: another process refuses; its line says why")
 
-    def _tell_of_little_room(self) -> None:
-        """Say before hours of work that a checkpoint, which a stop asks for too, has no room."""
+    def _warn_of_little_room(self) -> None:
+        """Warn before hours of work that the disk has no room for a checkpoint."""
         needs, found = size_of(self.trained), free_in(self.folder)
         if found is not None and found[0] < needs:
             warn(
@@ -158,15 +204,15 @@ class Saver:
             )
 
     def _newest_whole(self) -> tuple[Path | None, dict[Path, str]]:
-        """The newest checkpoint that every process can read, and what is wrong with newer ones."""
+        """Find the newest checkpoint that every rank can read, and the damage of newer ones."""
         damaged: dict[Path, str] = {}
-        # one process's list for all: each has to ask as often as the others
+        # one rank's list for all: each has to ask as often as the others
         listed = [places(self.folder)]
         if self.accelerator.num_processes > 1:
             broadcast_object_list(listed)
         for place in reversed(listed[0]):
             problem = self._damage(place, self.run.previous_id)
-            if not self._anywhere(bool(problem)):
+            if not self._on_any_rank(bool(problem)):
                 return place, damaged
             damaged[place] = problem or f"checkpoint {place}: another process cannot read it"
         if damaged:
@@ -177,7 +223,7 @@ class Saver:
         return None, {}
 
     def _damage(self, place: Path, run: str | None) -> str:
-        """One process compares hashes and the run: the others would read the same bytes again."""
+        """Compare hashes and the run on one rank: the others would read the same bytes again."""
         return damage(place, self.trained, run=run, compare=self.run.is_main)
 
     # ------------------------------------------------------------ saving
@@ -185,28 +231,27 @@ class Saver:
     def save(
         self, step: int, state: Mapping[str, Any], held_out: Mapping[str, float] | None = None
     ) -> None:
-        """A checkpoint of the state after ``step``; ``held_out`` was measured there."""
+        """Save a checkpoint of the state after ``step``, where ``held_out`` was measured."""
         if self.best_by and held_out and self._beats(held_out[self.best_by]):
             self.best = {"step": step, "value": held_out[self.best_by]}
         self._write(step, state)
         self.accelerator.wait_for_everyone()
 
-    def stay_or_leave(
-        self, step: int, state: Mapping[str, Any], *, part: int = 0, in_hand: InHand | None = None
-    ) -> None:
-        """Save and raise ``Interrupted`` if a signal has come; ``part`` as in `save_checkpoint`."""
-        number = self._agreed()
-        if not number:
-            return
-        newest = checkpoints(self.folder)[-1:]
-        if part == 0 and newest and newest[0].name == f"step-{step}":
-            place = newest[0]
-            if in_hand is not None and self.run.is_main:
-                add_in_hand(place, in_hand)
-        elif step == 0 and part == 0 and in_hand is None:
+    def checkpoint_if_signalled(self, step: int, state: Mapping[str, Any]) -> None:
+        """Save a checkpoint of the state after ``step`` and exit, if a signal has come.
+
+        Raises:
+            Interrupted: A signal has come.
+        """
+        number = self._agreed_signal()
+        if number and step == 0:
             raise Interrupted(number, "interrupted before the first step; nothing was to save")
-        else:
-            self._write(step, state, part=part, in_hand=in_hand)
+        if number:
+            self._save_and_exit(number, step, state)
+
+    def _save_and_exit(self, number: int, step: int, state: Mapping[str, Any]) -> NoReturn:
+        if [place.name for place in checkpoints(self.folder)[-1:]] != [f"step-{step}"]:
+            self._write(step, state)
         self.accelerator.wait_for_everyone()
         raise Interrupted(
             number,
@@ -214,15 +259,7 @@ class Saver:
             "the same command with resume=auto goes on from there",
         )
 
-    def add_in_hand(self, step: int, in_hand: InHand) -> None:
-        """Keep an unfinished step beside the checkpoint that it starts from, if there is one."""
-        place = self.folder / f"step-{step}"
-        if self.run.is_main and checkpoints(self.folder)[-1:] == [place]:
-            add_in_hand(place, in_hand)
-
-    def _write(
-        self, step: int, state: Mapping[str, Any], *, part: int = 0, in_hand: InHand | None = None
-    ) -> None:
+    def _write(self, step: int, state: Mapping[str, Any]) -> None:
         also_keep = [] if self.best is None else [int(self.best["step"])]
         save_checkpoint(
             self.folder,
@@ -231,20 +268,18 @@ class Saver:
             {"run": self.run.id, "best": self.best, **self.run.marks(), **state},
             keep=self.keep,
             also_keep=also_keep,
-            part=part,
-            in_hand=in_hand,
             write=self.run.is_main,
         )
         if self.run.is_main:
             self.run.keep()
 
-    def _agreed(self) -> int:
-        """The signal that came to any process; the same answer in all of them."""
-        found = self._anywhere(bool(self._signal))
+    def _agreed_signal(self) -> int:
+        """The signal that came to any rank, the same answer on all of them; 0 where none came."""
+        found = self._on_any_rank(bool(self._signal))
         return self._signal or (signal.SIGTERM if found else 0)
 
-    def _anywhere(self, here: bool) -> bool:
-        """Whether it is so in any process; all have to ask."""
+    def _on_any_rank(self, here: bool) -> bool:
+        """Whether it is true on any rank; all ranks have to ask."""
         if self.accelerator.num_processes == 1:
             return here
         return bool(sum_over_processes({"here": float(here)}, self.accelerator)["here"])
@@ -252,7 +287,7 @@ class Saver:
     # ------------------------------------------------------------ the best
 
     def require_best(self, key: str, held_out: Mapping[str, float]) -> None:
-        """Refuse to judge checkpoints by a number that is not measured."""
+        """Refuse to compare checkpoints by a number that is not measured."""
         if self.best_by and self.best_by not in held_out:
             there = ", ".join(name for name in BETTER_WHEN_LOWER if name in held_out)
             raise AlignError(
@@ -267,7 +302,7 @@ class Saver:
         step, value = int(self.best["step"]), self.best["value"]
         place = self.folder / f"step-{step}"
         problem = self._damage(place, self.run.id)
-        if self._anywhere(bool(problem)):  # the weights of the end are whole, and hours of work
+        if self._on_any_rank(bool(problem)):  # the weights of the end are whole, and hours of work
             if self.run.is_main:
                 warn(f"the best {problem or place}; the model of the last step is saved instead")
             return False

@@ -11,7 +11,6 @@ import pytest
 
 from align.config.keys import PPORecipe, RewardRecipe
 from align.stages import reward_model
-from align.stages.ppo import rollouts as ppo_phases
 from align.stages.ppo import run as ppo
 from align.types import Experience
 
@@ -97,14 +96,19 @@ def reward_folder(
 
 @pytest.fixture
 def experiences(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Row, Experience]]:
-    """What each iteration made of its rollout: (keyword arguments, experience)."""
+    """Each iteration's experience, after the options that its rewards were shaped by."""
     found: list[tuple[Row, Experience]] = []
-    original = ppo_phases.make_experience
+    shaping: Row = {}
+    shaped_rewards = ppo.shaped_rewards
 
-    def spying(rollout: Any, **options: Any) -> Experience:
-        made = original(rollout, **options)
-        found.append((options, made))
-        return made
+    def shape(*tensors: Any, **options: Any) -> Any:
+        shaping.update(options)
+        return shaped_rewards(*tensors, **options)
 
-    monkeypatch.setattr(ppo_phases, "make_experience", spying)
+    def experience(*tensors: Any) -> Experience:
+        found.append((dict(shaping), Experience(*tensors)))
+        return found[-1][1]
+
+    monkeypatch.setattr(ppo, "shaped_rewards", shape)
+    monkeypatch.setattr(ppo, "Experience", experience)
     return found

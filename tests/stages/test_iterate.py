@@ -16,7 +16,7 @@ from align.config.keys import IterateRecipe, StopRules
 from align.models.average import average_models
 from align.stages import iterate
 from align.stages.iterate import stop_reason
-from align.stages.ppo import rollouts as ppo_phases
+from align.stages.ppo import run as ppo
 from align.types import AlignError
 
 Iterate = Callable[..., Path]
@@ -120,7 +120,7 @@ def test_two_rounds_of_ppo_killed_and_resumed(
     rm = json.loads((whole / "rounds/2" / "rm" / "manifest.json").read_text("utf-8"))
     assert len(rm["data"]["train"]) == 2  # the pairs of both rounds
     # killed inside the second round's PPO, after its first checkpoint
-    with stop_at(ppo_phases, "make_experience", 4):
+    with stop_at(ppo, "shaped_rewards", 4):
         run_iterate("cut", "ppo")
     before = (tmp_path / "cut" / "rounds/2" / "rm" / "manifest.json").stat().st_mtime_ns
     cut = run_iterate("cut", "ppo", "resume=auto")

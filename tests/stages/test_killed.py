@@ -21,22 +21,35 @@ Row = dict[str, Any]
 
 # it draws from Python's and NumPy's generators, which a resumed run must go on with
 REWARD = """
+import os
 import random
+import signal
+import time
+from pathlib import Path
+
 import numpy as np
 
 def noisy(prompts, responses, references):
     return [r.count("o") + random.random() + np.random.rand() for r in responses]
+
+def stuck(prompts, responses, references):
+    if len(responses) == 16 and not Path("asked").exists():
+        Path("asked").touch()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+        Path("answered").touch()
+    return noisy(prompts, responses, references)
 """
 
-PPO = "align.stages.ppo.rollouts:Phases."
+PPO = "align.stages.ppo.rollouts:RolloutWorker."
 CHECKPOINT = "align.training.checkpoint:"
 # phase -> (function, its call, before or after); three iterations, two epochs of two minibatches
 KILLS = {
     "after sampling": (PPO + "decode", 5, "before"),
-    "after scoring": (PPO + "experience", 3, "before"),
-    "between minibatches": ("align.stages.ppo.update:Update._minibatch", 10, "before"),
+    "after scoring": (PPO + "values", 3, "before"),
+    "between minibatches": ("align.stages.ppo.update:Update._step", 10, "before"),
     "after the last minibatch": ("align.stages.ppo.run:sample_rows", 3, "before"),
-    "between its samples and its numbers": ("align.stages.ppo.run:adapt_kl_coef", 3, "before"),
+    "between its samples and its numbers": ("align.run.folder:Run.log", 5, "before"),
     "in the middle of a save": (CHECKPOINT + "_save_tensors", 8, "before"),
     "before a save is renamed": (CHECKPOINT + "replace_folder", 3, "before"),
     "after its last evaluation": ("align.training.saver:Saver.take_best", 1, "before"),
@@ -46,7 +59,7 @@ SIGNALS = {
     "after sampling": (PPO + "sample", 2, "after", signal.SIGTERM),
     "after scoring": (PPO + "score", 3, "after", signal.SIGTERM),
     "between minibatches": (
-        "align.stages.ppo.update:Update._minibatch", 10, "before", signal.SIGINT
+        "align.stages.ppo.update:Update._step", 10, "before", signal.SIGINT
     ),
     "between iterations": ("align.stages.ppo.run:adapt_kl_coef", 2, "before", signal.SIGINT),
 }  # fmt: skip
@@ -156,7 +169,7 @@ def test_ppo_killed_at_every_phase_is_the_whole_run(
 def test_ppo_told_to_stop_saves_at_once_and_goes_on_there(
     ppo_recipe: str, tmp_path: Path, same_run: Any, trust: Trust
 ) -> None:
-    """Nothing was to be saved but for the signal: only what is in hand can make the runs equal."""
+    """Nothing is saved but for the signal: an iteration that is done again has to be the same."""
     commands = Commands(tmp_path)
     whole = commands.add("whole", ["ppo", ppo_recipe])
     runs = {}
@@ -177,6 +190,20 @@ def test_ppo_told_to_stop_saves_at_once_and_goes_on_there(
             found=f"exit code {expected[number]}, one line; equal bit for bit",
             wanted="saved and equal",
         )
+
+
+def test_ppo_does_not_wait_for_a_reward_to_stop(
+    ppo_recipe: str, tmp_path: Path, same_run: Any
+) -> None:
+    commands = Commands(tmp_path)
+    argv = ["ppo", ppo_recipe, "reward={function: noisy_reward:stuck}", "ppo.iterations=1"]
+    run = commands.add("stopped", argv)
+    commands.add("stopped", [*argv, "resume=auto"])
+    whole = commands.add("whole", argv)
+    commands.go([143, 0, 0])
+    assert "interrupted and saved in" in commands.told(0)
+    assert not (tmp_path / "answered").exists()
+    same_run(whole, run)
 
 
 def test_the_other_stages_killed_in_a_save_are_the_whole_run(
@@ -219,7 +246,7 @@ def test_the_other_stages_killed_in_a_save_are_the_whole_run(
 
 def test_nothing_to_save_before_the_first_step(ppo_recipe: str, tmp_path: Path) -> None:
     commands = Commands(tmp_path)
-    hit = ("align.stages.ppo.run:_PPO.evaluate", 1, "after", signal.SIGTERM)
+    hit = ("align.stages.ppo.run:PPO.evaluate", 1, "after", signal.SIGTERM)
     run = commands.add("run", ["ppo", ppo_recipe], hit)
     commands.go([143])
     assert "interrupted before the first step; nothing was to save" in commands.told(0)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,8 +23,9 @@ from align.evaluation import harness
 from align.models import Policy, load_policy, load_scalar_model, load_tokenizer
 from align.models.policy import ScalarModel
 from align.stages import reward_model
-from align.stages.ppo import rollouts as ppo_phases
+from align.stages.ppo import run as ppo
 from align.stages.ppo import update as ppo_update
+from align.stages.ppo.metrics import require_first_ratio
 from align.types import AlignError, Experience, TokenGroup
 from tools.trust import Trust
 
@@ -49,7 +51,7 @@ def test_sampling_with_vllm(
     assert len(fake_vllm.started) == 1
 
 
-def test_a_resumed_run_has_what_vllm_thought_of_the_rollout_in_hand(
+def test_a_resumed_run_samples_with_vllm_what_the_whole_run_did(
     run_ppo: RunPPO,
     read_jsonl: ReadJsonl,
     fake_vllm: Any,
@@ -58,7 +60,7 @@ def test_a_resumed_run_has_what_vllm_thought_of_the_rollout_in_hand(
 ) -> None:
     options = ("generation.engine=vllm", "save_every=1")
     whole = run_ppo("whole", *options)
-    with stop_at(ppo_phases, "make_experience", 2):
+    with stop_at(ppo, "shaped_rewards", 2):
         run_ppo("killed", *options)
     killed = run_ppo("killed", *options, "resume=auto")
     mismatches = [
@@ -131,14 +133,14 @@ def test_a_policy_that_trains_otherwise_than_it_samples_stops_the_run(
 def test_a_tie_between_experts_and_bf16_do_not_stop_it(tiny: Path) -> None:
     actor = load_policy(str(tiny), device=CPU, precision="fp32")
     recipe = ratio_recipe()
-    ppo_update.require_first_ratio(actor, 9e-5, recipe)
+    require_first_ratio(actor, 9e-5, recipe)
     for error in (1.1e-4, float("nan")):
         with pytest.raises(AlignError, match="first_ratio_error"):
-            ppo_update.require_first_ratio(actor, error, recipe)
+            require_first_ratio(actor, error, recipe)
     actor.inner.config.num_experts = 4
-    ppo_update.require_first_ratio(actor, 1e-2, recipe)
+    require_first_ratio(actor, 1e-2, recipe)
     actor.inner.config.num_experts, actor.precision = None, "bf16"
-    ppo_update.require_first_ratio(actor, 0.2, recipe)
+    require_first_ratio(actor, 0.2, recipe)
 
 
 @pytest.mark.parametrize(
@@ -151,9 +153,9 @@ def test_rounding_at_low_temperatures_and_in_deep_models_stops_nothing(
     actor = load_policy(str(tiny), device=CPU, precision="fp32")
     actor.inner.config.num_hidden_layers = layers
     recipe = ratio_recipe(temperature=temperature)
-    ppo_update.require_first_ratio(actor, limit * 0.99, recipe)
+    require_first_ratio(actor, limit * 0.99, recipe)
     with pytest.raises(AlignError, match="first_ratio_error"):
-        ppo_update.require_first_ratio(actor, limit * 1.01, recipe)
+        require_first_ratio(actor, limit * 1.01, recipe)
 
 
 def test_advice_on_the_ratio_is_not_in_force_already(tiny: Path) -> None:
@@ -163,7 +165,7 @@ def test_advice_on_the_ratio_is_not_in_force_already(tiny: Path) -> None:
         (replace(ratio_recipe(), attention="segments"), ""),
     ):
         with pytest.raises(AlignError) as caught:
-            ppo_update.require_first_ratio(actor, 1.0, recipe)
+            require_first_ratio(actor, 1.0, recipe)
         assert f"first step on; {advice}report it" in str(caught.value)
 
 
@@ -321,8 +323,8 @@ def test_missing_eos_and_the_reward_models_mean(
         finished = [s["finished"] for s in samples]
         assert 0 < sum(finished) < len(finished)
         want = [s["score"] - mean if s["finished"] or value is None else value for s in samples]
-        ((options, experience),) = experiences
-        assert options["scores"].tolist() == pytest.approx(want, abs=1e-5)
+        ((_, experience),) = experiences
+        assert experience.scores.tolist() == pytest.approx(want, abs=1e-5)
         # kl is 0 here, so a response's rewards sum to what is paid, on its last token
         assert experience.rewards.sum(1).tolist() == pytest.approx(want, abs=1e-4)
         last = experience.rollout.response_mask.sum(1) - 1
@@ -511,7 +513,7 @@ def test_resumed_lora_run_is_the_whole_run(
 ) -> None:
     options = (*SAVING, "lora.r=4")
     whole = run_ppo("whole", *options)
-    with stop_at(ppo_phases, "make_experience", 3):
+    with stop_at(ppo, "shaped_rewards", 3):
         run_ppo("cut", *options)
     resumed = run_ppo("cut", *options, "resume=auto")
     for part in ("model", "critic"):
@@ -527,7 +529,7 @@ def test_a_damaged_newest_checkpoint_is_not_gone_on_from(
 ) -> None:
     """The actor of the newest could be loaded, its critic not: neither is."""
     whole = run_ppo("whole", *SAVING)
-    with stop_at(ppo_phases, "make_experience", 3):
+    with stop_at(ppo, "shaped_rewards", 3):
         run_ppo("cut", *SAVING)
     places = sorted((whole.parent / "cut" / "checkpoints").iterdir())
     assert [p.name for p in places] == ["step-1", "step-2"]
@@ -539,6 +541,37 @@ def test_a_damaged_newest_checkpoint_is_not_gone_on_from(
         assert_same_weights(whole / part, resumed / part)
     texts = [[r["response"] for r in read_jsonl(f / "samples.jsonl")] for f in (whole, resumed)]
     assert texts[0] == texts[1]
+
+
+def test_what_an_older_align_saved_inside_an_iteration_is_passed_over(
+    run_ppo: RunPPO,
+    stop_at: Callable[..., Any],
+    assert_same_weights: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The iteration is done again from its start; without a checkpoint there the run is refused."""
+    whole = run_ppo("whole", *SAVING)
+    with stop_at(ppo, "shaped_rewards", 3):
+        run_ppo("cut", *SAVING)
+    folder = whole.parent / "cut" / "checkpoints"
+    shutil.copytree(folder / "step-2", folder / "step-2-part-1")
+    for place in ("step-2", "step-2-part-1"):  # a rollout with its scores
+        (folder / place / "in_hand.safetensors").write_bytes(b"anything")
+    shutil.copytree(folder.parent, whole.parent / "lost")
+    resumed = run_ppo("cut", *SAVING, "resume=auto")
+    (line,) = [text for text in capsys.readouterr().err.splitlines() if "older align" in text]
+    assert line.endswith(
+        "step-2-part-1: an older align saved it in the middle of a PPO iteration; kept as "
+        "damaged-step-2-part-1, going on from step-2"
+    )
+    for part in ("model", "critic"):
+        assert_same_weights(whole / part, resumed / part)
+    for place in ("step-1", "step-2"):
+        shutil.rmtree(whole.parent / "lost" / "checkpoints" / place)
+    with pytest.raises(
+        AlignError, match=r"step-2-part-1: an older align .* no other checkpoint is"
+    ):
+        run_ppo("lost", *SAVING, "resume=auto")
 
 
 def test_same_seed_same_run(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import threading
 from pathlib import Path
 
@@ -161,16 +162,27 @@ def test_files_are_hashed_at_the_same_time(tmp_path: Path, monkeypatch: pytest.M
     assert "actor.safetensors: its content has changed" in module.damage(place, ["actor"], run="a")
 
 
-def test_parts_come_after_their_step_and_the_best_is_kept(tmp_path: Path) -> None:
+def test_the_best_is_kept_whatever_its_age(tmp_path: Path) -> None:
     pair = {"model": made(0)}
-    for step, part in ((2, 0), (2, 1), (2, 10), (3, 0), (10, 0)):
-        in_hand = ({"x": torch.arange(3)}, {"minibatches": part}) if part else None
-        save_checkpoint(tmp_path, step, pair, {}, keep=3, also_keep=[2], part=part, in_hand=in_hand)
-    assert names(tmp_path) == ["step-2", "step-2-part-10", "step-3", "step-10"]
-    tensors, state = module.load_in_hand(tmp_path / "step-2-part-10") or ({}, {})
-    assert torch.equal(tensors["x"], torch.arange(3))
-    assert state == {"minibatches": 10}
-    assert module.load_in_hand(tmp_path / "step-3") is None
+    for number in (2, 3, 10, 11):
+        save_checkpoint(tmp_path, number, pair, {}, keep=2, also_keep=[2])
+    assert names(tmp_path) == ["step-2", "step-10", "step-11"]
+
+
+def test_a_checkpoint_inside_a_step_of_an_older_align_is_passed_over(tmp_path: Path) -> None:
+    """It comes after its step, and is damaged whatever it holds."""
+    pair = {"model": made(0)}
+    for number in (2, 3):
+        save_checkpoint(tmp_path, number, pair, {"run": "abc"}, keep=9)
+    for part in ("step-2-part-1", "step-2-part-10", "step-3-part-2"):
+        shutil.copytree(tmp_path / part.partition("-part")[0], tmp_path / part)
+    ordered = ["step-2", "step-2-part-1", "step-2-part-10", "step-3", "step-3-part-2"]
+    assert names(tmp_path) == ordered
+    for name in ordered:
+        found = module.damage(tmp_path / name, pair, run="abc")
+        assert ("saved it in the middle of a PPO iteration" in found) == ("part" in name)
+    save_checkpoint(tmp_path, 4, pair, {}, keep=1)
+    assert names(tmp_path) == ["step-4"]
 
 
 def test_a_state_of_another_step_is_refused(tmp_path: Path) -> None:
@@ -226,19 +238,15 @@ def test_a_broken_file_is_one_line(tmp_path: Path) -> None:
         load_checkpoint(tmp_path / "step-1", pair)
 
 
-FILES = ("state.json", "actor.safetensors", "actor.optimizer.safetensors", "in_hand.safetensors")
+FILES = ("state.json", "actor.safetensors", "actor.optimizer.safetensors")
 
 
 @pytest.mark.parametrize("file", FILES)
-@pytest.mark.parametrize("part", [0, 1])
 @pytest.mark.parametrize("harm", ["cut", "empty", "gone"])
-def test_damage_is_told_without_loading(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str, harm: str, part: int
-) -> None:
+def test_damage_is_told_without_loading(tmp_path: Path, file: str, harm: str) -> None:
     pair = made(0)
     step(pair, 10)
-    in_hand = ({"x": torch.arange(3)}, {"n": 1})
-    place = save_checkpoint(tmp_path, 1, {"actor": pair}, {}, keep=1, part=part, in_hand=in_hand)
+    place = save_checkpoint(tmp_path, 1, {"actor": pair}, {}, keep=1)
     assert module.damage(place, ["actor"]) == ""
     whole = (place / file).read_bytes()
     if harm == "gone":
@@ -246,13 +254,7 @@ def test_damage_is_told_without_loading(
     else:
         (place / file).write_bytes(whole[: len(whole) - 1] if harm == "cut" else b"")
     found = module.damage(place, ["actor"])
-    if file == "in_hand.safetensors" and part == 0:
-        assert found == ""  # the step is done again from its beginning
-        assert module.load_in_hand(place) is None
-        told = "".join(capsys.readouterr())
-        assert ("in_hand.safetensors: cannot be read" in told) == (harm != "gone")
-    else:
-        assert found.startswith(f"checkpoint {place}: cannot be read: ")
+    assert found.startswith(f"checkpoint {place}: cannot be read: ")
 
 
 def test_a_damaged_checkpoint_is_set_aside_under_a_name_of_its_own(tmp_path: Path) -> None:
@@ -285,26 +287,6 @@ def test_one_flipped_bit_is_named(tmp_path: Path, file: str, at: float) -> None:
     assert file in found or file == "SHA256SUMS"
 
 
-def test_a_flipped_bit_of_an_unfinished_step_is_found(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    in_hand = ({"x": torch.arange(3), "none": torch.zeros(0)}, {"minibatches": 1})
-    place = save_checkpoint(tmp_path, 1, {"actor": made(0)}, {"run": "abc"}, keep=1)
-    module.add_in_hand(place, in_hand)
-    tensors, state = module.load_in_hand(place) or ({}, {})
-    assert (tensors["x"].tolist(), state) == ([0, 1, 2], {"minibatches": 1})
-    assert module.damage(place, ["actor"], run="abc") == ""
-    other = save_checkpoint(tmp_path, 1, {"actor": made(0)}, {"run": "def"}, keep=9)
-    (place / "in_hand.safetensors").unlink(missing_ok=True)
-    module.add_in_hand(other, in_hand)
-    path = other / "in_hand.safetensors"
-    whole = bytearray(path.read_bytes())
-    whole[-1] ^= 1
-    path.write_bytes(whole)
-    assert module.load_in_hand(other) is None
-    assert "its content has changed since it was saved" in capsys.readouterr().err
-
-
 def test_equal_content_is_equal_bytes(tmp_path: Path) -> None:
     tensors, state = (
         {"x": torch.arange(3), "y": torch.zeros(2)},
@@ -317,20 +299,6 @@ def test_equal_content_is_equal_bytes(tmp_path: Path) -> None:
         found.add(path.read_bytes())
         assert load_tensors(path)[1] == state
     assert len(found) == 1
-
-
-def test_an_unfinished_step_of_another_run_is_not_taken(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    in_hand = ({"x": torch.arange(3)}, {"minibatches": 1})
-    places = [
-        save_checkpoint(tmp_path / run, 1, {"actor": made(0)}, {"run": run}, keep=1)
-        for run in ("abc", "def")
-    ]
-    module.add_in_hand(places[0], in_hand)
-    (places[0] / "in_hand.safetensors").rename(places[1] / "in_hand.safetensors")
-    assert module.load_in_hand(places[1]) is None
-    assert "is of another run or step" in capsys.readouterr().err
 
 
 def test_files_of_two_checkpoints_are_not_mixed(tmp_path: Path) -> None:

@@ -1,7 +1,10 @@
-"""Several processes that resume together, each played alone."""
+"""Signals between and inside steps; several processes that resume together, each played alone."""
 
 from __future__ import annotations
 
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,9 +13,9 @@ import pytest
 import torch
 
 from align.training import saver as module
-from align.training.checkpoint import save_checkpoint
+from align.training.checkpoint import checkpoints, save_checkpoint
 from align.training.saver import Saver
-from align.types import AlignError
+from align.types import AlignError, Interrupted
 
 
 @pytest.mark.parametrize("is_main", [True, False])
@@ -48,3 +51,124 @@ def test_a_refusal_of_one_process_ends_all(
     with pytest.raises(AlignError, match=said):
         saver.resume(wanted=True)
     assert told == [False, is_main]
+
+
+@pytest.fixture
+def open_saver(tmp_path: Path) -> Any:
+    """``open_saver(processes)`` with a model of one weight, in a folder of its own."""
+
+    def make(processes: int = 1) -> Saver:
+        model = torch.nn.Linear(1, 1)
+        run: Any = SimpleNamespace(
+            is_main=True, folder=tmp_path, id="a", stage="ppo", marks=dict, keep=lambda: None
+        )
+        accelerator: Any = SimpleNamespace(num_processes=processes, wait_for_everyone=lambda: None)
+        trained = {"model": (model, torch.optim.AdamW(model.parameters()))}
+        return Saver(run, accelerator, trained, keep=9, best_by=None)
+
+    return make
+
+
+def kill(number: signal.Signals = signal.SIGTERM) -> None:
+    os.kill(os.getpid(), number)
+
+
+def names(folder: Path) -> list[str]:
+    return [place.name for place in checkpoints(folder / "checkpoints")]
+
+
+def interrupted(saver: Saver, work: Callable[[Saver], None]) -> Interrupted:
+    """How the work ends, which a signal has to end."""
+    with pytest.raises(Interrupted) as caught, saver:
+        work(saver)
+    return caught.value
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_block_that_changes_nothing_is_left_at_once(
+    open_saver: Any, tmp_path: Path, number: signal.Signals
+) -> None:
+    def work(saver: Saver) -> None:
+        with saver.interruptible(4, {"kl_coef": 0.5}):
+            try:
+                kill(number)
+            except Exception:
+                pytest.fail("it is no error that a reward or an engine might handle")
+            pytest.fail("the block went on")
+
+    error = interrupted(open_saver(), work)
+    assert error.number == number
+    assert "saved in" in str(error)
+    assert "(4 steps done)" in str(error)
+    assert names(tmp_path) == ["step-4"]
+    assert '"kl_coef": 0.5' in (tmp_path / "checkpoints/step-4/state.json").read_text()
+
+
+def test_a_signal_just_before_the_block_is_not_lost(open_saver: Any, tmp_path: Path) -> None:
+    def work(saver: Saver) -> None:
+        kill()  # here it is only noted
+        with saver.interruptible(2, {}):
+            pytest.fail("the block began")
+
+    interrupted(open_saver(), work)
+    assert names(tmp_path) == ["step-2"]
+
+
+def test_the_checkpoint_of_its_start_is_not_written_twice(open_saver: Any, tmp_path: Path) -> None:
+    def work(saver: Saver) -> None:
+        saver.save(2, {"n": 1})
+        with saver.interruptible(2, {"n": 2}):
+            kill()
+
+    interrupted(open_saver(), work)
+    assert '"n": 1' in (tmp_path / "checkpoints/step-2/state.json").read_text()
+
+
+def test_outside_such_a_block_a_step_is_finished(open_saver: Any, tmp_path: Path) -> None:
+    done = []
+
+    def work(saver: Saver) -> None:
+        with saver.interruptible(2, {}):
+            done.append("sampled")
+        kill()
+        done.append("updated")
+        saver.checkpoint_if_signalled(3, {})
+
+    interrupted(open_saver(), work)
+    assert done == ["sampled", "updated"]
+    assert names(tmp_path) == ["step-3"]
+
+
+@pytest.mark.parametrize("signalled", [True, False])
+def test_several_processes_finish_the_block(
+    open_saver: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signalled: bool
+) -> None:
+    """One that left alone would be waited for in the next exchange; all learn of the signal."""
+    monkeypatch.setattr(module, "sum_over_processes", lambda values, _: {"here": 1.0})
+    done = []
+
+    def work(saver: Saver) -> None:
+        with saver.interruptible(1, {}):
+            if signalled:
+                kill()
+            done.append("sampled")
+
+    assert interrupted(open_saver(2), work).number == signal.SIGTERM
+    assert done == ["sampled"]
+    assert names(tmp_path) == ["step-1"]
+
+
+def test_a_second_signal_leaves_without_saving(
+    open_saver: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes while the first one's checkpoint is written, which may take long."""
+
+    def work(saver: Saver) -> None:
+        with saver.interruptible(1, {}):
+            kill()
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(module, "save_checkpoint", lambda *a, **k: kill())
+    assert "interrupted twice" in str(interrupted(open_saver(), work))
+    assert names(tmp_path) == []
+    assert signal.getsignal(signal.SIGTERM) is before

@@ -1,6 +1,7 @@
-"""The phases of a PPO iteration, one by one.
+"""The roles of PPO at work on a rollout: sample, score, reference log-probabilities, values.
 
-Nothing here trains, and nothing is kept from one call to the next.
+Nothing here trains and nothing is kept between two calls. Every rank works on its share of the
+prompts and gets the results of all.
 """
 
 from __future__ import annotations
@@ -13,12 +14,7 @@ from torch import Tensor
 from align.config.keys import PPORecipe
 from align.rewards import score_responses
 from align.rollout.engine import sample
-from align.rollout.experience import (
-    decode_rollout,
-    make_experience,
-    over_rollout,
-    rollout_groups,
-)
+from align.rollout.experience import decode_rollout, over_rollout, rollout_groups
 from align.stages.common import Session, policy_end_ids
 from align.stages.data import Split
 from align.stages.ppo.roles import Roles
@@ -30,14 +26,17 @@ from align.training.distributed import (
     raise_together,
 )
 from align.training.loop import seed_step
-from align.types import Experience, NonFiniteError, PromptExample, Rollout, TokenBatch
+from align.types import NonFiniteError, PromptExample, Rollout, TokenBatch
+
+EVALUATION = 104_729
+"""Added to the seed, and taken as the step, where held-out prompts are sampled."""
 
 
-class Phases:
-    """The roles at work on a rollout.
+class RolloutWorker:
+    """Sample responses to prompts and evaluate them under every role.
 
     Attributes:
-        columns: Extra columns of all the run's prompts, which a reward is given in every call.
+        columns: Names of the data's extra columns, which every call of the reward gets.
     """
 
     def __init__(
@@ -48,7 +47,11 @@ class Phases:
         self.end_ids = policy_end_ids(roles.actor, session)
 
     def sample(self, split: Split, members: Sequence[int], *, seed: int) -> Rollout:
-        """This iteration's responses, those of every process in the prompts' order."""
+        """Sample responses to these prompts of a split, in their order.
+
+        Raises:
+            NonFiniteError: A logit is NaN or infinite; its rows are those of the whole rollout.
+        """
         accelerator, k = self.session.accelerator, self.recipe.generation.samples_per_prompt
         numbers = my_share(range(len(members)), accelerator)
         rollout: Rollout | None = None
@@ -70,14 +73,18 @@ class Phases:
         return gather_rollout(rollout, k, accelerator)
 
     def decode(self, rollout: Rollout, examples: Sequence[PromptExample]) -> list[str]:
-        """The responses to the examples as text."""
+        """Return the text of each response to the examples."""
         prompts = [example.prompt for example in examples]
         return decode_rollout(self.session.tokenizer, rollout, prompts, end_ids=self.end_ids)
 
     def score(
         self, examples: Sequence[PromptExample], rollout: Rollout, responses: Sequence[str]
     ) -> Tensor:
-        """The raw scores ``[B]``, one per row; each process asks for its share of the prompts."""
+        """Return the reward's raw score of each response, ``[B]``.
+
+        Raises:
+            NonFiniteError: A score is NaN, infinite or beyond float32.
+        """
         accelerator, k = self.session.accelerator, self.recipe.generation.samples_per_prompt
         rows = self._my_rows(len(examples))
         mine = [examples[row // k] for row in rows]
@@ -95,36 +102,56 @@ class Phases:
         every = [score for part in gather_in_order(by_prompt, accelerator) for score in part]
         return torch.tensor(every, dtype=torch.float32, device=rollout.logprobs.device)
 
-    def experience(self, rollout: Rollout, scores: Tensor, kl_coef: float) -> Experience:
-        """Reference log-probs and values, then shaped rewards and advantages."""
-        recipe, roles = self.recipe, self.roles
-        roles.critic.eval()
-        roles.actor.eval()
-        ref_logprobs = self._at_tokens(rollout, roles.ref_logprobs)
-        values = self._at_tokens(rollout, lambda batch: roles.critic(batch, at="counted"))
-        return make_experience(
-            rollout,
-            scores=self._paid(rollout, scores),
-            ref_logprobs=ref_logprobs,
-            values=values,
-            kl_coef=kl_coef if recipe.kl.charge == "reward" else 0.0,
-            kl_kind=recipe.kl.estimator,
-            gamma=recipe.ppo.gamma,
-            gae_lambda=recipe.ppo.gae_lambda,
-            whiten_rewards=recipe.ppo.whiten_rewards,
-            whiten_advantages=recipe.ppo.whiten_advantages,
-        )
+    def terminal_rewards(self, rollout: Rollout, scores: Tensor) -> Tensor:
+        """Return the reward of each response's last token, ``[B]``.
 
-    def _paid(self, rollout: Rollout, scores: Tensor) -> Tensor:
-        """Raw scores ``[B]`` without the reward's own mean, and with the EOS trick."""
-        paid = scores - getattr(self.roles.reward, "mean", 0.0)
+        It is the score less the reward model's own mean, or `ppo.missing_eos_score` where the
+        response did not end.
+        """
+        centred = scores - getattr(self.roles.reward, "mean", 0.0)
         missing_eos_score = self.recipe.ppo.missing_eos_score
         if missing_eos_score is None:
-            return paid
-        return torch.where(rollout.finished, paid, missing_eos_score)
+            return centred
+        return torch.where(rollout.finished, centred, missing_eos_score)
 
-    def _at_tokens(self, rollout: Rollout, compute: Callable[[TokenBatch], Tensor]) -> Tensor:
-        """``compute`` of every sampled token, ``[B,R]``; each process does its share of prompts."""
+    def ref_logprobs(self, rollout: Rollout) -> Tensor:
+        """Return each sampled token's log-probability under the frozen reference, ``[B,R]``.
+
+        Raises:
+            NonFiniteError: One of them is NaN or infinite.
+        """
+        self.roles.actor.eval()  # with LoRA the reference is the actor with its adapter off
+        return self._at_tokens(rollout, self.roles.ref_logprobs, "reference log-probability")
+
+    def values(self, rollout: Rollout) -> Tensor:
+        """Return the critic's value before each sampled token, ``[B,R]``.
+
+        Raises:
+            NonFiniteError: One of them is NaN or infinite.
+        """
+        critic = self.roles.critic.eval()
+        return self._at_tokens(rollout, lambda batch: critic(batch, at="counted"), "critic's value")
+
+    def evaluate(self, held_out: Split) -> dict[str, float]:
+        """Sample held-out prompts: mean score, KL, length and share of responses that end."""
+        # a reward that draws random numbers draws the same ones at every evaluation
+        seed_step(self.recipe.seed, EVALUATION)
+        members = range(len(held_out.groups))
+        rollout = self.sample(held_out, members, seed=self.recipe.seed + EVALUATION)
+        responses = self.decode(rollout, held_out.examples)
+        scores = self.score(held_out.examples, rollout, responses)
+        kl = (rollout.logprobs - self.ref_logprobs(rollout)).sum(1)
+        return {
+            "score": scores.mean().item(),
+            "kl": kl.mean().item(),
+            "length": rollout.response_mask.sum(1).float().mean().item(),
+            "eos_rate": rollout.finished.float().mean().item(),
+        }
+
+    def _at_tokens(
+        self, rollout: Rollout, compute: Callable[[TokenBatch], Tensor], what: str
+    ) -> Tensor:
+        """Compute a finite number for every sampled token, ``[B,R]``."""
         accelerator, k = self.session.accelerator, self.recipe.generation.samples_per_prompt
         groups = rollout_groups(rollout, k)
         rows = self._my_rows(len(groups))
@@ -135,25 +162,20 @@ class Phases:
             like=rollout.logprobs[rows],
             tokens_per_microbatch=self.recipe.tokens_per_microbatch,
         )
-        return add_over_processes(found, accelerator)
+        found = add_over_processes(found, accelerator)
+        total = found.sum()
+        if not total.isfinite():
+            raise NonFiniteError(
+                f"a {what} became {total.item()}",
+                what=what,
+                value=total.item(),
+                rows=range(0, len(found), k),
+                cure="lower optim.lr",
+            )
+        return found
 
     def _my_rows(self, num_prompts: int) -> list[int]:
-        """This process's rows of a rollout: all samples of its share of the prompts."""
+        """Rows of this rank: all samples of its share of the prompts."""
         k = self.recipe.generation.samples_per_prompt
         numbers = my_share(range(num_prompts), self.session.accelerator)
         return [number * k + sample for number in numbers for sample in range(k)]
-
-    def evaluate(self, held_out: Split) -> dict[str, float]:
-        """Score, KL, length and share that ends, of samples on held-out prompts."""
-        # a reward that draws random numbers draws the same ones, whatever came before
-        seed_step(self.recipe.seed, 104_729)
-        members = list(range(len(held_out.groups)))
-        rollout = self.sample(held_out, members, seed=self.recipe.seed + 104_729)
-        scores = self.score(held_out.examples, rollout, self.decode(rollout, held_out.examples))
-        ref_logprobs = self._at_tokens(rollout, self.roles.ref_logprobs)
-        return {
-            "score": scores.mean().item(),
-            "kl": (rollout.logprobs - ref_logprobs).sum(1).mean().item(),
-            "length": rollout.response_mask.sum(1).float().mean().item(),
-            "eos_rate": rollout.finished.float().mean().item(),
-        }

@@ -1,12 +1,13 @@
 """The PPO update: epochs of minibatches over one rollout, each minibatch one optimizer step.
 
-A loss is a mean over *all tokens of the minibatch*, whatever microbatches and processes it is cut
-into. Actor and critic have an optimizer each, and their gradients are clipped apart.
+A loss is a mean over *all tokens of the minibatch*, however it is cut into microbatches and spread
+over ranks. Actor and critic have an optimizer each, and their gradients are clipped apart.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,11 +17,12 @@ from align.config.keys import PPORecipe
 from align.data.tokens.packing import counted_coordinates
 from align.losses import approx_kl, clip_fraction, kl_estimate, masked_mean, ppo_policy_loss
 from align.losses import value_loss as clipped_value_loss
-from align.models import Policy
+from align.models.policy import Packed
 from align.rollout.experience import rollout_groups
 from align.stages.common import Session
-from align.stages.ppo.hand import Hand
+from align.stages.ppo.metrics import require_first_ratio
 from align.stages.ppo.roles import Roles
+from align.training.checkpoint import Trained
 from align.training.distributed import (
     clip_gradients,
     max_over_processes,
@@ -31,154 +33,197 @@ from align.training.distributed import (
 )
 from align.training.microbatches import Microbatches
 from align.training.optim import make_optimizer, set_lr
-from align.types import AlignError, Experience, TokenBatch, TokenGroup
+from align.types import AlignError, Experience, PromptExample, TokenBatch, TokenGroup
+
+MUST_BE_FINITE = ("policy_loss", "value_loss", "grad_norm", "critic_grad_norm")
+
+Accept = Callable[[Mapping[str, float], Sequence[str]], bool]
+"""Called with numbers that must be finite and the ids of their prompts; False skips the optimizer
+step."""
+
+
+class Learner:
+    """A role that is trained: its model, its optimizer and its peak learning rate."""
+
+    def __init__(self, role: Packed, recipe: PPORecipe, session: Session, *, lr: float) -> None:
+        self.lr = lr
+        self.optim, self.accelerator = recipe.optim, session.accelerator
+        self.model = prepare(role, session.accelerator)
+        self.optimizer = make_optimizer(role, recipe.optim, lr=lr)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a loss whose denominator is that of all ranks together."""
+        # an average over ranks follows
+        self.accelerator.backward(loss * self.accelerator.num_processes)
+
+    def clip_gradients(self) -> float:
+        """Clip the gradients' norm; returns the norm before that."""
+        return clip_gradients(self.model, self.optim.max_grad_norm, self.accelerator)
+
+    def drop_gradients(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+@dataclass(frozen=True)
+class Minibatch:
+    """Some prompts of a rollout, with all their responses.
+
+    Attributes:
+        groups: Every prompt of the rollout with its responses.
+        members: The minibatch's prompts, as indices into ``groups``.
+        ids: The ids of these prompts.
+        kl_coef: Weight of the KL loss where KL is one, reward units per nat.
+        trains_actor: False while the critic alone learns.
+    """
+
+    experience: Experience
+    groups: Sequence[TokenGroup]
+    members: Sequence[int]
+    ids: Sequence[str]
+    kl_coef: float
+    trains_actor: bool
 
 
 class Update:
-    """Calling it trains actor and critic on one rollout and returns what happened."""
+    """Train actor and critic on one rollout.
+
+    Attributes:
+        trained: What a checkpoint holds: name of a role -> its model and optimizer.
+        microbatches: The token budget, which falls when memory runs out.
+    """
 
     def __init__(self, recipe: PPORecipe, session: Session, roles: Roles) -> None:
-        self.recipe, self.session, self.roles = recipe, session, roles
-        self.accelerator = session.accelerator
-        prompts = recipe.ppo.rollout_batch // recipe.generation.samples_per_prompt
-        if prompts // recipe.ppo.num_minibatches < self.accelerator.num_processes:
+        self.recipe, self.roles, self.accelerator = recipe, roles, session.accelerator
+        world = session.accelerator.num_processes
+        num_prompts = recipe.ppo.rollout_batch // recipe.generation.samples_per_prompt
+        if num_prompts // recipe.ppo.num_minibatches < world:
             raise AlignError(
-                f"ppo.rollout_batch: a minibatch has {prompts // recipe.ppo.num_minibatches} "
-                f"prompts, too few for {self.accelerator.num_processes} processes"
+                f"ppo.rollout_batch: a minibatch has {num_prompts // recipe.ppo.num_minibatches} "
+                f"prompts, too few for {world} processes"
             )
-        self.microbatches = Microbatches(
-            recipe.tokens_per_microbatch, num_processes=self.accelerator.num_processes
-        )
-        self.actor = prepare(roles.actor, self.accelerator)
-        self.critic = prepare(roles.critic, self.accelerator)
-        self.actor_lr = recipe.optim.lr
-        self.critic_lr = recipe.optim.lr if recipe.critic.lr is None else recipe.critic.lr
-        self.actor_optimizer = make_optimizer(roles.actor, recipe.optim, lr=self.actor_lr)
-        self.critic_optimizer = make_optimizer(roles.critic, recipe.optim, lr=self.critic_lr)
-        self.trained = {
-            "actor": (roles.actor, self.actor_optimizer),
-            "critic": (roles.critic, self.critic_optimizer),
+        self.microbatches = Microbatches(recipe.tokens_per_microbatch, num_processes=world)
+        lr, critic_lr = recipe.optim.lr, recipe.critic.lr
+        critic_lr = lr if critic_lr is None else critic_lr
+        self.actor = Learner(roles.actor, recipe, session, lr=lr)
+        self.critic = Learner(roles.critic, recipe, session, lr=critic_lr)
+        self.trained: Trained = {
+            "actor": (roles.actor, self.actor.optimizer),
+            "critic": (roles.critic, self.critic.optimizer),
         }
 
     def __call__(
         self,
         experience: Experience,
+        examples: Sequence[PromptExample],
         iteration: int,
         kl_coef: float,
-        hand: Hand,
-        *,
-        accept: Callable[[Mapping[str, float], Sequence[int]], bool],
-        between: Callable[[], None],
+        accept: Accept,
     ) -> dict[str, float]:
-        """All minibatches that ``hand`` has not done yet; it is kept up to date.
+        """Run all epochs of minibatches; returns means over the optimizer steps that were taken.
 
         Args:
-            accept: Told what must be finite and of which prompts; False leaves the step out.
-            between: Called between two minibatches, where the state is whole.
+            examples: The rollout's prompts.
+            iteration: The iteration that the rollout belongs to, from 0.
         """
         ppo = self.recipe.ppo
-        k = self.recipe.generation.samples_per_prompt
-        groups = rollout_groups(experience.rollout, k)
-        per_iteration = ppo.epochs * ppo.num_minibatches
-        total = ppo.iterations * per_iteration
-        sums = hand.sums
-        lr = 0.0
-        while hand.minibatches < per_iteration:
-            epoch, number = divmod(hand.minibatches, ppo.num_minibatches)
-            rng = np.random.default_rng([self.recipe.seed, iteration, epoch])
-            order = rng.permutation(len(groups))
-            members = np.array_split(order, ppo.num_minibatches)[number].tolist()
-            step = iteration * per_iteration + hand.minibatches
-            lr = set_lr(self.actor_optimizer, self.actor_lr, step, total, self.recipe.optim)
-            set_lr(self.critic_optimizer, self.critic_lr, step, total, self.recipe.optim)
-            train_actor = iteration >= ppo.critic_warmup
-            found = self._minibatch(
-                experience, groups, members, kl_coef, train_actor, accept, is_first=step == 0
-            )
-            if hand.minibatches == 0 and found:
-                # of the same weights still: sampling and training agree on the log-probs
-                sums["first_ratio_error"] = found["ratio_error"]
-            found.pop("ratio_error", None)
-            for name, value in (found | {"taken": 1.0} if found else {}).items():
-                sums[name] = sums.get(name, 0.0) + value
-            hand.minibatches += 1
-            if hand.minibatches < per_iteration:
-                between()
-        taken = sums.get("taken", 1.0)
-        once = {name: sums[name] for name in ("first_ratio_error",) if name in sums}
-        means = {n: value / taken for n, value in sums.items() if n not in (*once, "taken")}
-        return means | once | {"lr": lr, "tokens_per_microbatch": float(self.microbatches.tokens)}
+        groups = rollout_groups(experience.rollout, self.recipe.generation.samples_per_prompt)
+        first_step = iteration * ppo.epochs * ppo.num_minibatches
+        trains_actor, lr = iteration >= ppo.critic_warmup, 0.0
+        taken: dict[int, dict[str, float]] = {}
+        for number, members in enumerate(self._minibatches(iteration, len(groups))):
+            step = first_step + number
+            lr = self._set_lr(step)
+            ids = [examples[i].id for i in members]
+            minibatch = Minibatch(experience, groups, members, ids, kl_coef, trains_actor)
+            metrics = self._step(minibatch, accept, is_first=step == 0)
+            if metrics:
+                taken[number] = metrics
+        names = [name for name in next(iter(taken.values()), {}) if name != "ratio_error"]
+        means = {n: sum(m[n] for m in taken.values()) / len(taken) for n in names}
+        if 0 in taken:  # the weights are those that sampled: both must agree on the log-probs
+            means["first_ratio_error"] = taken[0]["ratio_error"]
+        return means | {"lr": lr, "tokens_per_microbatch": float(self.microbatches.tokens)}
 
-    def _minibatch(
-        self,
-        experience: Experience,
-        groups: Sequence[TokenGroup],
-        members: Sequence[int],
-        kl_coef: float,
-        train_actor: bool,
-        accept: Callable[[Mapping[str, float], Sequence[int]], bool],
-        *,
-        is_first: bool,
-    ) -> dict[str, float]:
-        """One optimizer step of each, if all is finite; means over the minibatch's tokens.
+    def _minibatches(self, iteration: int, num_prompts: int) -> Iterator[list[int]]:
+        """Yield the prompts of each minibatch; every epoch cuts the rollout in another way."""
+        for epoch in range(self.recipe.ppo.epochs):
+            rng = np.random.default_rng([self.recipe.seed, iteration, epoch])
+            parts = np.array_split(rng.permutation(num_prompts), self.recipe.ppo.num_minibatches)
+            yield from (part.tolist() for part in parts)
+
+    def _set_lr(self, step: int) -> float:
+        """Set both learning rates for an optimizer step of the run; returns the actor's."""
+        ppo, optim = self.recipe.ppo, self.recipe.optim
+        total = ppo.iterations * ppo.epochs * ppo.num_minibatches
+        set_lr(self.critic.optimizer, self.critic.lr, step, total, optim)
+        return set_lr(self.actor.optimizer, self.actor.lr, step, total, optim)
+
+    def _step(self, minibatch: Minibatch, accept: Accept, *, is_first: bool) -> dict[str, float]:
+        """Take one optimizer step of each learner; returns {} if ``accept`` skips it.
 
         Args:
-            is_first: It is the run's first, whose ratios have to be 1 before anything is changed.
+            is_first: It is the run's first step, whose probability ratios have to be 1.
         """
-        self.actor.train()
-        self.critic.train()
-        mine = my_share(members, self.accelerator)
-        denominator = sum(groups[i].num_counted for i in members)
-        world = self.accelerator.num_processes
+        metrics, ratio_error = self._accumulate(minibatch)
+        learners = [self.actor, self.critic] if minibatch.trains_actor else [self.critic]
+        if minibatch.trains_actor:
+            metrics["grad_norm"] = self.actor.clip_gradients()
+        metrics["critic_grad_norm"] = self.critic.clip_gradients()
+        finite = {name: metrics[name] for name in MUST_BE_FINITE if name in metrics}
+        accepted = accept(finite, minibatch.ids)
+        if is_first and accepted:
+            require_first_ratio(self.roles.actor, ratio_error, self.recipe)
+        for learner in learners:
+            if accepted:
+                learner.optimizer.step()
+            learner.drop_gradients()
+        return metrics | {"ratio_error": ratio_error} if accepted else {}
+
+    def _accumulate(self, minibatch: Minibatch) -> tuple[dict[str, float], float]:
+        """Add up the gradients of a minibatch, one microbatch after the other.
+
+        Returns:
+            Means over the minibatch's tokens on all ranks, and how far the probability ratio of any
+            token is from 1.
+        """
+        self.actor.model.train()
+        self.critic.model.train()
+        mine = my_share(minibatch.members, self.accelerator)
+        denominator = sum(minibatch.groups[i].num_counted for i in minibatch.members)
         sums: dict[str, float] = {}
         errors: list[float] = []
 
         def visit(batch: TokenBatch, last: bool) -> None:
             batch = batch.to(self.accelerator.device)
-            take = _Taken(experience, batch, mine, self.recipe.generation.samples_per_prompt)
-            with without_sync(self.accelerator, self.actor, last=last):
-                loss, found, error = self._policy_loss(take, batch, kl_coef, denominator)
-                if train_actor:
-                    self.accelerator.backward(loss * world)
-            with without_sync(self.accelerator, self.critic, last=last):
+            k = self.recipe.generation.samples_per_prompt
+            take = _AtTokens(minibatch.experience, batch, mine, k)
+            with without_sync(self.accelerator, self.actor.model, last=last):
+                loss, found, error = self._policy_loss(take, batch, minibatch.kl_coef, denominator)
+                if minibatch.trains_actor:
+                    self.actor.backward(loss)
+            with without_sync(self.accelerator, self.critic.model, last=last):
                 loss = self._value_loss(take, batch, denominator)
-                self.accelerator.backward(loss * world)
-            found["value_loss"] = loss.item()
+                self.critic.backward(loss)
             errors.append(error)
-            for name, value in found.items():
+            for name, value in (found | {"value_loss": loss.item()}).items():
                 sums[name] = sums.get(name, 0.0) + value
 
         def restart() -> None:
             sums.clear()
             errors.clear()
-            for _, optimizer in self.trained.values():
-                optimizer.zero_grad(set_to_none=True)
+            self.actor.drop_gradients()
+            self.critic.drop_gradients()
 
-        self.microbatches.accumulate([groups[i] for i in mine], visit, restart)
+        self.microbatches.accumulate([minibatch.groups[i] for i in mine], visit, restart)
         metrics = sum_over_processes(sums, self.accelerator)
-        must_be_finite = {name: metrics[name] for name in ("policy_loss", "value_loss")}
-        stepping = {"critic_grad_norm": (self.critic, self.critic_optimizer)}
-        if train_actor:
-            stepping = {"grad_norm": (self.actor, self.actor_optimizer)} | stepping
-        for name, (model, _) in stepping.items():
-            limit = self.recipe.optim.max_grad_norm
-            metrics[name] = clip_gradients(model, limit, self.accelerator)
-            must_be_finite[name] = metrics[name]
-        worst = max_over_processes(max(errors), self.accelerator)
-        accepted = accept(must_be_finite, members)
-        if is_first and accepted:
-            require_first_ratio(self.roles.actor, worst, self.recipe)
-        for _, optimizer in stepping.values():
-            if accepted:
-                optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        return metrics | {"ratio_error": worst} if accepted else {}
+        return metrics, max_over_processes(max(errors), self.accelerator)
 
     def _policy_loss(
         self, take: Callable[[str], Tensor], batch: TokenBatch, kl_coef: float, denominator: int
     ) -> tuple[Tensor, dict[str, float], float]:
+        """Clipped surrogate, KL and entropy of a microbatch: loss, metrics, largest ratio error."""
         recipe, ppo = self.recipe, self.recipe.ppo
-        statistics = self.actor(
+        statistics = self.actor.model(
             batch,
             temperature=recipe.generation.temperature,
             statistics=ppo.entropy_coef != 0,
@@ -205,7 +250,7 @@ class Update:
     def _value_loss(
         self, take: Callable[[str], Tensor], batch: TokenBatch, denominator: int
     ) -> Tensor:
-        values = self.critic(batch, at="counted")[None]
+        values = self.critic.model(batch, at="counted")[None]
         return clipped_value_loss(
             values,
             take("values"),
@@ -216,56 +261,19 @@ class Update:
         )
 
 
-LARGEST_RATIO_ERROR = 1e-4
-"""In float32 at temperature 1 and up to `DEPTH` layers; what is measured is mostly below 1e-5."""
-DEPTH = 8
-"""Deeper models round more, and have larger logits: the limit grows with their layers. Random
-models of 12 to 48 layers with logits of about 30 are off by .6e-4 to .8e-4."""
+class _AtTokens:
+    """Look up an experience's numbers at a batch's counted tokens, as ``[1,N]``.
 
-SAFEST = ("generation.engine=align", "attention=segments")
-
-
-def largest_ratio_error(actor: Policy, temperature: float) -> float:
-    """Bound of what rounding explains: logits are off, and are divided by the temperature."""
-    layers = getattr(actor.inner.config.get_text_config(), "num_hidden_layers", None) or 1
-    return LARGEST_RATIO_ERROR * max(1, layers / DEPTH) / min(1, temperature or 1)
-
-
-def require_first_ratio(actor: Policy, error: float, recipe: PPORecipe) -> None:
-    """Stop where the policy that is trained is not the one that was sampled from.
-
-    A mixture of experts may take another expert in a tie; bf16 rounds: both are left to the doctor.
-
-    Raises:
-        AlignError: In float32 a probability ratio of the first minibatch is not 1.
+    Args:
+        members: The prompts that the batch's groups were made of.
+        k: Responses to each prompt.
     """
-    config = actor.inner.config.get_text_config()
-    experts = any(getattr(config, n, None) for n in EXPERTS)
-    limit = largest_ratio_error(actor, recipe.generation.temperature)
-    if actor.precision == "fp32" and not experts and not error <= limit:
-        engine = recipe.generation.engine
-        in_force = (f"generation.engine={engine}", f"attention={recipe.attention}")
-        untried = [key for key in SAFEST if key not in in_force]
-        advice = f"try {' and '.join(untried)}, and " if untried else ""
-        raise AlignError(
-            f"ppo: {actor.name} gives tokens other probabilities in training than when it sampled "
-            f"them, with the same weights: their ratio is off from 1 by {error:.2g} "
-            f"(first_ratio_error; here, in fp32, at most {limit:.2g}), so that clipping would be "
-            f"wrong from the first step on; {advice}report it with the model's name"
-        )
-
-
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-
-
-class _Taken:
-    """Picks an experience's numbers at a batch's counted tokens, as ``[1,N]``."""
 
     def __init__(
         self, experience: Experience, batch: TokenBatch, members: Sequence[int], k: int
     ) -> None:
         sequence, self.offset = counted_coordinates(batch)
-        # sequence s of the batch is response s % k of this process's s // k-th prompt
+        # sequence s of the batch is response s % k to this rank's (s // k)-th prompt
         prompts = torch.tensor(list(members), device=sequence.device)
         self.row = prompts[sequence // k] * k + sequence % k
         self.experience = experience
