@@ -180,7 +180,7 @@ $(SMOLLM2)/config.json: | $(STAMP)
 
 # small models gain nothing from a second thread, so every core runs tests of its own
 CORES ?= 2
-PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(CORES)
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(CORES) --dist loadgroup
 
 test: $(STAMP)
 	$(PYTEST) $(ARGS)

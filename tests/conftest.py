@@ -84,6 +84,22 @@ def _save_model(folder: Path, template: str | None) -> Path:
     return folder
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep the tests that share a module's fixture on one worker: it is made once, not twice."""
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    for item in items:
+        if any(f.scope == "module" for f in fixtures_of(item)):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
+def fixtures_of(item: pytest.Item) -> list[Any]:
+    """The fixtures that a test gets, without those that another of the same name hides."""
+    found = getattr(item, "_fixtureinfo", None)
+    return [] if found is None else [d[-1] for d in found.name2fixturedefs.values()]
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """What tests tokenise is not left in the user's cache."""
@@ -380,4 +396,5 @@ def assert_same_weights() -> Callable[[Path, Path], None]:
 @pytest.fixture
 def trust(request: pytest.FixtureRequest) -> Trust:
     """Asserts a figure and hands it on to docs/trust.md: see tools/trust.py."""
-    return Trust(request.node.nodeid.partition("[")[0])
+    nodeid = request.node.nodeid.partition("[")[0]
+    return Trust(nodeid.partition("@")[0])  # behind it a worker names the test's group

@@ -115,10 +115,8 @@ def evaluation(names: list[str], num_prompts: int) -> dict[str, Any]:
     }
 
 
-@pytest.fixture
-def suite(tmp_path: Path) -> Path:
+def write_suite(root: Path) -> Path:
     """A folder with a run of every stage and an evaluation whose outputs try to break the page."""
-    root = tmp_path / "runs" / "tiny"
     sft = [{"step": s, "seconds": s, "loss": 3 / s, "lr": 1e-3} for s in range(1, 40)]
     write_run(root / "sft", "sft", metrics=[*sft, {"step": 39, "eval_loss": 1.5}])
     ppo = [
@@ -159,10 +157,18 @@ def suite(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def page(suite: Path, tmp_path: Path) -> Path:
+def suite(tmp_path: Path) -> Path:
+    return write_suite(tmp_path / "runs" / "tiny")
+
+
+@pytest.fixture(scope="session")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of the suite, which tests read only: its figures take most of a second."""
     from align.report.page import write_report
 
-    return write_report([str(suite)], str(tmp_path / "report.html"))
+    folder = tmp_path_factory.mktemp("report")
+    suite = write_suite(folder / "runs" / "tiny")
+    return write_report([str(suite)], str(folder / "report.html"))
 
 
 WriteRun = Callable[..., Path]

@@ -18,6 +18,7 @@ from align.report.runs import read_run
 from align.report.samples import MAX_SHOWN, difference
 from align.report.verdicts import capital, turned, verdicts
 from align.types import AlignError
+from tests.report.conftest import write_run, write_suite
 
 VOID = {"meta", "link", "br", "input", "img", "hr"}
 
@@ -123,9 +124,11 @@ def test_the_escaping_test_rejects(suite: Path, monkeypatch: pytest.MonkeyPatch,
 HOSTILE = "</script><img src=x onerror=alert(1)>'\"&lt;|$x^{$ {{ 7 * 7 }} \x1b[31m\u202e"
 
 
-@pytest.fixture
-def hostile_page(suite: Path, make_run, tmp_path: Path) -> str:
+@pytest.fixture(scope="module")
+def hostile_page(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Names of models, metrics, files, keys and a run that would end an element or an attribute."""
+    folder = tmp_path_factory.mktemp("hostile")
+    suite = write_suite(folder / "runs" / "tiny")
     place = suite / "eval" / "eval.json"
     text = place.read_text()
     for name in ("ppo", "sft", "nrefs:1"):
@@ -135,12 +138,12 @@ def hostile_page(suite: Path, make_run, tmp_path: Path) -> str:
         if path.stem in ("ppo", "sft"):
             path.unlink()
     rows = [{"step": i, HOSTILE: 0.5, f"eval_{HOSTILE}": 0.2 * i, "kl": 9.0 * i} for i in (1, 2, 3)]
-    make_run(
-        "run<b>\x1b", "ppo", metrics=rows, status=HOSTILE, command=HOSTILE, seed=HOSTILE,
+    write_run(
+        folder / "run<b>\x1b", "ppo", metrics=rows, status=HOSTILE, command=HOSTILE, seed=HOSTILE,
         data={HOSTILE: [{"path": HOSTILE, "sha256": HOSTILE, "rows_read": 1, "rows_kept": 1}]},
         held_out={HOSTILE: 1.0}, config=json.dumps({"model": HOSTILE, HOSTILE: HOSTILE}),
     )  # fmt: skip
-    return write_report([str(suite)], str(tmp_path / "p.html")).read_text(encoding="utf-8")
+    return write_report([str(suite)], str(folder / "p.html")).read_text(encoding="utf-8")
 
 
 def test_names_are_escaped_everywhere(hostile_page: str) -> None:

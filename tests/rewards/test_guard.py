@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
-import textwrap
+import threading
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from align.base.console import say
 from align.rewards import FunctionReward, guard, load_function
 from align.types import AlignError
 
@@ -36,6 +38,30 @@ def raising(error: BaseException):
         raise error
 
     return act
+
+
+def forked(act: Callable[[], None], folder: Path) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a child process that does ``act`` and ends with code 0.
+
+    It has descriptors and streams of its own, as a new Python has, without starting one.
+    """
+    told = [folder / "stdout", folder / "stderr"]
+    child = os.fork()
+    if child == 0:
+        try:
+            os.chdir(folder)
+            for descriptor, path in enumerate(told, start=1):
+                os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY), descriptor)
+            sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1) for n in (1, 2))
+            act()
+            sys.stdout.flush()
+            os._exit(0)
+        except BaseException:
+            os.write(2, traceback.format_exc().encode())
+        finally:
+            os.kill(os.getpid(), signal.SIGKILL)  # where `os._exit` is still intercepted
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return code, told[0].read_text("utf-8"), told[1].read_text("utf-8")
 
 
 @pytest.mark.parametrize(
@@ -72,36 +98,35 @@ def test_a_child_process_of_the_function_may_exit() -> None:
     assert reward(act)(*GIVEN) == [1.0, 2.0]
 
 
-def test_outside_a_call_the_process_may_exit() -> None:
+def test_outside_a_call_the_process_may_exit(tmp_path: Path) -> None:
     """The interception is gone with the call: `os._exit` is then the system's."""
-    script = (
-        "import os\nfrom align.rewards import FunctionReward\n"
-        "FunctionReward('f', lambda responses: [0.0])(['p'], ['r'], [()])\nos._exit(9)\n"
-    )
-    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 9
+
+    def act() -> None:
+        FunctionReward("f", lambda responses: [0.0])(["p"], ["r"], [()])
+        os._exit(9)
+
+    assert forked(act, tmp_path) == (9, "", "")
 
 
-def test_after_a_timeout_the_process_may_exit_and_the_hung_thread_may_not() -> None:
-    script = """
-        import os, threading
-        from align.rewards import FunctionReward
-        from align.types import AlignError
-        go, tried = threading.Event(), threading.Event()
-        def f(responses):
-            go.wait()
-            try:
-                os._exit(3)
-            finally:
-                tried.set()
+def test_after_a_timeout_the_process_may_exit_and_the_hung_thread_may_not(tmp_path: Path) -> None:
+    go, tried = threading.Event(), threading.Event()
+
+    def hung(responses):
+        go.wait()
         try:
-            FunctionReward("f", f, timeout=.05)(["p"], ["r"], [()])
-        except AlignError:
-            go.set()
-            tried.wait(9)
-            os._exit(9)
-    """
-    run = [sys.executable, "-c", textwrap.dedent(script)]
-    assert subprocess.run(run, check=False).returncode == 9
+            os._exit(3)
+        finally:
+            tried.set()
+
+    def act() -> None:
+        with pytest.raises(AlignError, match="no answer within"):
+            FunctionReward("f", hung, timeout=0.05)(["p"], ["r"], [()])
+        go.set()
+        tried.wait(9)
+        os._exit(9)
+
+    code, _, error = forked(act, tmp_path)
+    assert code == 9, error
 
 
 @pytest.mark.parametrize(
@@ -178,31 +203,31 @@ def test_what_a_module_changes_when_it_is_imported_is_put_back(tmp_path, monkeyp
             load_function(f"{name}_rewards:f")
 
 
+def close_stdout() -> None:
+    sys.stdout = None
+
+
 @pytest.mark.parametrize(
-    "act",
+    "close",
     [
-        "sys.stdout.close()",
-        "os.close(1)",
-        "os.dup2(os.open(os.devnull, 1), 1)",
-        "sys.stdout = None",
+        lambda: sys.stdout.close(),
+        lambda: os.close(1),
+        lambda: os.dup2(os.open(os.devnull, 1), 1),
+        close_stdout,
     ],
+    ids=["close", "close its descriptor", "devnull in its place", "None"],
 )
-def test_a_closed_terminal_is_opened_again(act: str, tmp_path: Path) -> None:
-    script = textwrap.dedent(f"""
-        import os, sys
-        from align.base.console import say
-        from align.rewards import FunctionReward
-        def f(responses):
-            {act}
-            return [0.0]
+def test_a_closed_terminal_is_opened_again(close: Callable[[], object], tmp_path: Path) -> None:
+    def f(responses):
+        close()
+        return [0.0]
+
+    def act() -> None:
         say("before")
         FunctionReward("f", f)(["p"], ["r"], [()])
-        open("metrics", "w").write("not for the terminal")
+        Path("metrics").write_text("not for the terminal")
         say("after")
-    """)
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-    )  # fmt: skip
-    assert (done.returncode, done.stdout) == (0, "before\nafter\n")
-    assert "changed stdout or stderr; it was put back" in done.stderr
+
+    code, out, error = forked(act, tmp_path)
+    assert (code, out) == (0, "before\nafter\n"), error
+    assert "changed stdout or stderr; it was put back" in error
