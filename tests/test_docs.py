@@ -19,11 +19,11 @@ import numpy as np
 import pytest
 
 from align import cli
-from align.config.checks import METRIC_NAMES
 from align.config.load import find_recipe, load_recipe, shipped_recipes
 from align.data.examples import load_examples
 from align.data.tokens.packing import collate
 from align.evaluation.compare import Comparison
+from align.evaluation.metrics import CORPUS_METRICS
 from align.evaluation.wins import EqualLength, WinRate
 from align.losses.dpo import LOSSES
 from align.rewards import load_function
@@ -133,7 +133,7 @@ def test_every_explained_number_is_logged() -> None:
     # made from a metric's name; test_harness.py holds the keys of a whole eval.json
     values = ("reward", "gold", "sample_chrf", "sample_reward", "sample_gold", "length")
     logged |= {f"{m}_{end}" for m in values for end in ("mean", "ci95")}
-    logged |= {f"{m}{end}" for m in METRIC_NAMES for end in ("", "_signature", "_ci95")}
+    logged |= {f"{m}{end}" for m in CORPUS_METRICS for end in ("", "_signature", "_ci95")}
     logged |= {f"{m}{end}" for m in ("distinct_1", "distinct_2") for end in ("", "_ci95")}
     logged |= {"repetition_4", "repetition_4_ci95"}
     logged |= set(LIMITS)  # what the doctor finds: its table is held by tests/run/test_doctor.py

@@ -11,47 +11,11 @@ from itertools import zip_longest
 from typing import Any
 
 import numpy as np
-from sacrebleu.metrics import BLEU, CHRF, TER
 from sacrebleu.metrics.base import Metric
 
 from align.base.intervals import DEFAULT_SEED, Interval, bootstrap_rows, percentiles
+from align.evaluation.metrics import CORPUS_METRICS
 from align.types import AlignError
-
-
-def _bleu(tokenize: str, needs: str = "") -> Callable[[], Metric]:
-    """Make BLEU with one of sacreBLEU's tokenizers; ``needs`` is its extra dependency."""
-
-    def make() -> Metric:
-        try:
-            return BLEU(tokenize=tokenize, force=tokenize == "none")
-        except Exception as error:  # a package, a dictionary or a download is missing
-            if not needs:
-                raise
-            reason = next((line for line in str(error).splitlines() if line), "")
-            raise AlignError(
-                f"metrics: bleu-{tokenize}: needs {needs} "
-                f"({type(error).__name__}: {reason[:200]}); bleu-char needs nothing"
-            ) from error
-
-    return make
-
-
-_DOWNLOAD = "`pip install sentencepiece`, and to download its model once into ~/.sacrebleu"
-# the name says BLEU's tokenizer; without one it is 13a
-CORPUS_METRICS: dict[str, Callable[[], Metric]] = {
-    "bleu": BLEU,
-    "bleu-intl": _bleu("intl"),
-    "bleu-char": _bleu("char"),
-    "bleu-zh": _bleu("zh"),
-    "bleu-ja-mecab": _bleu("ja-mecab", '`pip install "sacrebleu[ja]"`'),
-    "bleu-ko-mecab": _bleu("ko-mecab", '`pip install "sacrebleu[ko]"`'),
-    "bleu-flores101": _bleu("flores101", _DOWNLOAD),
-    "bleu-flores200": _bleu("flores200", _DOWNLOAD),
-    "bleu-none": _bleu("none"),
-    "chrf": CHRF,
-    "chrf++": lambda: CHRF(word_order=2),
-    "ter": TER,
-}
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,8 @@ from align.base.intervals import (
     share_ci95,
     student_ci95,
 )
-from align.evaluation.bleu import CORPUS_METRICS, corpus_scorer, corpus_statistics
+from align.evaluation.bleu import corpus_scorer, corpus_statistics
+from align.evaluation.metrics import CORPUS_METRICS
 from align.evaluation.seeds import SeedError, seed_error
 from align.evaluation.verdict import prompts_needed, verdict
 

@@ -26,8 +26,8 @@ from align.data.examples import load_examples, split_by_prompt, with_columns
 from align.data.held_out import notes_of
 from align.data.subset import pick
 from align.evaluation.agreement import best_of_n, best_of_n_kl
-from align.evaluation.bleu import CORPUS_METRICS
 from align.evaluation.measure import Evaluator, System, own_metric
+from align.evaluation.metrics import CORPUS_METRICS, require_metric
 from align.evaluation.outputs import Generator, Outputs, Reference, ReferenceFit, read_outputs
 from align.evaluation.reward import agreement_with, evaluate_reward
 from align.evaluation.systems import Judge, comparisons, judge_of, pooled, win_rates
@@ -121,6 +121,7 @@ def check_plugins(recipe: EvalRecipe) -> None:
     check_functions("gold_reward", recipe.gold_reward)
     _judge(recipe.judge)
     for name in recipe.metrics:
+        require_metric(name)
         if name not in CORPUS_METRICS:
             own_metric(name)
 

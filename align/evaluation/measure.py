@@ -18,10 +18,11 @@ from align.base.intervals import (
 )
 from align.base.progress import say
 from align.config.keys import EvalRecipe
-from align.evaluation.bleu import CORPUS_METRICS, corpus_ci95, corpus_score, corpus_statistics
+from align.evaluation.bleu import corpus_ci95, corpus_score, corpus_statistics
+from align.evaluation.metrics import CORPUS_METRICS, METRICS
 from align.evaluation.outputs import Outputs, ReferenceFit, mean
 from align.evaluation.scripts import tokenizer_hint
-from align.evaluation.text import distinct_n, distinct_n_ci95, exact_matches, repetition
+from align.evaluation.text import distinct_n, distinct_n_ci95, exact_matches
 from align.rewards import load_function, require_arguments, score_responses
 from align.rewards.guard import guarded
 from align.rewards.metric import MetricReward
@@ -149,7 +150,7 @@ class Evaluator:
             self._values(system, name, found, f"{name}_mean")
 
     def _texts(self, system: System) -> None:
-        """Measure length, share that ended, and repetition."""
+        """Measure length, the share that ended, distinct n-grams, and metrics of answers alone."""
         outputs, row = system.outputs, system.row
         row["length_mean"], row["length_ci95"] = mean(outputs.lengths), None
         if outputs.lengths is not None:
@@ -160,10 +161,13 @@ class Evaluator:
         for n in (1, 2):
             row[f"distinct_{n}"] = distinct_n(outputs.responses, n)
             row[f"distinct_{n}_ci95"] = distinct_n_ci95(outputs.responses, n)
-        repeated = [repetition(text) for text in outputs.responses]
-        self._values(system, "repetition_4", repeated, "repetition_4")
-        # a share of n-grams, often 0 in every output, to which Student's t gives no width
-        row["repetition_4_ci95"] = share_ci95(repeated)
+        for key, metric in METRICS.items():
+            if metric.answers is not None:
+                values = metric.answers(outputs.responses)
+                self._values(system, key, values, metric.figure)
+                if metric.is_share:
+                    # often 0 for every output, to which Student's t gives no width
+                    row[f"{key}_ci95"] = share_ci95(values)
 
     def _divergence(self, system: System, drawn: Outputs) -> None:
         row = system.row

@@ -7,19 +7,13 @@ from collections.abc import Mapping
 from statistics import NormalDist
 from typing import Any
 
+from align.evaluation.metrics import METRICS
+
 ALPHA, POWER = 0.05, 0.8
 OUT_OF_REACH = 1_000_000
 """Most prompts that a verdict suggests: a difference that needs more has no practical size."""
 MIN_DIFFERING = 6
 """Fewest differing prompts for p < .05: with 5, one swap in 16 is as large as the difference."""
-
-# for other metrics, such as length or a user's own, the better direction is unknown
-LOWER_IS_BETTER = {"ter", "repetition_4", "perplexity", "bits_per_byte"}
-HIGHER_IS_BETTER = {
-    *("bleu", "bleu-intl", "bleu-char", "bleu-zh", "bleu-ja-mecab", "bleu-ko-mecab"),
-    *("bleu-flores101", "bleu-flores200", "bleu-none", "chrf", "chrf++", "exact_match"),
-    *("reward", "gold", "win_rate", "sample_chrf", "sample_reward", "sample_gold"),
-}
 
 
 def prompts_needed(difference: float, paired_std: float) -> int | None:
@@ -49,8 +43,9 @@ def outcome(metric: str, difference: float, p: float) -> str:
     """
     if difference == 0 or p >= ALPHA:
         return ""
-    if metric in HIGHER_IS_BETTER or metric in LOWER_IS_BETTER:
-        return "better" if (difference > 0) == (metric in HIGHER_IS_BETTER) else "worse"
+    better = METRICS[metric].better if metric in METRICS else None
+    if better is not None:
+        return "better" if (difference > 0) == (better == "higher") else "worse"
     return "more" if difference > 0 else "less"
 
 

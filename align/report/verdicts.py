@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
+from align.evaluation.metrics import METRICS
 from align.evaluation.verdict import (
     ALPHA,
     deciding_p,
@@ -16,19 +17,8 @@ from align.evaluation.verdict import (
 )
 from align.report.runs import RunRecord
 
-NAMES = {
-    "bleu": "BLEU",
-    "chrf": "chrF",
-    "chrf++": "chrF++",
-    "ter": "TER",
-    "reward": "reward",
-    "gold": "gold reward",
-    "sample_reward": "reward of samples",
-    "sample_gold": "gold reward of samples",
-    "sample_chrf": "chrF of samples",
-    "length": "length",
-    "repetition_4": "repetition",
-}
+NAMES = {key: metric.name or metric.title for key, metric in METRICS.items()}
+"""Metrics in a sentence."""
 # metrics listed first, if measured
 EVIDENCE = ("reward", "gold", "sample_reward", "sample_gold", "bleu", "chrf", "sample_chrf")
 # the headline's metric, in order of preference: gold rewards before the optimised one

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from align.config.checks import METRIC_NAMES
-from align.evaluation.bleu import CORPUS_METRICS
 from align.evaluation.columns import columns
+from align.evaluation.metrics import CORPUS_METRICS
 from align.evaluation.scripts import language_of, tokenizer_hint, words
 from align.evaluation.table import closing_table, significance
 from align.evaluation.text import distinct_n, repetition
@@ -23,7 +22,7 @@ def results(row: dict) -> dict:
     return {"models": [{"name": "m", **row}], "copy_baseline": None}
 
 
-@pytest.mark.parametrize("metric", METRIC_NAMES)
+@pytest.mark.parametrize("metric", CORPUS_METRICS)
 def test_every_corpus_metric_is_a_column(metric: str) -> None:
     heading, row = closing_table(results({metric: 12.5, f"{metric}_signature": "s"}))
     assert len(heading) == 2

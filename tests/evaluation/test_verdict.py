@@ -3,11 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from align.evaluation.bleu import CORPUS_METRICS
 from align.evaluation.compare import compare_corpus, compare_values
+from align.evaluation.metrics import METRICS
 from align.evaluation.verdict import (
-    HIGHER_IS_BETTER,
-    LOWER_IS_BETTER,
     p_in_words,
     prompts_needed,
     rounded,
@@ -79,8 +77,15 @@ def test_the_short_form_has_no_numbers_of_prompts() -> None:
 
 
 def test_every_metric_of_ours_has_a_better_end() -> None:
-    assert CORPUS_METRICS.keys() <= HIGHER_IS_BETTER | LOWER_IS_BETTER
-    assert not HIGHER_IS_BETTER & LOWER_IS_BETTER
+    lower = {key for key, metric in METRICS.items() if metric.better == "lower"}
+    assert lower == {"ter", "repetition_4", "perplexity", "bits_per_byte"}
+    assert all(metric.better for metric in METRICS.values() if metric.corpus)
+    assert {key for key, metric in METRICS.items() if metric.better is None} == {
+        *("kl", "kl_per_token", "length", "eos_rate", "distinct_1", "distinct_2"),
+        *("sample_length", "sample_eos_rate"),
+    }
+    figures = [metric.figure for metric in METRICS.values()]
+    assert len(set(figures)) == len(figures)
 
 
 def test_a_comparison_carries_its_verdict(systems: dict, references: list) -> None:
