@@ -133,26 +133,53 @@ def _log_odds(mean_logprobs: Tensor) -> Tensor:
     return mean_logprobs - torch.log(-torch.expm1(mean_logprobs))
 
 
-LOSSES: dict[str, Callable[[_Pair], Tensor]] = {
-    "sigmoid": _sigmoid,
-    "hinge": _hinge,
-    "ipo": _ipo,
-    "ipo_sum": _ipo_sum,
-    "robust": _robust,
-    "sigmoid_norm": _sigmoid_norm,
-    "exo_pair": _exo_pair,
-    "nca_pair": _nca_pair,
-    "bco_pair": _bco_pair,
-    "sppo_hard": _sppo_hard,
-    "apo_zero": _apo_zero,
-    "apo_down": _apo_down,
-    "simpo": _simpo,
-    "orpo": _orpo,
+@dataclass(frozen=True)
+class Loss:
+    """One loss and what it needs.
+
+    Attributes:
+        function: The formula.
+        lengths: It reads ``chosen_lengths`` and ``rejected_lengths``.
+        reference: It compares with a reference; if not, c and r are the policy's log-probs.
+        smoothing: It reads ``label_smoothing``.
+        divergence: It is written in D, so that ``f_divergence`` changes it.
+        temperature: It reads ``beta``.
+        options: Options of its own: arguments of `dpo_loss` and keys of a recipe's `dpo` section.
+    """
+
+    function: Callable[[_Pair], Tensor]
+    lengths: bool = False
+    reference: bool = True
+    smoothing: bool = False
+    divergence: bool = False
+    temperature: bool = True
+    options: tuple[str, ...] = ()
+
+
+LOSSES: dict[str, Loss] = {
+    "sigmoid": Loss(_sigmoid, smoothing=True, divergence=True),
+    "hinge": Loss(_hinge, divergence=True),
+    "ipo": Loss(_ipo, lengths=True),
+    "ipo_sum": Loss(_ipo_sum),
+    "robust": Loss(_robust, smoothing=True, divergence=True),
+    "sigmoid_norm": Loss(_sigmoid_norm, lengths=True),
+    "exo_pair": Loss(_exo_pair, smoothing=True, divergence=True),
+    "nca_pair": Loss(_nca_pair),
+    "bco_pair": Loss(_bco_pair),
+    "sppo_hard": Loss(_sppo_hard),
+    "apo_zero": Loss(_apo_zero),
+    "apo_down": Loss(_apo_down),
+    "simpo": Loss(_simpo, lengths=True, reference=False, options=("simpo_gamma",)),
+    "orpo": Loss(_orpo, lengths=True, reference=False, temperature=False, options=("orpo_coef",)),
 }
-LOSSES_WITH_LENGTHS = frozenset({"ipo", "sigmoid_norm", "simpo", "orpo"})
-LOSSES_WITHOUT_REFERENCE = frozenset({"simpo", "orpo"})
-LOSSES_WITH_SMOOTHING = frozenset({"sigmoid", "robust", "exo_pair"})
-LOSSES_WITH_DIVERGENCE = frozenset({"sigmoid", "hinge", "robust", "exo_pair"})  # written in D
+OPTIONS = tuple(dict.fromkeys(name for loss in LOSSES.values() for name in loss.options))
+"""Options of single losses."""
+
+
+def losses_that(test: Callable[[Loss], object]) -> str:
+    """Names of the losses of which something holds, for a message."""
+    return ", ".join(sorted(name for name, loss in LOSSES.items() if test(loss)))
+
 
 MAX_EXPONENT = 30.0  # e^30 is above any ratio that matters, and its square is a float32
 
@@ -196,7 +223,7 @@ def dpo_loss(
         ref_chosen_logprobs, ref_rejected_logprobs: The same under the frozen reference; None (or
             ignored) for simpo and orpo.
         beta: Temperature of the implicit reward, reward units per nat.
-        loss_type: A key of ``LOSSES``; each is one function of this module, with its source.
+        loss_type: A key of ``LOSSES``; each has its function in this module, with its source.
         label_smoothing: Probability that a label is wrong, in [0, 0.5): sigmoid (cDPO), robust, and
             exo_pair, which needs it above 0.
         chosen_lengths, rejected_lengths: Counted tokens, at least 1: needed by ipo, sigmoid_norm,
@@ -224,15 +251,15 @@ def dpo_loss(
     mean_c = c / (math.nan if chosen_lengths is None else chosen_lengths)
     mean_r = r / (math.nan if rejected_lengths is None else rejected_lengths)
     options = (beta, label_smoothing, simpo_gamma, orpo_coef)
-    per_example = LOSSES[loss_type](_Pair(c, r, difference, mean_c, mean_r, *options))
-    if loss_type in LOSSES_WITHOUT_REFERENCE:
+    per_example = LOSSES[loss_type].function(_Pair(c, r, difference, mean_c, mean_r, *options))
+    if not LOSSES[loss_type].reference:
         c, r = mean_c, mean_r
     return DPOLosses(per_example, beta * c.detach(), beta * r.detach())
 
 
 def _log_ratio(loss_type: str, logprobs: Tensor, ref_logprobs: Tensor | None) -> Tensor:
     """Subtract the reference's log-probs, for a loss with a reference."""
-    if loss_type in LOSSES_WITHOUT_REFERENCE:
+    if not LOSSES[loss_type].reference:
         return upcast(logprobs)
     if ref_logprobs is None:
         raise ValueError(f"loss_type={loss_type!r} needs the reference's log-probs of both")
@@ -256,23 +283,23 @@ def _check_options(
         raise ValueError(f"beta={beta}: must be positive")
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"label_smoothing={label_smoothing}: must lie in [0, 0.5)")
-    if label_smoothing and loss_type not in LOSSES_WITH_SMOOTHING:
-        allowed = ", ".join(sorted(LOSSES_WITH_SMOOTHING))
+    if label_smoothing and not LOSSES[loss_type].smoothing:
+        allowed = losses_that(lambda loss: loss.smoothing)
         raise ValueError(
             f"label_smoothing={label_smoothing} means nothing to loss_type={loss_type!r}: "
             f"set it to 0 or use one of {allowed}"
         )
     if loss_type == "exo_pair" and label_smoothing == 0:
         raise ValueError("loss_type='exo_pair' is infinite at label_smoothing=0: try 0.001")
-    if f_divergence != "reverse_kl" and loss_type not in LOSSES_WITH_DIVERGENCE:
-        allowed = ", ".join(sorted(LOSSES_WITH_DIVERGENCE))
+    if f_divergence != "reverse_kl" and not LOSSES[loss_type].divergence:
+        allowed = losses_that(lambda loss: loss.divergence)
         raise ValueError(
             f"f_divergence={f_divergence!r} means nothing to loss_type={loss_type!r}: "
             f"set it to 'reverse_kl' or use one of {allowed}"
         )
     if f_divergence == "alpha_divergence" and f_alpha == 1:
         raise ValueError("f_alpha=1 divides by 0: its limit is f_divergence='reverse_kl'")
-    if loss_type in LOSSES_WITH_LENGTHS and not has_lengths:
+    if LOSSES[loss_type].lengths and not has_lengths:
         raise ValueError(f"loss_type={loss_type!r} needs chosen_lengths and rejected_lengths")
 
 

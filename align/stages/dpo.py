@@ -20,7 +20,7 @@ from align.base.progress import change
 from align.config.keys import DPOConfig, DPORecipe
 from align.data.tokens.groups import TokenGroups
 from align.data.tokens.packing import counted_coordinates
-from align.losses.dpo import LOSSES_WITHOUT_REFERENCE, dpo_loss, sft_term, wpo_weights
+from align.losses.dpo import LOSSES, OPTIONS, dpo_loss, sft_term, wpo_weights
 from align.losses.logprobs import TokenStatistics
 from align.models import Policy, load_policy
 from align.models.load import weights_hash
@@ -134,8 +134,7 @@ def _measure(
         rejected_lengths=lengths[1::2],
         f_divergence=options.f_divergence,
         f_alpha=options.f_alpha,
-        simpo_gamma=options.simpo_gamma,
-        orpo_coef=options.orpo_coef,
+        **{name: getattr(options, name) for name in OPTIONS},
     )
     per_example = losses.per_example
     if options.wpo_weights:
@@ -177,7 +176,7 @@ def _reference(
     groups: Sequence[TokenGroup],
 ) -> Reference:
     """Where reference log-probs come from: disk, the adapter switched off, or a second model."""
-    if recipe.dpo.loss_type in LOSSES_WITHOUT_REFERENCE:
+    if not LOSSES[recipe.dpo.loss_type].reference:
         return lambda batch, members: torch.zeros(len(batch.sequences), device=policy.device)
 
     @torch.no_grad()

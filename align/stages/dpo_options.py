@@ -7,23 +7,29 @@ from collections.abc import Callable
 import torch
 
 from align.config.keys import DPOConfig, DPORecipe
-from align.losses.dpo import LOSSES, LOSSES_WITHOUT_REFERENCE, dpo_loss
+from align.losses.dpo import LOSSES, OPTIONS, dpo_loss, losses_that
 from align.types import AlignError
 
 
-def _unless(allowed: str, key: str = "loss_type") -> Callable[[DPOConfig], str]:
-    why = f"has an effect with {key}={allowed} only"
-    return lambda options: "" if getattr(options, key) == allowed else why
+def _own(name: str) -> Callable[[DPOConfig], str]:
+    """For an option of single losses."""
+    why = f"has an effect with loss_type={losses_that(lambda loss: name in loss.options)} only"
+    return lambda options: "" if name in LOSSES[options.loss_type].options else why
 
 
 # a key -> why it has no effect under these options, if it has none
 IDLE_UNLESS: dict[str, Callable[[DPOConfig], str]] = {
-    "beta": lambda o: "orpo has no temperature" if o.loss_type == "orpo" else "",
-    "simpo_gamma": _unless("simpo"),
-    "orpo_coef": _unless("orpo"),
-    "f_alpha": _unless("alpha_divergence", "f_divergence"),
+    **{name: _own(name) for name in OPTIONS},
+    "beta": lambda o: (
+        "" if LOSSES[o.loss_type].temperature else f"{o.loss_type} has no temperature"
+    ),
+    "f_alpha": lambda o: (
+        ""
+        if o.f_divergence == "alpha_divergence"
+        else "has an effect with f_divergence=alpha_divergence only"
+    ),
     "reference": lambda o: (
-        f"{o.loss_type} has no reference" if o.loss_type in LOSSES_WITHOUT_REFERENCE else ""
+        "" if LOSSES[o.loss_type].reference else f"{o.loss_type} has no reference"
     ),
 }
 
@@ -35,7 +41,7 @@ def check_options(recipe: DPORecipe) -> None:
         raise AlignError(
             f"dpo.loss_type: got {options.loss_type!r}; allowed are {', '.join(LOSSES)}"
         )
-    if options.loss_type in LOSSES_WITHOUT_REFERENCE and options.reference_model is not None:
+    if not LOSSES[options.loss_type].reference and options.reference_model is not None:
         raise AlignError(f"dpo.reference_model: {options.loss_type} has no reference; remove it")
     for key, needed in IDLE_UNLESS.items():
         given = getattr(options, key)
@@ -45,7 +51,7 @@ def check_options(recipe: DPORecipe) -> None:
         raise AlignError("dpo.reference: adapter_off needs `lora`; use cached or online")
     if options.reference == "adapter_off" and options.reference_model is not None:
         raise AlignError("dpo.reference: adapter_off has no other reference_model; use cached")
-    has_reference = options.loss_type not in LOSSES_WITHOUT_REFERENCE
+    has_reference = LOSSES[options.loss_type].reference
     if recipe.data.streaming and has_reference and options.reference == "cached":
         raise AlignError(
             "dpo.reference: is cached, which needs all rows on the disk, and data.streaming=true "

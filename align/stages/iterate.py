@@ -25,7 +25,7 @@ from align.config.keys import (
 )
 from align.config.load import load_recipe, to_yaml
 from align.evaluation import harness
-from align.losses.dpo import LOSSES_WITHOUT_REFERENCE
+from align.losses.dpo import LOSSES
 from align.models.average import average_models
 from align.models.checks import has_adapter
 from align.run.files import MANIFEST, read_manifest, supervise
@@ -208,7 +208,7 @@ def _play(recipe: IterateRecipe, stages: dict[str, Any], now: Round) -> None:
 
 def _against(recipe: DPORecipe, reference: str | None) -> DPORecipe:
     """DPO against another model than the policy it starts from, if its loss has a reference."""
-    if recipe.dpo.loss_type in LOSSES_WITHOUT_REFERENCE:
+    if not LOSSES[recipe.dpo.loss_type].reference:
         reference = None
     return replace(recipe, dpo=replace(recipe.dpo, reference_model=reference))
 

@@ -115,7 +115,7 @@ def test_a_missing_package_is_one_line(metric: str, monkeypatch: pytest.MonkeyPa
     def missing(**options: object) -> None:
         raise RuntimeError("\nneeds extra dependencies\n\n pip install it")
 
-    monkeypatch.setattr("align.evaluation.bleu.BLEU", missing)
+    monkeypatch.setattr("sacrebleu.metrics.BLEU", missing)
     with pytest.raises(
         AlignError, match=rf"metrics: {metric}: needs `pip install .*extra dep"
     ) as e:

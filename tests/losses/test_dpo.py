@@ -12,13 +12,16 @@ from torch import Tensor
 from align.losses import dpo_loss
 from align.losses.dpo import (
     LOSSES,
-    LOSSES_WITH_DIVERGENCE,
-    LOSSES_WITH_LENGTHS,
-    LOSSES_WITH_SMOOTHING,
-    LOSSES_WITHOUT_REFERENCE,
+    Loss,
     sft_term,
     wpo_weights,
 )
+
+# by their papers' formulas
+WITH_LENGTHS = {"ipo", "sigmoid_norm", "simpo", "orpo"}
+WITHOUT_REFERENCE = {"simpo", "orpo"}
+WITH_SMOOTHING = {"sigmoid", "robust", "exo_pair"}
+WITH_DIVERGENCE = {"sigmoid", "hinge", "robust", "exo_pair"}
 
 
 def tensor(x: float) -> Tensor:
@@ -132,7 +135,7 @@ def test_equals_the_float64_formula(loss_type: str, data: st.DataObject) -> None
     logprob = st.floats(-60, -0.5, width=32)
     pc, pr, rc, rr = (data.draw(logprob) for _ in range(4))
     beta = data.draw(st.floats(0.01, 3))
-    smoothing = data.draw(st.floats(0.01, 0.45)) if loss_type in LOSSES_WITH_SMOOTHING else 0.0
+    smoothing = data.draw(st.floats(0.01, 0.45)) if loss_type in WITH_SMOOTHING else 0.0
     got = dpo_loss(
         *(torch.tensor([x]) for x in (pc, pr, rc, rr)),
         beta=beta,
@@ -218,8 +221,8 @@ def test_gradient_at_init_is_minus_half_beta_times_the_difference(beta: float) -
 
 
 def test_extreme_ratios_stay_finite() -> None:
-    for loss_type in set(LOSSES) - LOSSES_WITHOUT_REFERENCE:
-        smoothing = 0.1 if loss_type in LOSSES_WITH_SMOOTHING else 0.0
+    for loss_type in set(LOSSES) - WITHOUT_REFERENCE:
+        smoothing = 0.1 if loss_type in WITH_SMOOTHING else 0.0
         for policy in ((-1.0, -2000.0), (-2000.0, -1.0)):
             assert math.isfinite(loss_of(loss_type, policy, label_smoothing=smoothing, beta=1.0))
 
@@ -339,31 +342,45 @@ def test_maps_are_the_derivatives_of_their_f(name: str, f: Callable[[float], flo
 # ---------------------------------------------------------------- refusals
 
 
-@pytest.mark.parametrize("loss_type", sorted(set(LOSSES) - LOSSES_WITH_SMOOTHING))
+def test_the_table_says_what_each_loss_needs() -> None:
+    def names(test: Callable[[Loss], object]) -> set[str]:
+        return {name for name, loss in LOSSES.items() if test(loss)}
+
+    assert names(lambda loss: loss.lengths) == WITH_LENGTHS
+    assert names(lambda loss: not loss.reference) == WITHOUT_REFERENCE
+    assert names(lambda loss: loss.smoothing) == WITH_SMOOTHING
+    assert names(lambda loss: loss.divergence) == WITH_DIVERGENCE
+    assert {name: LOSSES[name].options for name in names(lambda loss: loss.options)} == {
+        "simpo": ("simpo_gamma",),
+        "orpo": ("orpo_coef",),
+    }
+
+
+@pytest.mark.parametrize("loss_type", sorted(set(LOSSES) - WITH_SMOOTHING))
 def test_smoothing_that_means_nothing_is_refused(loss_type: str) -> None:
     with pytest.raises(ValueError, match=f"label_smoothing=0.1 means nothing to .*{loss_type}"):
         loss_of(loss_type, label_smoothing=0.1)
 
 
-@pytest.mark.parametrize("loss_type", sorted(LOSSES_WITH_SMOOTHING))
+@pytest.mark.parametrize("loss_type", sorted(WITH_SMOOTHING))
 def test_smoothing_that_means_something_changes_the_loss(loss_type: str) -> None:
     assert loss_of(loss_type, label_smoothing=0.1) != loss_of(loss_type, label_smoothing=0.2)
 
 
-@pytest.mark.parametrize("loss_type", sorted(set(LOSSES) - LOSSES_WITH_DIVERGENCE))
+@pytest.mark.parametrize("loss_type", sorted(set(LOSSES) - WITH_DIVERGENCE))
 def test_divergence_that_means_nothing_is_refused(loss_type: str) -> None:
     with pytest.raises(ValueError, match=f"means nothing to .*{loss_type}"):
         loss_of(loss_type, f_divergence="js_divergence")
 
 
-@pytest.mark.parametrize("loss_type", sorted(LOSSES_WITH_LENGTHS))
+@pytest.mark.parametrize("loss_type", sorted(WITH_LENGTHS))
 def test_missing_lengths_are_refused(loss_type: str) -> None:
     x = torch.zeros(1)
     with pytest.raises(ValueError, match="needs chosen_lengths"):
         dpo_loss(x, x, x, x, beta=0.1, loss_type=loss_type, chosen_lengths=torch.ones(1))
 
 
-@pytest.mark.parametrize("loss_type", sorted(set(LOSSES) - LOSSES_WITHOUT_REFERENCE))
+@pytest.mark.parametrize("loss_type", sorted(set(LOSSES) - WITHOUT_REFERENCE))
 def test_missing_reference_is_refused(loss_type: str) -> None:
     x, ones = torch.zeros(1), torch.ones(1)
     smoothing = 0.1 if loss_type == "exo_pair" else 0.0
