@@ -37,13 +37,14 @@ UNUSED: dict[str, str] = {
     "pyarrow": r"pyarrow/(tests|include|includes|src)/|flight|pyarrow/_?substrait\.|_s3|_cpp_tests"
     r"|encryption|_(azurefs|gcsfs|hdfs|orc)\.|\.px[di]$|\.pyx$|libarrow_python\w*\.so$|\.so\.\d+\.\d+\.\d+$",
     "pandas": r"/tests/|\.pyi$",
-    "scipy": r"/tests/|\.py[ix]$|\.px[di]$|scipy/(io|signal|odr|cluster|datasets|fftpack|misc)/",
+    "scipy": r"/tests/|\.py[ix]$|\.px[di]$|scipy/(io|signal|odr|cluster|datasets|fftpack|misc)/"
+    r"|scipy/stats/(_unuran/|_sobol_direction_numbers)|scipy/special/_add_newdocs",
 }
 """Package -> files of its wheel that are left out. Arrow's shared libraries are loaded by the name
 that ends in one number; its wheel has each three times."""
-STRIPPED = ("pyarrow",)
-"""Packages whose libraries lose their symbol tables, a fifth of Arrow's bytes. Not SciPy's: a
-library that was patched when its wheel was made may not load after that."""
+STRIPPED: dict[str, str] = {"pyarrow": r"\.so(\.|$)", "scipy": r"^scipy/.*\.so$"}
+"""Package -> libraries that lose their symbol tables, a fifth of Arrow's bytes. Not OpenBLAS and
+Fortran's: they were patched when SciPy's wheel was made, and do not load after that."""
 
 
 def main() -> None:
@@ -66,17 +67,17 @@ def main() -> None:
         _pip("wheel", "--no-deps", "-w", place, *BUILD, str(ROOT))
         for wheel in sorted(fetched.glob("*.whl")):
             name = wheel.name.partition("-")[0]
-            slim(wheel, folder / wheel.name, UNUSED.get(name), strip=name in STRIPPED)
+            slim(wheel, folder / wheel.name, UNUSED.get(name), strip=STRIPPED.get(name))
     size = sum(wheel.stat().st_size for wheel in folder.iterdir()) / 2**20
     print(f"{folder}: {len(list(folder.iterdir()))} wheels, {size:.1f} MiB")
     print(f"on a machine that has {', '.join(HAVE)}:")
     print(f"  pip install --no-index --no-deps {folder.name}/*.whl")
 
 
-def slim(wheel: Path, target: Path, unused: str | None, *, strip: bool = False) -> None:
+def slim(wheel: Path, target: Path, unused: str | None, *, strip: str | None = None) -> None:
     """Copy a wheel without the files that match, its RECORD to suit, packed by LZMA.
 
-    ``strip`` removes the symbol tables of its shared libraries.
+    ``strip`` says of which shared libraries the symbol tables are removed.
     """
     with zipfile.ZipFile(wheel) as full, zipfile.ZipFile(target, "w", zipfile.ZIP_LZMA) as kept:
         for info in full.infolist():
@@ -85,7 +86,7 @@ def slim(wheel: Path, target: Path, unused: str | None, *, strip: bool = False) 
             content = full.read(info)
             if unused and info.filename.endswith(".dist-info/RECORD"):
                 content = _record(content, unused)
-            if strip and ".so" in Path(info.filename).name:
+            if strip and re.search(strip, info.filename):
                 content = _stripped(content)
             kept.writestr(info, content, zipfile.ZIP_LZMA)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.make_bundle import UNUSED, slim
+from tools.make_bundle import STRIPPED, UNUSED, slim
 
 
 def _wheel(folder: Path) -> Path:
@@ -71,8 +71,15 @@ def test_what_is_imported_is_not_left_out() -> None:
         ("pyarrow", "pyarrow/_fs.cpython-312-x86_64-linux-gnu.so", "pyarrow/tests/test_fs.py"),
         ("pyarrow", "pyarrow/libarrow_python.so.2600", "pyarrow/libarrow_python.so"),
         ("scipy", "scipy/special/_ufuncs.cpython-312.so", "scipy/signal/__init__.py"),
+        ("scipy", "scipy/stats/_sobol.cpython-312.so", "scipy/stats/_sobol_direction_numbers.npz"),
     ],
 )
 def test_what_is_loaded_is_kept(package: str, kept: str, left_out: str) -> None:
     assert not re.search(UNUSED[package], kept)
     assert re.search(UNUSED[package], left_out)
+
+
+def test_patched_libraries_keep_their_symbols() -> None:
+    """OpenBLAS and Fortran's were moved into SciPy's wheel by a tool that rewrites them."""
+    assert re.search(STRIPPED["scipy"], "scipy/optimize/_highspy/_core.cpython-312.so")
+    assert not re.search(STRIPPED["scipy"], "scipy.libs/libscipy_openblas-5f890258.so")
