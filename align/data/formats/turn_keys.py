@@ -46,7 +46,8 @@ class NotTurns(ValueError):
 
 def is_list(value: Any) -> TypeGuard[Sequence[Any]]:
     """Whether a value of a row is a list; text is none, though Python counts it as a sequence."""
-    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+    # ordinary kinds first: asking an abstract class takes four times as long
+    return not isinstance(value, str | bytes) and isinstance(value, (list, tuple, Sequence))
 
 
 def has_content(value: Any) -> bool:

@@ -71,7 +71,7 @@ def _read_turn(turn: Any, left_out: set[str]) -> Message:
         raise NotTurns("a turn written as text", _EXAMPLE)
     if isinstance(turn, str):
         raise NotTurns("a list of texts, which does not say who speaks", f"one text, or {_EXAMPLE}")
-    if not isinstance(turn, Mapping):
+    if not isinstance(turn, (dict, Mapping)):
         raise NotTurns("a turn is not an object", _EXAMPLE)
     role, content = _either(turn, "role", "from"), _either(turn, "content", "value")
     if is_list(content):
