@@ -18,7 +18,8 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,7 +31,9 @@ from transformers import AutoTokenizer
 from benchmarks.data import SOURCE, write_jsonl
 
 ROOT = Path(__file__).parents[1]
-ROWS = 60
+ROWS = 1200
+TOKENISED = 60
+"""Rows that are tokenised, the first ones: it takes a hundred times as long as reading them."""
 ROUNDS = 7
 SECONDS = 0.1
 """Time that a figure is measured over at least, in each round."""
@@ -38,11 +41,12 @@ TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-Measured = dict[str, Callable[[], Any]]
+Measured = dict[str, tuple[Callable[[], Any], int]]
+"""Name of a figure -> what is measured, and of how many rows."""
 
 
 def rows_of(words: list[str], turns: int) -> Iterator[dict[str, Any]]:
-    """Rows of ``turns`` turns of 10 to 60 words; 0 = a preference pair of strings."""
+    """Yield rows of ``turns`` turns of 10 to 60 words; 0 = a preference pair of strings."""
     rng = np.random.default_rng(turns)
 
     def text() -> str:
@@ -58,7 +62,7 @@ def rows_of(words: list[str], turns: int) -> Iterator[dict[str, Any]]:
 
 
 def tokenizers(model: str) -> dict[str, Any]:
-    """The model's tokenizer with ChatML, whose tags are special tokens or text.
+    """Load the model's tokenizer with ChatML, whose tags are special tokens or text.
 
     With tags that are text, EOS is appended to each answer, so that each is a sequence of its own.
     """
@@ -75,7 +79,7 @@ def tokenizers(model: str) -> dict[str, Any]:
 
 
 def load_checkout(folder: Path) -> dict[str, Any]:
-    """Functions of a checkout's ``align``; that of another checkout is out of ``sys.modules``."""
+    """Import functions of a checkout's ``align``; another's leaves ``sys.modules``."""
     for name in [n for n in sys.modules if n.partition(".")[0] == "align"]:
         del sys.modules[name]
     sys.path.insert(0, str(folder))
@@ -88,7 +92,7 @@ def load_checkout(folder: Path) -> dict[str, Any]:
 
 
 def _module_with(folder: Path, function: str) -> ModuleType:
-    """The module of ``align.data`` that defines a function, wherever the checkout has it."""
+    """Find the module of ``align.data`` that defines a function, wherever the checkout has it."""
     for path in sorted((folder / "align" / "data").rglob("*.py")):
         if f"\ndef {function}(" in path.read_text(encoding="utf-8"):
             parts = path.relative_to(folder).with_suffix("").parts
@@ -97,37 +101,46 @@ def _module_with(folder: Path, function: str) -> ModuleType:
 
 
 def cases(checkout: dict[str, Any], files: dict[str, Path], made: dict[str, Any]) -> Measured:
-    """Name of a figure -> what is measured, which goes through all rows of a file."""
+    """Make the figures of one checkout."""
     measured: Measured = {}
     for name, path in files.items():
         source = [checkout["DataSource"](path=str(path))]
         kind = "preference" if name == "pair" else "sft"
-        measured[f"read {name}"] = lambda path=path: sum(1 for _ in checkout["read_file"](path))
+        read = checkout["read_file"]
+        measured[f"read {name}"] = partial(_count, read, path), ROWS
         load = checkout["load_examples"]
-        measured[f"load {name}"] = lambda s=source, k=kind, load=load: load(s, kind=k)
-        examples = list(load(source, kind=kind).examples)
+        measured[f"load {name}"] = partial(load, source, kind=kind), ROWS
+        examples = list(load(source, kind=kind).examples)[:TOKENISED]
         for tags, tokenizer in made.items() if name != "pair" else [("text", made["text"])]:
             encode = checkout["encode_example"]
             label = f"tokenise {name}" + (f", tags are {tags}" if name != "pair" else "")
-            measured[label] = lambda e=examples, t=tokenizer, encode=encode: [
-                encode(t, one) for one in e
-            ]
+            measured[label] = partial(_encode_all, encode, tokenizer, examples), len(examples)
     return measured
 
 
-def least_seconds(sides: list[Measured], name: str) -> list[float]:
-    """CPU seconds of each side, in turn, the least of `ROUNDS`."""
+def _count(read: Callable[[Path], Iterable[Any]], path: Path) -> int:
+    return sum(1 for _ in read(path))
+
+
+def _encode_all(encode: Callable[..., Any], tokenizer: Any, examples: Iterable[Any]) -> list[Any]:
+    return [encode(tokenizer, example) for example in examples]
+
+
+def least_microseconds(sides: list[Measured], name: str) -> list[float]:
+    """CPU time a row of each side, in turn, the least of `ROUNDS`."""
     start = time.thread_time()
     for side in sides:
-        side[name]()
+        side[name][0]()
     times = 1 + int(len(sides) * SECONDS / max(time.thread_time() - start, 1e-6))
     least = [float("inf")] * len(sides)
     for _ in range(ROUNDS):
         for number, side in enumerate(sides):
+            act, rows = side[name]
             start = time.thread_time()
             for _ in range(times):
-                side[name]()
-            least[number] = min(least[number], (time.thread_time() - start) / times)
+                act()
+            passed = (time.thread_time() - start) / times / rows * 1e6
+            least[number] = min(least[number], passed)
     return least
 
 
@@ -151,7 +164,7 @@ def main() -> None:
         gc.freeze()  # else collections go through the rows of all sides
         print(f"{'us a row':34}" + "".join(f"{folder.name:>12}" for folder in folders))
         for name in sides[-1]:
-            found = [seconds / ROWS * 1e6 for seconds in least_seconds(sides, name)]
+            found = least_microseconds(sides, name)
             ratio = f"{found[-1] / found[0]:9.2f}" if len(found) > 1 else ""
             print(f"{name:34}" + "".join(f"{micro:12.1f}" for micro in found) + ratio)
 

@@ -63,6 +63,8 @@ _SCORES = tuple(
 def against_scores(fields: Fields) -> BadRow | None:
     """A remark on a pair whose rejected answer has the higher score; None where scores agree."""
     for chosen, rejected in _SCORES:
+        if chosen not in fields.values:
+            continue
         try:
             scores = [float(fields.values[name]) for name in (chosen, rejected)]
         except (KeyError, TypeError, ValueError, OverflowError):
@@ -286,7 +288,8 @@ def alpaca_answer(fields: Fields) -> str | None:
 
 
 def _has(*names: str, without: str = "") -> Callable[[Fields], bool]:
-    return lambda fields: all(n in fields for n in names) and without not in fields
+    wanted = set(names)
+    return lambda fields: wanted <= fields.values.keys() and without not in fields
 
 
 def _is_text_then_turns(fields: Fields) -> bool:

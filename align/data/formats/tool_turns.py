@@ -92,8 +92,12 @@ def standard_calls(turns: Sequence[Any]) -> Sequence[Any]:
 
 
 def _first(turn: Any, names: Sequence[str]) -> Any:
-    given = (turn.get(name) for name in names) if isinstance(turn, Mapping) else ()
-    return next((value for value in given if value is not None), None)
+    if isinstance(turn, (dict, Mapping)):
+        for name in names:
+            value = turn.get(name)
+            if value is not None:
+                return value
+    return None
 
 
 def _calls(words: Any) -> list[Any]:

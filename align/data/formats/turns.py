@@ -96,7 +96,7 @@ def _either(turn: Mapping[str, Any], name: str, other: str) -> Any:
     value, second = turn.get(name), turn.get(other)
     if value is None:
         return second
-    if has_content(second) and second != value:
+    if second is not None and has_content(second) and second != value:
         raise NotTurns(f"a turn whose {name} and {other} differ", "keep one of them")
     return value
 
