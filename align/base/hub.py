@@ -1,9 +1,9 @@
 """Ask the hub once whether an id exists, before the libraries ask.
 
-The libraries ask with retries: for nearly a minute, where there is no network. Here one question
-has huggingface_hub's own time-out (``HF_HUB_ETAG_TIMEOUT``, 10 seconds). Only a definite no is an
-error: no such id, no access, no connection (refused, no route, no answer to it in time). Where the
-hub answers slowly or not well, or breaks a connection off, the libraries ask again as ever.
+The libraries ask with retries, for nearly a minute without a network. Here one question has
+huggingface_hub's own time-out (``HF_HUB_ETAG_TIMEOUT``, 10 seconds). Only a definite no is an
+error: no such id, no access, no connection (refused, no route, no answer in time). If the hub
+answers slowly or badly, or breaks a connection off, the libraries ask again as usual.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from typing import Literal
 from align.types import AlignError
 
 UNREACHABLE = {"ConnectError", "ConnectTimeout", "ConnectionError", "ProxyError"}
-"""Errors by their names: the library under huggingface_hub is not always the same."""
+"""Names of connection errors: the HTTP library under huggingface_hub varies."""
 BROKEN_OFF = (ConnectionResetError, ConnectionAbortedError, BrokenPipeError)
-"""Somebody was there, though these, or what a library makes of them, are named ConnectionError."""
+"""Errors of a server that was reached, though libraries call them ConnectionError too."""
 
 
 @functools.cache
 def require_on_the_hub(name: str, kind: Literal["model", "dataset"], file: str) -> None:
-    """Refuse a name that the hub does not have, or that cannot be asked for; once for each name.
+    """Refuse a name that the hub does not have or does not answer for; asked once per name.
 
     Args:
-        name: ``org/name``; nothing of it in the hub's cache.
-        kind: What it is a name of.
-        file: A file that is asked for; that it is missing is no error.
+        name: ``org/name``, not in the hub's cache.
+        kind: Kind of the repository.
+        file: A file to ask for; a missing file is no error.
     """
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
 
@@ -35,7 +35,7 @@ def require_on_the_hub(name: str, kind: Literal["model", "dataset"], file: str) 
         return
     try:
         get_hf_file_metadata(hf_hub_url(name, file, repo_type=kind))
-    except Exception as error:  # of any library under huggingface_hub
+    except Exception as error:  # any HTTP library's error
         reason = _definite_no(error)
         if reason:
             key = {"model": "model", "dataset": "data"}[kind]
@@ -43,7 +43,7 @@ def require_on_the_hub(name: str, kind: Literal["model", "dataset"], file: str) 
 
 
 def _definite_no(error: Exception) -> str:
-    """Line for the user; empty where asking again may help."""
+    """Return the line for the user; "" if asking again may help."""
     names = {cls.__name__ for cls in type(error).__mro__}
     if "GatedRepoError" in names:
         return "gated on the hub: ask for access on its page, then set HF_TOKEN"
@@ -59,7 +59,7 @@ def _definite_no(error: Exception) -> str:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error and what it came from."""
+    """Yield an error and its causes."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__

@@ -55,7 +55,7 @@ class Holder:
 
 
 _held: dict[Path, tuple[os.stat_result, FileLock | None]] = {}
-"""Folder -> the file that this process has locked, and its lock where the file system has any."""
+"""Folder -> file locked by this process, and its lock (None if the file system has no locks)."""
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_held.clear)  # filelock closes the child's descriptors
@@ -87,7 +87,7 @@ def take(folder: Path) -> Holder | None:
 
 
 def release(folder: Path) -> None:
-    """Give the lock back, if this process holds it."""
+    """Release the lock, if this process holds it."""
     mine = holds(folder)
     _, lock = _held.pop(folder.resolve(), (None, None))
     if mine:
@@ -98,7 +98,7 @@ def release(folder: Path) -> None:
 
 
 def holds(folder: Path) -> bool:
-    """Whether this process holds the folder's lock, and the folder is still the same one."""
+    """Tell whether this process holds the folder's lock, and the folder was not replaced."""
     try:
         file, _ = _held[folder.resolve()]
         return os.path.samestat(file, (folder / NAME).stat())
@@ -130,7 +130,7 @@ def holder_of(folder: Path) -> Holder | None:
 
 @contextmanager
 def held(folder: Path, what: str) -> Iterator[None]:
-    """Hold the lock of a folder that several runs are made in; ``what`` names it in the refusal."""
+    """Hold the lock of a folder with several runs; ``what`` names it in the refusal."""
     folder.mkdir(parents=True, exist_ok=True)
     mine = holds(folder)
     other = take(folder)
@@ -145,7 +145,7 @@ def held(folder: Path, what: str) -> Iterator[None]:
 
 @contextmanager
 def waiting_for(folder: Path) -> Iterator[None]:
-    """Be alone among those who ask for the same, for a moment; nothing where there are no locks."""
+    """Exclude other processes for a moment; no effect without locks."""
     if fcntl is None:
         yield
         return
@@ -166,12 +166,12 @@ def refusal(folder: Path, holder: Holder) -> str:
 
 
 def _lock(path: Path) -> FileLock | None:
-    """Lock a file; None where there are no locks.
+    """Lock a file; None if the file system has no locks.
 
     Raises:
         Timeout: Another process holds it.
     """
-    if fcntl is None:  # what Windows locks cannot be read
+    if fcntl is None:  # a file locked on Windows cannot be read
         return None
     # a soft lock would outlive a killed process
     lock = FileLock(path, thread_local=False, fallback_to_soft=False)
@@ -185,7 +185,7 @@ def _lock(path: Path) -> FileLock | None:
 
 
 def _is_free(handle: int) -> bool | None:
-    """Whether nobody holds the lock; None where there are no locks."""
+    """Tell whether the lock is free; None if the file system has no locks."""
     if fcntl is None:
         return None
     try:

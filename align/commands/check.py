@@ -1,7 +1,7 @@
-"""``align check``: what a recipe will run, worked out without loading any weights.
+"""``align check``: print what a recipe will run, without loading any weights.
 
-Rows are read and checked as the run will do it; models are counted in ``model_sizes.py``, memory in
-``memory.py``. What is not on this machine is named and left out, never fetched.
+Rows are read and checked as in the run; models are counted in ``models/sizes.py``, memory in
+``check_memory.py``. Models and data that are not on this machine are named, never fetched.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from align.types import AlignError, DataSource, PromptExample
 
 
 def check(command: str, recipe: Any) -> Iterator[str]:
-    """The lines that ``align check`` prints. Keys and values were validated on reading."""
+    """Yield the lines that ``align check`` prints; keys and values were validated on reading."""
     kind = STAGES[command].rows
     check_trackers(getattr(recipe, "trackers", ()))
     yield f"command     align {command}"
@@ -92,7 +92,7 @@ def _rounds(recipe: IterateRecipe) -> Iterator[str]:
 
 
 def _only_elsewhere(recipe: Any) -> Iterator[str]:
-    """List what a run of the recipe is refused for on this machine, though another may have it."""
+    """List what this machine cannot run of the recipe, though another may."""
     import torch
 
     from align.models import offload
@@ -106,7 +106,7 @@ def _only_elsewhere(recipe: Any) -> Iterator[str]:
     for name in ("generation", "sampling"):
         if getattr(recipe, name, None) is not None:
             checks.append(partial(require_engine, getattr(recipe, name)))
-    found: dict[str, None] = {}  # of two sections with one engine the line is said once
+    found: dict[str, None] = {}  # two sections with one engine give one line
     for require in checks:
         try:
             require()
@@ -116,7 +116,7 @@ def _only_elsewhere(recipe: Any) -> Iterator[str]:
 
 
 def _check_functions(recipe: Any, prompts: Sequence[PromptExample]) -> None:
-    """A function's arguments have to be columns of the data, where they are not ours."""
+    """Refuse a reward function whose arguments are not columns of the data."""
     from align.rewards import check_functions, columns_of
 
     for key in ("reward", "gold_reward"):
@@ -125,7 +125,7 @@ def _check_functions(recipe: Any, prompts: Sequence[PromptExample]) -> None:
 
 
 def _check_references(recipe: Any, examples: Sequence[Any]) -> None:
-    """A metric needs something to compare with."""
+    """Refuse a metric on prompts without references."""
     metrics = [term.metric for term in getattr(recipe, "reward", ()) if term.metric]
     for example in examples if metrics else ():
         if isinstance(example, PromptExample) and not example.references:
@@ -135,15 +135,12 @@ def _check_references(recipe: Any, examples: Sequence[Any]) -> None:
             )
 
 
-# ---------------------------------------------------------------- data
-
-
 SAMPLED = 2000
-"""Rows of a source, at most, that are tokenised to know how long rows are and what is dropped."""
+"""Most rows of a source that are tokenised to estimate lengths and drops."""
 
 
 def _read_as_the_run(source: DataSource, data: DataConfig, kind: Kind) -> tuple[Sequence[Any], str]:
-    """Rows of one source, read and checked as the run will do it."""
+    """Read and check the rows of one source as the run will."""
     from align.data.examples import load_examples, with_columns
     from align.data.formats.unread import not_read
 
@@ -160,7 +157,7 @@ def _read_as_the_run(source: DataSource, data: DataConfig, kind: Kind) -> tuple[
 
 
 def _read_beginning(source: DataSource, data: DataConfig, kind: Kind) -> tuple[Sequence[Any], str]:
-    """The first rows of a source that is streamed, read and checked as the run will do it."""
+    """Read and check the first rows of a streamed source as the run will."""
     from align.data.examples import with_columns
     from align.data.formats.unread import not_read
     from align.data.readers.source_rows import SourceRows
@@ -185,10 +182,10 @@ def _read_beginning(source: DataSource, data: DataConfig, kind: Kind) -> tuple[S
 
 
 def _not_here(source: DataSource) -> str:
-    """Why a source cannot be read now, if it cannot.
+    """Say why a source cannot be read now; "" if it can.
 
     Raises:
-        AlignError: It will not be there later either.
+        AlignError: It cannot be read later either.
     """
     from align.data.sources import as_a_list
     from align.models.locate import looks_like_hub_id
@@ -207,7 +204,7 @@ def _not_here(source: DataSource) -> str:
 
 
 def _notes(recipe: Any) -> Iterator[str]:
-    """List what lies in a folder beside the rows; refuses to train on what is held out."""
+    """List unread files in the data's folders; refuse to train on held-out rows."""
     from align.data.held_out import notes_of, refuse_shared
     from align.models.locate import looks_like_hub_id
 
@@ -228,8 +225,10 @@ def _first_source(data: DataConfig) -> str:
 
 
 def _tokenised(recipe: Any, sample: Sequence[Any]) -> tuple[float | None, list[str]]:
-    """Mean tokens of a row, shared prompts once, and what is dropped; None where the model is not
-    there yet. Prompts of an evaluation are taken whole."""
+    """Return mean tokens of a row, shared prompts once, and drops; None without the model.
+
+    Prompts of an evaluation are never dropped for their length.
+    """
     from align.data.tokens.chat import encode_some
     from align.models.load import load_tokenizer
 
@@ -262,9 +261,6 @@ def _output_note(command: str, recipe: Any) -> str:
         return " (holds a run, which is resumed)"
     resume = " or resume=auto" if STAGES[command].resumable else ""
     return f" (holds a run already: refused without overwrite=true{resume})"
-
-
-# ---------------------------------------------------------------- steps
 
 
 def _schedule(recipe: Any, rows: int) -> Iterator[str]:

@@ -1,8 +1,8 @@
-"""The most memory that a run will need, without loading weights.
+"""Estimate the peak memory of a run, without loading weights.
 
-It is what is held in the backward pass of the largest microbatch, worked out from shapes and
-printed with its parts, and on a CPU what the allocator cannot use again (`HOLES`), the one part
-that was measured. `benchmarks/memory.py` compares it with runs.
+The peak is in the backward pass of the largest microbatch. It is computed from shapes and printed
+with its parts, and on a CPU with the memory that the allocator cannot use again (`HOLES`), the one
+part that was measured. `benchmarks/memory.py` compares it with runs.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from align.models.sizes import TRAINED_BYTES, Size, count_parameters, find_confi
 
 LIBRARIES = 0.65e9
 """Bytes of a process that has imported torch, transformers, accelerate and peft and trained a tiny
-model, less that model: a round figure. On a GPU they are not in its memory."""
+model, without that model: a round figure. They are not in a GPU's memory."""
 HOLES = 0.25e9
-"""Bytes that a CPU's memory holds beside what is in use, free but of the wrong sizes: what outlives
-a microbatch lies scattered among what a microbatch frees. Measured, 0.15 to 0.6 GB, with models of
-40 and 135 million parameters, as the largest resident set less the other parts."""
+"""Fragmented memory on a CPU, bytes: tensors that outlive a microbatch are scattered among those
+that it frees. Measured, 0.15 to 0.6 GB, with models of 40 and 135 million parameters, as the
+largest resident set minus the other parts."""
 
 
 def models_and_memory(command: str, recipe: Any, tokens_per_row: float | None) -> Iterator[str]:
-    """Lines of ``align check``: every model with its parameters, then the peak and its parts.
+    """Yield lines of ``align check``: every model with its parameters, then the peak and its parts.
 
     Args:
         tokens_per_row: Mean of the training rows, if they could be tokenised: the last microbatch
@@ -62,7 +62,7 @@ def microbatch_tokens(recipe: Any) -> int:
 
 
 def largest_microbatch(recipe: Any, tokens_per_row: float | None) -> int:
-    """Tokens of the largest microbatch: the budget, or all that an optimizer step has."""
+    """Return the tokens of the largest microbatch: the budget, or a whole optimizer step."""
     budget = microbatch_tokens(recipe)
     if tokens_per_row is None:
         return budget
@@ -102,18 +102,18 @@ def _lines(
         kept = replace(recipe, activation_offload=False)
         there = training_bytes(config, kept, tokens, gpu=gpu, tokens_per_row=tokens_per_row)
         waiting = there["activations"] - parts["activations"]
-        yield f"offloaded   about {waiting / 1e9:.2f} GB of activations wait in the CPU's memory"
+        yield f"offloaded   about {waiting / 1e9:.2f} GB of activations to the CPU's memory"
 
 
 def _on_gpu(recipe: Any) -> bool:
-    """Where it will run; a recipe in bf16 is one for a GPU, wherever it is checked."""
+    """Tell whether the run will use a GPU; a recipe in bf16 is meant for one."""
     import torch
 
     return torch.cuda.is_available() or recipe.precision == "bf16"
 
 
 def _in_bf16(recipe: Any, *, gpu: bool) -> bool:
-    """Whether products will be in bf16, on this machine or the GPU that the recipe is meant for."""
+    """Tell whether products will be in bf16, here or on the GPU that the recipe is meant for."""
     import torch
 
     from align.models.precision import resolve_precision
@@ -126,13 +126,13 @@ def _in_bf16(recipe: Any, *, gpu: bool) -> bool:
 def training_bytes(
     config: Any, recipe: Any, tokens: int, *, gpu: bool, tokens_per_row: float | None = None
 ) -> dict[str, float]:
-    """What a microbatch of ``tokens`` needs beside the weights, in bytes by part.
+    """Estimate the memory of a microbatch of ``tokens`` beside the weights, in bytes by part.
 
-    A llama-like block keeps, for each token: of each of its two norms the input and, where the gain
-    is trained, the result before it; what its linear layers multiply, of which autocast makes a
-    copy for each of the five that follow a norm; queries, keys, values, what attention gave, on a
-    CPU its probabilities (`align.models.attention.cpu`); four tensors as wide as the MLP. Of the
-    logits a chunk exists at a time, and twice more in float32, on a CPU in pieces.
+    A llama-like block saves for each token: for each of its two norms the input and, if the gain is
+    trained, the result before it; the inputs of its linear layers, of which autocast copies each of
+    the five that follow a norm; queries, keys, values, the output of attention and, on a CPU, its
+    probabilities (`align.models.attention.cpu`); four tensors as wide as the MLP. One chunk of the
+    logits exists at a time, and two float32 copies of it, on a CPU in pieces.
     """
     from align.losses.logprobs import CHUNK_ELEMENTS, PIECE_ELEMENTS
     from align.models.attention.choose import head_shape
@@ -153,17 +153,17 @@ def training_bytes(
         attention += queries * product
     else:
         row = tokens_per_row or KEPT
-        # a block of queries keeps whole rows up to its last query's own key
+        # a block of queries saves whole rows up to its last query's own key
         attention += heads * round((row + min(row, BLOCK)) / 2) * product if row <= KEPT else 0
     block = norms + inputs + attention + 4 * mlp * product
     trained_layers = layers if whole else recipe.lora.top_layers or layers
     kept = trained_layers * block
     if recipe.gradient_checkpointing:
         kept = layers * width * stream + block
-    if recipe.activation_offload:  # a layer's on the way; the others wait in the CPU's memory
+    if recipe.activation_offload:  # one layer's at a time; the others are in the CPU's memory
         kept = block
     found = {"activations": float(tokens * kept)}
-    if product < stream:  # autocast's copies of the weights, which the backward pass multiplies too
+    if product < stream:  # autocast's copies of the weights, used by the backward pass too
         linear = width * (2 * queries + 2 * keys + 3 * mlp)
         head = 0 if hasattr(recipe, "reward_model") else vocabulary * width
         one = recipe.gradient_checkpointing or recipe.activation_offload
@@ -172,7 +172,7 @@ def training_bytes(
     if not hasattr(recipe, "reward_model"):  # a language model's head
         chunk = min(tokens * vocabulary, CHUNK_ELEMENTS)
         pieces = chunk if gpu else min(chunk, PIECE_ELEMENTS)
-        # the head's gradient, and the embedding's, before they are added to what is there
+        # gradients of the head and the embedding, before they are accumulated
         dense = 2 * vocabulary * width * 4 if whole else 0
         found["logits"] = float(product * chunk + 8 * pieces + dense)
     return found

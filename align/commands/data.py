@@ -1,4 +1,4 @@
-"""``align data check|convert|rank|trace``: look at data, rewrite it, rank it, find it again."""
+"""``align data check|convert|rank|trace``: check, rewrite, rank and trace data."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def add_parser(commands: Any) -> None:
         allow_abbrev=False,
     )
     actions = data.add_subparsers(dest="action", metavar="ACTION", required=True)
-    check = actions.add_parser("check", help="what is wrong with the data, and how it is read")
+    check = actions.add_parser("check", help="show how the data are read, and their problems")
     _add_files(check)
     check.add_argument("--test", nargs="+", default=[], metavar="FILE", help="held-out rows")
     check.add_argument("--model", help="its tokenizer shows rows as tokens (folder or hub id)")
@@ -55,7 +55,7 @@ def add_parser(commands: Any) -> None:
         help="strings, messages, conversations, hh, sharegpt, alpaca, ranking, text, prompts",
     )
     convert.add_argument("-o", "--output", required=True, metavar="FILE", help="a new .jsonl")
-    convert.add_argument("--skip-bad-rows", action="store_true", help="count them, go on")
+    convert.add_argument("--skip-bad-rows", action="store_true", help="count and skip them")
     convert.set_defaults(run=run_convert)
     rank.add_parser(actions)
     trace.add_parser(actions)
@@ -63,7 +63,7 @@ def add_parser(commands: Any) -> None:
 
 def _add_files(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", nargs="+", metavar="FILE", help="a file, a folder or a hub set")
-    parser.add_argument("--kind", choices=["sft", "preference", "prompt"], help="what rows are")
+    parser.add_argument("--kind", choices=["sft", "preference", "prompt"], help="kind of the rows")
     parser.add_argument(
         "--columns", nargs="+", default=[], metavar="OURS=THEIRS", help="such as prompt=question"
     )

@@ -1,4 +1,4 @@
-"""``align data check`` for people: rows in colour, then what was found."""
+"""Print ``align data check`` for people: rows in colour, then the findings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from align.data.tokens.findings import Shown
 COLOURS = {"error": "bold red", "warning": "yellow", "note": "cyan"}
 TRAINED, SEEN = "black on green", "dim"
 LONGEST = 1200
-"""Characters shown of one side of a row."""
+"""Most characters shown of one side of a row."""
 
 
 def print_page(found: Inspection) -> None:
@@ -46,7 +46,7 @@ def print_page(found: Inspection) -> None:
 
 
 def _text(text: str, style: str = "") -> Text:
-    """Text of a file as it is: neither the terminal nor rich's markup obeys it."""
+    """Make text of a file printable: neither the terminal nor rich's markup interprets it."""
     return Text(printable(text), style=style)
 
 
@@ -56,7 +56,7 @@ def _row(row: Shown) -> Text:
         text.append(_text(f"{name:>9} " if name else "", "bold"))
         room = LONGEST
         for i, (piece, trained) in enumerate(tokens):
-            # every other token a little lighter, so that their bounds show
+            # every other token in italics, so that their bounds show
             style = TRAINED + (" italic" if i % 2 else "") if trained else SEEN
             text.append(_text(piece.replace("\n", "↵\n").replace("\t", "→"), style))
             room -= len(piece)

@@ -1,4 +1,4 @@
-"""``align doctor RUN``: what is wrong with a run, from what it has written."""
+"""``align doctor RUN``: diagnose a run from its folder."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from align.base.suggest import did_you_mean
 from align.types import AlignError
 
 SHOWN = 6
-"""Runs that are named of a folder with more."""
+"""Most runs that a message lists."""
 
 
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
-        "doctor", help="say what is wrong with a run; exits with 1 if something is"
+        "doctor", help="diagnose a run; exits with 1 if something is wrong"
     )
     parser.add_argument("folder", metavar="RUN", help="a run's folder, such as runs/tiny/ppo")
     parser.set_defaults(run=run)
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _require_run(folder: Path) -> None:
-    """Refuse what is no run's folder, and name the run that was meant where one is near."""
+    """Refuse a folder that is no run's, and name the run that was probably meant."""
     if os.path.lexists(folder / "manifest.json"):
         return
     if not folder.is_dir():

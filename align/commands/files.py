@@ -1,4 +1,4 @@
-"""Files that commands write."""
+"""Write the output files of commands."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ from align.base.files import write_whole
 
 
 def write_rows(path: Path, rows: Sequence[object]) -> None:
-    """JSONL, only where nothing lies yet."""
+    """Write JSONL to a new file."""
     write_whole(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows), new=True)

@@ -18,7 +18,7 @@ from align.types import AlignError, DataSource
 
 HOST = "127.0.0.1"
 IDLE_SECONDS = 15
-"""Until a connection that says nothing is closed."""
+"""Time after which a silent connection is closed."""
 
 EPILOG = """\
   align label runs/tiny/pairs/samples.jsonl --answers answers.sqlite
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def read_responses(file: str) -> Iterator[tuple[Any, str, str | None]]:
-    """(prompt, text, model) of every response of a file."""
+    """Yield (prompt, text, model) of every response of a file."""
     from align.data.formats.fields import Fields
     from align.data.formats.unread import unread_columns
     from align.data.sources import BadRow, Row, read_source
@@ -102,9 +102,9 @@ def read_responses(file: str) -> Iterator[tuple[Any, str, str | None]]:
 
 
 def serve(store: Any, *, goal: int | None, overlap: float, port: int | None) -> None:
-    """Answer on the loopback address until Ctrl-C.
+    """Serve on the loopback address until Ctrl-C.
 
-    Without ``port`` it is the one that the file was served on last, so that an open page goes on.
+    Without ``port``, use the port of the last time, so that an open page keeps working.
     """
     try:
         from werkzeug.serving import WSGIRequestHandler, make_server
@@ -114,7 +114,7 @@ def serve(store: Any, *, goal: int | None, overlap: float, port: int | None) -> 
         raise AlignError("label: needs Flask; run pip install 'align-rlhf[label]'") from error
 
     class Handler(WSGIRequestHandler):
-        timeout = IDLE_SECONDS  # else every connection that says nothing keeps a thread
+        timeout = IDLE_SECONDS  # else every silent connection keeps a thread
 
     logging.getLogger("werkzeug").setLevel(logging.CRITICAL)  # it would log the token
     with store.served_alone(), _listening(store.port, port) as listener:
@@ -130,7 +130,7 @@ def serve(store: Any, *, goal: int | None, overlap: float, port: int | None) -> 
 
 
 def _listening(last: int | None, asked: int | None) -> socket.socket:
-    """A socket on the asked port, else on the last one, else on a free one."""
+    """Open a socket on the requested port, else on the last one, else on a free one."""
     try:
         return socket.create_server((HOST, last if asked is None and last else asked or 0))
     except (OSError, OverflowError) as error:

@@ -1,4 +1,4 @@
-"""``align data rank``: judgements of several annotators -> leaderboard, agreement, pairs."""
+"""``align data rank``: turn annotators' judgements into a leaderboard, agreement and pairs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def add_parser(actions: Any) -> None:
     rank.add_argument(
         "--prior", type=float, default=0.0, help="precision of a normal prior on strengths (0)"
     )
-    rank.add_argument("--seed", type=int, default=0, help="of Elo's resamples")
+    rank.add_argument("--seed", type=int, default=0, help="seed of Elo's resamples")
     rank.add_argument("--json", action="store_true", help="one JSON object instead of tables")
     rank.set_defaults(run=run)
 

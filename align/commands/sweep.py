@@ -1,8 +1,8 @@
-"""``align sweep``: one recipe over several values of a key, then one table and one frontier.
+"""``align sweep``: run one recipe over several values of a key, then print one table.
 
-Each point is a run of its own in ``<output_dir>/<key>=<value>``. A point whose run is done is not
-run again and one that was interrupted goes on from its newest checkpoint, so a sweep that died is
-started again by the same command.
+Each point is a run of its own in ``<output_dir>/<key>=<value>``. A point that is done is not run
+again, and an interrupted one resumes from its newest checkpoint, so the same command restarts a
+sweep that died.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ def sweep(
     """Run every point, then the evaluation over all of them.
 
     Args:
-        stage: What is swept, such as ``STAGES["dpo"]``.
+        stage: Stage to sweep, such as ``STAGES["dpo"]``.
         recipe: A path or a shipped name.
         overrides: ``key=value`` for every point.
         over: ``key=a,b,c``; several keys make a grid.
-        evaluate: An evaluation's recipe, whose models stay beside the sweep's; None = none.
+        evaluate: An evaluation's recipe, whose models are compared with the sweep's, or None.
     """
     points = grid(over)
-    # every point is read before the first one runs: a mistake in the last would cost hours
+    # read every point before the first one runs: a mistake in the last would cost hours
     base = _load(stage, recipe, overrides)
     root = Path(base.output_dir)
     planned = []
@@ -66,7 +66,7 @@ def sweep(
 
 
 def grid(over: Sequence[str]) -> list[list[str]]:
-    """``["a=1,2", "b=3"]`` -> ``[["a=1", "b=3"], ["a=2", "b=3"]]``."""
+    """Make a grid: ``["a=1,2", "b=3"]`` -> ``[["a=1", "b=3"], ["a=2", "b=3"]]``."""
     axes = []
     for text in over:
         key, sign, values = text.partition("=")
@@ -82,7 +82,7 @@ def grid(over: Sequence[str]) -> list[list[str]]:
 
 
 def _held_out(folders: Sequence[Path]) -> list[list[str]]:
-    """A row for each point, a column for each number that its run held out."""
+    """Make a row for each point and a column for each held-out number."""
     found = {f.name: _manifest(f).get("held_out") or {} for f in folders}
     keys = list(dict.fromkeys(key for numbers in found.values() for key in numbers))
     rows = [[n, *(f"{v[k]:.4g}" if k in v else "" for k in keys)] for n, v in found.items()]
@@ -115,7 +115,7 @@ def _run_point(
 
 
 def _check_same(manifest: Mapping[str, Any], planned: Any, folder: Path) -> None:
-    """A finished point of another recipe is no point of this sweep."""
+    """Refuse a finished point that was run with another recipe."""
     from align.config.load import to_yaml
     from align.run.identity import first_change, lasting, plain
 
@@ -129,10 +129,10 @@ def _check_same(manifest: Mapping[str, Any], planned: Any, folder: Path) -> None
 
 
 def _with_models(recipe: str, swept: dict[str, str], folder: Path) -> Any:
-    """The evaluation's recipe with the sweep's models behind its own."""
+    """Load the evaluation's recipe with the sweep's models after its own."""
     own = _load(STAGES["eval"], recipe, [])
     models = {**own.models, **swept}
-    # through JSON: names and folders may hold what YAML would read otherwise
+    # as JSON, because YAML may misread names and folders
     named = json.dumps(models, ensure_ascii=False)
     overrides = [f"models={named}", f"output_dir={folder}", "overwrite=true"]
     return _load(STAGES["eval"], recipe, overrides)

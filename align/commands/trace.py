@@ -1,4 +1,4 @@
-"""``align data trace RUN``: which rows of which files a run, or one step of it, was trained on."""
+"""``align data trace RUN``: list the rows that a run, or one step of it, was trained on."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def read_trained_rows(folder: Path) -> tuple[list[str], list[int], dict[str, Any]]:
-    """(ids, tokens, manifest): an id is ``file:line``, ``#2`` behind it for a second copy."""
+    """Read (ids, tokens, manifest); an id is ``file:line``, with ``#2`` for a second copy."""
     manifest: dict[str, Any] = {}
     try:
         manifest = read_manifest(folder)
@@ -60,17 +60,17 @@ def read_trained_rows(folder: Path) -> tuple[list[str], list[int], dict[str, Any
 
 
 def _require_done(folder: Path, step: int) -> None:
-    """Refuse a step that was not taken, and say of one that was left out that it was."""
+    """Refuse a step that the run has not done; warn about one that was skipped."""
     logged = read_logged(folder / "metrics.jsonl")
     done = int(max((row.get("step", 0) for row in logged), default=0))
     if not 1 <= step <= done:
         raise AlignError(f"data trace: --step {step}: the run has logged steps 1 to {done}")
     if step in {row.get("step") for row in read_logged(folder / NONFINITE)}:
-        warn(f"data trace: step {step} was left out, or a part of it was: see {folder / NONFINITE}")
+        warn(f"data trace: step {step} was skipped, or a part of it: see {folder / NONFINITE}")
 
 
 def members_of(manifest: dict[str, Any], lengths: list[int], step: int) -> list[int]:
-    """The rows of one step, worked out as the run did it."""
+    """Compute the rows of one step, as the run did."""
     from align.data.order import epoch_order, minibatches, prompt_batch
 
     recipe = manifest["recipe"]

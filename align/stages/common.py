@@ -1,4 +1,4 @@
-"""What every stage begins with: an accelerator, a run folder, a tokenizer."""
+"""Open a stage: accelerator, run folder, tokenizer."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from align.types import AlignError
 
 @dataclass(frozen=True)
 class Session:
-    """An open stage: where it runs, where it writes, and its tokenizer."""
+    """An open stage: its accelerator, run folder and tokenizer."""
 
     accelerator: Accelerator
     run: Run
@@ -59,7 +59,7 @@ def open_session(recipe: CommonRecipe, stage: str) -> Session:
         )
     if recipe.activation_offload:
         require_gpu(accelerator.device)
-    # a misspelt file is told at once, before a model is looked for on the hub
+    # report a misspelt file at once, before looking for a model on the hub
     notes = notes_of((*recipe.data.train, *recipe.data.test))
     for note in notes if accelerator.is_main_process else ():
         say(f"{stage}: {note}")
@@ -90,13 +90,13 @@ def open_session(recipe: CommonRecipe, stage: str) -> Session:
 
 
 def _no_traceback_of_a_full_disk(failed: threading.ExceptHookArgs) -> None:
-    """TensorBoard's thread raises what the next log raises again, as one line with the folder."""
+    """Silence TensorBoard's thread: the next log raises its error as one line with the folder."""
     if not issubclass(failed.exc_type, OSError):
         threading.__excepthook__(failed)
 
 
 def _tracker(accelerator: Accelerator, stage: str, recipe: str) -> Callable[..., None]:
-    """Accelerate's trackers, opened with the first numbers: by then the run has begun."""
+    """Open Accelerate's trackers with the first numbers, when the run has begun."""
     opened: list[bool] = []
     hook = threading.excepthook
     threading.excepthook = _no_traceback_of_a_full_disk
@@ -112,7 +112,7 @@ def _tracker(accelerator: Accelerator, stage: str, recipe: str) -> Callable[...,
 
     def log(metrics: dict[str, float], step: int) -> None:
         if not opened:
-            # of a run that is resumed: what TensorBoard has of the steps that are done again
+            # purge TensorBoard's points of steps that a resumed run repeats
             again = {"tensorboard": {"purge_step": step}}
             accelerator.init_trackers(
                 f"align-{stage}", config={"recipe": recipe}, init_kwargs=again
@@ -124,12 +124,12 @@ def _tracker(accelerator: Accelerator, stage: str, recipe: str) -> Callable[...,
 
 
 def policy_end_ids(policy: Policy, session: Session) -> tuple[int, ...]:
-    """What ends a response: the model's own end tokens and its chat template's."""
+    """List the ids that end a response: the model's own end tokens and its chat template's."""
     return end_token_ids(session.tokenizer, policy.inner.generation_config.eos_token_id)
 
 
 def save_policy(model: torch.nn.Module, session: Session) -> None:
-    """The trained model in ``output_dir/model``; called by every process."""
+    """Save the trained model in ``output_dir/model``; every rank calls it."""
     policy = whole(model, session.accelerator)
     if policy is None:
         return
@@ -138,7 +138,7 @@ def save_policy(model: torch.nn.Module, session: Session) -> None:
 
 
 def require_same_vocabulary(key: str, model: str, recipe: CommonRecipe, session: Session) -> None:
-    """Refuse a model that does not speak of the policy's tokens."""
+    """Refuse a model whose vocabulary is not the policy's."""
     if not same_vocabulary(model, recipe, session):
         raise other_vocabulary(key, model, recipe.model)
 
@@ -151,7 +151,7 @@ def same_vocabulary(model: str, recipe: CommonRecipe, session: Session) -> bool:
 
 
 def introduce(model: Packed, session: Session) -> dict[str, Any]:
-    """Say how a model that is trained runs; its facts for the manifest."""
+    """Print how a trained model runs; return its facts for the manifest."""
     if session.run.is_main:
         say(f"  {model.name}: precision {model.precision}, attention {model.attention}")
     return {

@@ -3,8 +3,8 @@
     h = log pi(chosen)/pi_ref(chosen) - log pi(rejected)/pi_ref(rejected)
     loss = -log sigmoid(beta h), or another of the losses in ``align.losses.dpo``
 
-The reference's log-probabilities are computed once and kept on disk by default, keyed by its
-weights and the token ids; or with the adapter switched off; or with a second model at every step.
+The reference's log-probabilities are computed once and cached on disk by default, keyed by its
+weights and the token ids; or computed with the adapter off, or by a second model, at every step.
 Source: Rafailov et al. 2023, eq. 7 (arXiv:2305.18290).
 """
 
@@ -43,7 +43,7 @@ from align.training.loop import Measure, Measured, evaluate_groups, train
 from align.types import TokenBatch, TokenGroup
 
 Reference = Callable[[TokenBatch, Sequence[int]], Tensor]
-"""Reference log-probs of a batch's sequences, in the batch's order."""
+"""Function to the reference log-probs of a batch's sequences, in the batch's order."""
 
 
 def run(recipe: DPORecipe) -> None:
@@ -76,7 +76,7 @@ def run(recipe: DPORecipe) -> None:
     model = prepare(policy, session.accelerator)
     if frozen is not None and recipe.dpo.reference == "online":
         shard(frozen, session.accelerator)
-    del models, frozen  # what is cached is not needed any more
+    del models, frozen  # a cached reference is not needed any more
 
     def measure_with(reference: Reference) -> Measure:
         def measure(batch: TokenBatch, members: Sequence[int]) -> Measured:
@@ -120,7 +120,7 @@ def run(recipe: DPORecipe) -> None:
 def _measure(
     options: DPOConfig, statistics: TokenStatistics, ref_logprobs: Tensor, batch: TokenBatch
 ) -> Measured:
-    """Losses of the pairs of one microbatch; sequences are chosen, rejected, chosen, ..."""
+    """Compute losses of one microbatch's pairs; sequences are chosen, rejected, chosen, ..."""
     logprobs, lengths = sequence_sums(statistics.logprobs, batch)
     losses = dpo_loss(
         logprobs[0::2],
@@ -159,10 +159,10 @@ def _measure(
 
 
 def sequence_sums(values: Tensor, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-    """Sum over each sequence's counted tokens, and their number, in the batch's order."""
+    """Sum over each sequence's counted tokens, and count them, in the batch's order."""
     sequence, _ = counted_coordinates(batch)
     numbers = torch.from_numpy(batch_sequences(batch)).to(values.device)
-    # a batch's sequences are numbered upwards, whichever of the minibatch they are
+    # a batch's sequences are in ascending order
     index = torch.searchsorted(numbers, sequence)
     sums = values.new_zeros(len(numbers)).index_add(0, index, values)
     return sums, torch.bincount(index, minlength=len(numbers)).to(values.dtype)
@@ -175,7 +175,7 @@ def _reference(
     frozen: Policy | None,
     groups: Sequence[TokenGroup],
 ) -> Reference:
-    """Where reference log-probs come from: disk, the adapter switched off, or a second model."""
+    """Make the source of reference log-probs: disk, the adapter off, or a second model."""
     if not LOSSES[recipe.dpo.loss_type].reference:
         return lambda batch, members: torch.zeros(len(batch.sequences), device=policy.device)
 
@@ -186,7 +186,7 @@ def _reference(
 
     if recipe.dpo.reference == "adapter_off":
         return adapter_switched_off
-    # a new adapter changes nothing yet, so before training the policy is its own reference
+    # a new adapter has no effect yet, so before training the policy is its own reference
     reference = frozen or policy
 
     @torch.no_grad()
@@ -207,7 +207,7 @@ def _reference(
 
 
 def _frozen(recipe: DPORecipe, session: Session) -> Policy | None:
-    """The second model, where the recipe needs one."""
+    """Load the second model, if the recipe needs one."""
     if recipe.dpo.reference_model is None and recipe.dpo.reference != "online":
         return None
     if recipe.dpo.reference_model is not None:

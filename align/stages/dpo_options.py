@@ -1,4 +1,4 @@
-"""Which of DPO's options go together: what `align check` and the run itself refuse."""
+"""Refuse DPO options that do not fit together, in `align check` and in the run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _own(name: str) -> Callable[[DPOConfig], str]:
     return lambda options: "" if name in LOSSES[options.loss_type].options else why
 
 
-# a key -> why it has no effect under these options, if it has none
+# key -> why it has no effect under these options; "" if it has one
 IDLE_UNLESS: dict[str, Callable[[DPOConfig], str]] = {
     **{name: _own(name) for name in OPTIONS},
     "beta": lambda o: (

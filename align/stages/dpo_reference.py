@@ -1,6 +1,6 @@
-"""Reference log-probabilities on disk, keyed by the reference's weights and the token ids.
+"""Cache reference log-probabilities on disk, keyed by the reference's weights and the token ids.
 
-A second epoch, a second run and another beta then pay nothing for the reference. A key made of the
+A second epoch, a second run and another beta then cost nothing for the reference. A key from the
 model's *name* would be wrong as soon as the folder's content changes.
 """
 
@@ -47,11 +47,11 @@ class ReferenceCache:
     ) -> ReferenceCache:
         """Read the log-probs of all groups from ``folder``, or compute and write them.
 
-        Each process computes its share.
+        Each rank computes its share.
         """
         path = folder / f"{_key(reference, groups)}.safetensors"
         kept = _read(path)
-        missing = max_over_processes(float(kept is None), accelerator)  # to any: all go one way
+        missing = max_over_processes(float(kept is None), accelerator)  # all ranks take one branch
         if kept is not None and not missing:
             return cls(groups, kept)
         is_main = accelerator.is_main_process
@@ -78,14 +78,16 @@ class ReferenceCache:
         return cls(groups, logprobs)
 
     def lookup(self, batch: TokenBatch, members: Sequence[int]) -> Tensor:
-        """Log-probs of a batch whose sequences are numbered over ``members``' continuations."""
+        """Return log-probs of a batch whose sequences are numbered over ``members``'
+        continuations.
+        """
         mine = np.concatenate([np.arange(self._first[i], self._first[i + 1]) for i in members])
         found = self._logprobs[mine[batch_sequences(batch)]]
         return torch.from_numpy(found).to(batch.input_ids.device)
 
 
 def _read(path: Path) -> np.ndarray | None:
-    """None where nothing is kept, or what is kept was damaged."""
+    """Read cached log-probs; None if there are none, or if they are damaged."""
     try:
         return load_tensors(path)[0]["logprobs"].numpy()
     except FileNotFoundError:

@@ -1,8 +1,8 @@
 """Sample responses to prompts, score them, and turn the scores into preference pairs.
 
 Writes ``samples.jsonl`` (prompt, response, references, score) and, with ``pairs``, ``pairs.jsonl``
-(prompt, chosen, rejected, margin), which ``align rm`` and ``align dpo`` read as it is; with
-``best_of_n`` also ``best.jsonl``, for ``align sft``.
+(prompt, chosen, rejected, margin) for ``align rm`` and ``align dpo``; with ``best_of_n`` also
+``best.jsonl``, for ``align sft``.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from align.types import AlignError, PromptExample
 FEW = "fewer than two finished samples"
 UNFINISHED = "ended by itself with a text; raise generation.max_new_tokens"
 Answer: TypeAlias = tuple[str, bool]
-"""A sampled text, and whether it ended by itself."""
+"""A sampled text, and True if it ended by itself."""
 
 
 def run(recipe: GenerateRecipe) -> None:
@@ -62,7 +62,7 @@ def run(recipe: GenerateRecipe) -> None:
     for other in recipe.also:
         require_same_vocabulary("also", other, recipe, session)
     by_model = [_sample(recipe, name, session, prompts) for name in names]
-    # all samples of a prompt side by side, whoever wrote them
+    # all samples of a prompt are neighbours, of any model
     answers = [[a for one in same for a in one] for same in zip(*by_model, strict=True)]
     k = recipe.generation.samples_per_prompt
     writers = [name for name in names for _ in range(k)]
@@ -96,7 +96,7 @@ def run(recipe: GenerateRecipe) -> None:
 def _sample(
     recipe: GenerateRecipe, model: str, session: Session, prompts: Split
 ) -> list[list[Answer]]:
-    """One model's samples of every prompt, in the prompts' order, on every process."""
+    """Sample every prompt from one model, in the prompts' order, on every rank."""
     accelerator = session.accelerator
     policy = load_policy(
         model,
@@ -167,15 +167,15 @@ def _score(
 
 
 def _why(left_out: dict[str, int]) -> str:
-    """Reasons with their counts, and the cure of the one that a short limit makes."""
-    told = ", ".join(f"{reason} ({count})" for reason, count in left_out.items())
-    return f"{told}; raise generation.max_new_tokens" if FEW in left_out else told
+    """List reasons with their counts, and the remedy for a short token limit."""
+    says = ", ".join(f"{reason} ({count})" for reason, count in left_out.items())
+    return f"{says}; raise generation.max_new_tokens" if FEW in left_out else says
 
 
 def best_of_n(rows: Sequence[dict[str, Any]], samples_per_prompt: int) -> list[dict[str, Any]]:
-    """Each prompt with its best finished sample: what `align sft` reads (rejection sampling).
+    """Choose each prompt's best finished sample, for `align sft` (rejection sampling).
 
-    A prompt whose samples were all cut off or empty is left out.
+    A prompt whose samples were all cut off or empty is skipped.
     """
     best = []
     for start in range(0, len(rows), samples_per_prompt):
@@ -191,9 +191,9 @@ def best_of_n(rows: Sequence[dict[str, Any]], samples_per_prompt: int) -> list[d
 def make_pairs(
     rows: Sequence[dict[str, Any]], samples_per_prompt: int, options: PairsConfig
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """Preference pairs of each prompt's scored samples, and what was left out, by reason.
+    """Make preference pairs of each prompt's scored samples; count the skipped ones by reason.
 
-    Unfinished samples and empty ones are never used: a cut-off text teaches the wrong thing.
+    Unfinished and empty samples are never used: a cut-off text teaches the wrong thing.
     """
     pairs: list[dict[str, Any]] = []
     left_out: Counter[str] = Counter()

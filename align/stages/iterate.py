@@ -1,8 +1,8 @@
-"""Round after round: sample, label, refresh the reward model, then PPO or online DPO, and measure.
+"""Iterate rounds: sample, label, refresh the reward model, then PPO or online DPO, and measure.
 
-Each round is the shipped stages, run one after another on what came before; this file only says
-what reads what. A stage whose folder says that it is done is not run again, and one that was cut
-short goes on from its checkpoint, so an iteration can be killed anywhere and started again.
+Each round runs the shipped stages, one after another, on the outputs of earlier ones; this file
+only connects them. A finished stage is not run again, and an interrupted one resumes from its
+checkpoint, so an iteration can be killed anywhere and restarted.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from align.stages.ppo import run as ppo
 from align.types import AlignError, DataSource, RewardTerm
 
 SET_HERE = ("model", "output_dir", "seed", "resume", "overwrite")
-"""Keys of a stage that each round sets itself, as are those below of single stages."""
+"""Keys that each round sets itself in every stage; `SET_IN` has those of single stages."""
 SET_IN: dict[str, tuple[str, ...]] = {
     "rm": ("data.train", "data.test", "data"),
     "ppo": ("reference_model",),
@@ -50,7 +50,7 @@ OF_A_ROUND = ("generate", "rm", "ppo", "dpo", "eval")
 
 @dataclass(frozen=True)
 class Round:
-    """What one round starts from and where its stages lie."""
+    """Starting models and folder of one round."""
 
     number: int
     folder: Path
@@ -63,10 +63,10 @@ class Round:
 
 
 def stage_recipes(recipe: IterateRecipe) -> dict[str, Any]:
-    """The recipes of a round's stages, with ``set`` laid over them.
+    """Load the recipes of a round's stages, with the overrides of ``set``.
 
     Raises:
-        AlignError: A recipe is missing, wrong, or for another method than is asked for.
+        AlignError: A recipe is missing, wrong, or for another method than requested.
     """
     named = {name: getattr(recipe, name) for name in OF_A_ROUND}
     given = {name: path for name, path in named.items() if path is not None}
@@ -86,7 +86,7 @@ def stage_recipes(recipe: IterateRecipe) -> dict[str, Any]:
         raise AlignError(f"generate: {recipe.generate} makes no pairs; set generate.pairs.choose")
     if "ppo" in loaded and not any(term.model for term in loaded["ppo"].reward):
         raise AlignError(f"ppo: {recipe.ppo} has no reward model, which each round would refresh")
-    if "dpo" in loaded:  # as the first round runs it, and as a later one may
+    if "dpo" in loaded:  # options of the first round, and of a later one
         check_options(_against(loaded["dpo"], None))
         if recipe.reference != "refresh" and recipe.rounds > 1:
             check_options(_against(loaded["dpo"], recipe.model))
@@ -105,7 +105,7 @@ def _set_here(name: str) -> tuple[str, ...]:
 
 
 def run(recipe: IterateRecipe) -> None:
-    """Run the rounds that are left and print one table of all."""
+    """Run the remaining rounds and print one table of all."""
     stages = stage_recipes(recipe)
     if PartialState().num_processes > 1:
         raise AlignError("iterate: runs in one process; start it without `accelerate launch`")
@@ -122,7 +122,7 @@ def run(recipe: IterateRecipe) -> None:
     else:
         run.begin()
     say(f"iterate: {recipe.model} -> {recipe.output_dir}, at most {recipe.rounds} rounds")
-    run.rewind({})  # the rows are written again, from the folders of the rounds
+    run.rewind({})  # the rows are written again from the rounds' folders
     start = Round(0, run.folder / "rounds" / "0", recipe.model, recipe.model)
     rows = [_row_of(recipe, stages, start)]
     run.log(1, rows[0])
@@ -139,11 +139,8 @@ def run(recipe: IterateRecipe) -> None:
     run.finish([["rounds", str(now.number)]], rounds=rows, stopped=reason)
 
 
-# ---------------------------------------------------------------- one round
-
-
 def _next(recipe: IterateRecipe, last: Round) -> Round:
-    """The round after ``last``: its policy is last's, its reference what the recipe says."""
+    """Make the round after ``last``: its policy is last's, its reference follows the recipe."""
     number = last.number + 1
     folder = Path(recipe.output_dir) / "rounds" / str(number)
     folder.mkdir(parents=True, exist_ok=True)
@@ -163,7 +160,7 @@ def _next(recipe: IterateRecipe, last: Round) -> Round:
 
 def _play(recipe: IterateRecipe, stages: dict[str, Any], now: Round) -> None:
     """Sample and label, refresh the reward model, improve the policy."""
-    # another seed each round, so that other prompts and samples are taken
+    # another seed each round, for other prompts and samples
     common: dict[str, Any] = {
         "seed": recipe.seed + now.number,
         "resume": "never",
@@ -178,7 +175,7 @@ def _play(recipe: IterateRecipe, stages: dict[str, Any], now: Round) -> None:
         for n in range(1, now.number + 1)
     ]
     if "rm" in stages:
-        # from the same trunk each round: what it learnt before is in the pairs
+        # from the same backbone each round: the pairs hold what it learnt before
         rm = replace(stages["rm"], model=recipe.model, output_dir=str(now.folder / "rm"), **common)
         _run_once(_trained_on(rm, all_pairs), reward_model.run)
     if "ppo" in stages:
@@ -207,7 +204,7 @@ def _play(recipe: IterateRecipe, stages: dict[str, Any], now: Round) -> None:
 
 
 def _against(recipe: DPORecipe, reference: str | None) -> DPORecipe:
-    """DPO against another model than the policy it starts from, if its loss has a reference."""
+    """Set DPO's reference to another model than its start, if its loss has a reference."""
     if not LOSSES[recipe.dpo.loss_type].reference:
         reference = None
     return replace(recipe, dpo=replace(recipe.dpo, reference_model=reference))
@@ -223,7 +220,7 @@ def _policy(recipe: IterateRecipe, now: Round) -> Path:
 
 
 def _run_once(recipe: Any, stage: Callable[[Any], None], *, resumable: bool = True) -> None:
-    """Run a stage, unless its folder says that it is done; go on with one that was cut short."""
+    """Run a stage unless its folder is done; resume an interrupted one."""
     if recipe.base_model and not has_adapter(recipe):  # later rounds start from merged models
         recipe = replace(recipe, base_model=None)
     folder = Path(recipe.output_dir)
@@ -235,11 +232,10 @@ def _run_once(recipe: Any, stage: Callable[[Any], None], *, resumable: bool = Tr
     supervise(stage, recipe)
 
 
-# ---------------------------------------------------------------- what a round was worth
-
-
 def _row_of(recipe: IterateRecipe, stages: dict[str, Any], now: Round) -> dict[str, float]:
-    """One row of the table, from held-out prompts; ``gold`` is what the pairs are labelled by."""
+    """Measure one row of the table on held-out prompts; ``gold`` is the reward that labels
+    pairs.
+    """
     folder = now.folder / "eval"
     measured = replace(
         stages["eval"],
@@ -247,7 +243,7 @@ def _row_of(recipe: IterateRecipe, stages: dict[str, Any], now: Round) -> dict[s
         models={"policy": now.policy},
         reference_model=recipe.model,
         reward=stages["generate"].reward,
-        preferences=DataConfig(),  # the round's own reward model is judged where it is trained
+        preferences=DataConfig(),  # its training judges the round's own reward model
         best_of_n=None,
         output_dir=str(folder),
         seed=recipe.seed,
@@ -280,7 +276,7 @@ def _of_eval(folder: Path) -> dict[str, float]:
 
 
 def stop_reason(rows: list[dict[str, float]], rules: StopRules) -> str:
-    """Why no further round should be run, or nothing; ``rows[0]`` is before the first round."""
+    """Say why to stop, or ""; ``rows[0]`` is before the first round."""
     last = rows[-1]
     if rules.max_kl is not None and last.get("kl", 0.0) > rules.max_kl:
         return f"KL {last['kl']:.3g} nats per response, above stop.max_kl={rules.max_kl:g}"
@@ -301,4 +297,4 @@ def _table(rows: list[dict[str, float]]) -> Iterator[list[str]]:
 
 
 def _figure(value: float) -> str:
-    return "0" if abs(value) < 1e-5 else f"{value:.4g}"  # what rounding leaves of a KL of 0
+    return "0" if abs(value) < 1e-5 else f"{value:.4g}"  # a KL of 0 with rounding error

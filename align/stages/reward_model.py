@@ -1,7 +1,7 @@
 """Bradley–Terry reward model: -log sigmoid(score(chosen) - score(rejected) - margin), per pair.
 
-Chosen and rejected stand behind one copy of their prompt. The score is read at each response's own
-last token, its end token, as plain transformers reads it.
+Chosen and rejected share one copy of their prompt. The score is read at each response's last token,
+its end token, as plain transformers reads it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from align.training.loop import Measure, Measured, evaluate_groups, train
 from align.types import AlignError, TokenBatch, TokenGroup, TokenSequence
 
 REFERENCE_PAIRS = 100
-"""Training pairs whose 200 scores set the gain: their spread is known to about 5%."""
+"""Training pairs that set the gain: the std of their 200 scores is known to about 5%."""
 
 
 def run(recipe: RewardRecipe) -> None:
@@ -128,13 +128,13 @@ def _add_pooling_layer(scalar: ScalarModel, recipe: RewardRecipe) -> None:
             "trained without the new layer; leave it out, or start from a language model"
         )
     add_pooling_layer(scalar.inner, name=scalar.name)
-    settle_backend(scalar, recipe.attention)  # the longer model is tried as a loaded one is
+    settle_backend(scalar, recipe.attention)  # try the longer model like a loaded one
 
 
 def _measure(
     model: torch.nn.Module, groups: Sequence[TokenGroup], options: RewardModelConfig
 ) -> Measure:
-    """The loss of a microbatch of these groups' pairs, and what is logged of it."""
+    """Make the loss function over microbatches of these groups' pairs."""
 
     def measure(batch: TokenBatch, members: Sequence[int]) -> Measured:
         chosen, rejected, pairs = pair_scores(model(batch, at="last"), batch)
@@ -148,7 +148,7 @@ def _measure(
         count, gap = float(len(pairs)), chosen - rejected
         sums = {
             "loss": (losses.sum().item(), count),
-            # a tie as half, as in `align eval`: equal scores are a coin, not a mistake
+            # a tie counts half, as in `align eval`
             "accuracy": (((gap > 0).sum() + 0.5 * (gap == 0).sum()).item(), count),
             "margin": (gap.sum().item(), count),
             "score_mean": ((chosen + rejected).sum().item(), 2 * count),
@@ -159,9 +159,9 @@ def _measure(
 
 
 def pair_scores(scores: Tensor, batch: TokenBatch) -> tuple[Tensor, Tensor, list[int]]:
-    """Scores in the batch's order -> chosen ``[n]``, rejected ``[n]``, and the pairs' numbers.
+    """Split scores in the batch's order into chosen ``[n]``, rejected ``[n]`` and pair numbers.
 
-    Sequences are numbered chosen, rejected, chosen, ...; a pair is never torn apart by packing.
+    Sequences are numbered chosen, rejected, chosen, ...; packing never splits a pair.
     """
     numbers = batch_sequences(batch)
     return scores[numbers % 2 == 0], scores[numbers % 2 == 1], (numbers[::2] // 2).tolist()
@@ -172,7 +172,7 @@ def _margins(groups: Sequence[TokenGroup]) -> Tensor:
 
 
 def _accuracy_of_longer(groups: Sequence[TokenGroup], session: Session) -> dict[str, float]:
-    """What a reward model has to beat; the texts are those of the tokens."""
+    """Compute the accuracy of preferring the longer answer, in characters of the decoded tokens."""
     if not groups:
         return {}
 
@@ -186,10 +186,10 @@ def _accuracy_of_longer(groups: Sequence[TokenGroup], session: Session) -> dict[
 def _finish(
     session: Session, scalar: ScalarModel, train_data: Split, test_data: Split, recipe: RewardRecipe
 ) -> dict[str, Any]:
-    """Normalise the head, save the model, and write what its scores look like.
+    """Normalise the head, save the model, and write statistics of its scores.
 
     Returns:
-        The interval of the accuracy on held-out pairs, for the manifest; nothing without pairs.
+        Interval of the held-out accuracy for the manifest; empty without held-out pairs.
     """
     facts: dict[str, Any] = {}
     scalar.to(session.accelerator.device)
@@ -201,7 +201,7 @@ def _finish(
         scalar.scale_head(gain)
     stats: dict[str, Any] = {
         "gain": gain,
-        # of the saved model's scores on those pairs; PPO subtracts the mean
+        # statistics of the saved model's scores on those pairs; PPO subtracts the mean
         "mean": float(reference.mean() * gain),
         "std": float(reference.std() * gain),
         "scores": int(reference.size),
@@ -209,7 +209,7 @@ def _finish(
     if test_data.groups:
         held_out = scores_of(scalar, test_data.groups, budget)
         gaps = held_out[0::2] - held_out[1::2]
-        from align.evaluation.agreement import accuracy  # brings sacrebleu and scipy along
+        from align.evaluation.agreement import accuracy  # imports sacrebleu and scipy
 
         low, high = accuracy(gaps)["accuracy_ci95"]
         facts["held_out_accuracy_ci95"] = [low, high]
@@ -227,7 +227,7 @@ def _finish(
 
 
 def _reference_pairs(groups: Sequence[TokenGroup], seed: int) -> Sequence[TokenGroup]:
-    """Picked by seed; of a stream the last ones, as others would have to be read again."""
+    """Pick pairs by seed; of a stream the last ones, since others would have to be read again."""
     if isinstance(groups, TokenStream):
         return groups[-REFERENCE_PAIRS:]
     return pick(groups, REFERENCE_PAIRS, seed)
@@ -235,7 +235,7 @@ def _reference_pairs(groups: Sequence[TokenGroup], seed: int) -> Sequence[TokenG
 
 @torch.no_grad()
 def scores_of(scalar: ScalarModel, groups: Sequence[TokenGroup], budget: int) -> np.ndarray:
-    """Scores ``[2 * pairs]``, chosen and rejected in turn, float64."""
+    """Compute scores ``[2 * pairs]``, chosen and rejected in turn, float64."""
     scalar.eval()
     parts = [np.zeros(0)]
     for part in windows(groups):

@@ -1,4 +1,4 @@
-"""The load-balancing loss of a mixture of experts beside a stage's own loss."""
+"""Add the load-balancing loss of a mixture of experts to a stage's loss."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from align.training.loop import Measured
 
 
 def use_router_loss(model: Packed, coef: float, session: Session) -> None:
-    """Switch a mixture's load-balancing loss on, or say that it is off.
+    """Switch a mixture's load-balancing loss on, or report that it is off.
 
     Raises:
-        AlignError: It is asked for, and the model is dense.
+        AlignError: It is requested, and the model is dense.
     """
     if coef:
         collect_router_logits(model)
@@ -30,7 +30,7 @@ def use_router_loss(model: Packed, coef: float, session: Session) -> None:
 def add_router_loss(
     measured: Measured, loss: Tensor | None, *, coef: float, units: float
 ) -> Measured:
-    """Add the load-balancing loss of a microbatch, which counts as much as its ``units`` do.
+    """Add the load-balancing loss of a microbatch, weighted by its ``units``.
 
     ``loss`` is logged without it.
     """

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: minus the log-probability of what should be said, per counted token.
+"""Supervised fine-tuning: negative log-likelihood per counted token.
 
 Loss = sum of NLL over counted tokens / counted tokens of the global minibatch, so packing,
 accumulation and the number of processes change nothing.

@@ -1,7 +1,7 @@
-"""One trunk for the four roles of PPO with LoRA: frozen weights held once, one adapter per role.
+"""Shared base of PPO's four roles with LoRA: frozen weights held once, one adapter per role.
 
-Every role is a module tree of its own over the same tensors. Full fine-tuning shares nothing: there
-each trained role has weights of its own.
+Every role is a module tree of its own over the same tensors. Full fine-tuning shares nothing: each
+trained role then has weights of its own.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from align.models.lora import adapter_beside
 
 
 class Trunk:
-    """The actor's frozen weights, and which of the other roles stand on them.
+    """The actor's frozen weights, and the roles that share them.
 
-    A reward model or a critic does where the adapter that `align rm` or `align ppo` kept beside it
-    was trained on the same weights: their hash says so, whatever they are called. A critic that
-    starts from a reward model with weights of its own stands on those.
+    A reward model or a critic shares them if the adapter that `align rm` or `align ppo` saved
+    beside it was trained on weights with the same hash, whatever their name. A critic that starts
+    from a reward model with weights of its own shares those.
 
     Attributes:
-        roles: Those on the actor's weights.
+        roles: Roles on the actor's weights.
         apart: Reward models with weights of their own, by folder or hub id; the caller adds them.
     """
 
@@ -32,17 +32,17 @@ class Trunk:
         self._lines: list[str] = []
 
     def reward_model(self, model: str) -> ScalarModel | None:
-        """The frozen reward model, or None where it has to be loaded with weights of its own."""
-        return self._stand("reward", model, frozen=True)
+        """Build the frozen reward model; None if it has to be loaded with weights of its own."""
+        return self._share("reward", model, frozen=True)
 
     def critic(
         self, start: str, *, lora: LoraOptions, gradient_checkpointing: bool
     ) -> ScalarModel | None:
-        """The critic, or None where it has to be loaded with weights of its own.
+        """Build the critic; None if it has to be loaded with weights of its own.
 
         Args:
-            start: What it starts from. A saved adapter goes on being trained, with its head.
-            lora: Of a new adapter, where there is none to go on with.
+            start: Model that it starts from; a saved adapter continues training, with its head.
+            lora: Options of a new adapter, if there is none to continue.
         """
         if start in self.apart:
             self._lines.append(f"critic: on the weights of {start}, which are held once")
@@ -53,13 +53,13 @@ class Trunk:
                 gradient_checkpointing=gradient_checkpointing,
             )
         new = lora if start == self.actor.name else None
-        return self._stand("critic", start, new=new, gradient_checkpointing=gradient_checkpointing)
+        return self._share("critic", start, new=new, gradient_checkpointing=gradient_checkpointing)
 
     def lines(self) -> list[str]:
-        """Who shares and who does not, and why, for the log."""
+        """List who shares and who does not, and why, for the log."""
         return [f"shared base weights: {', '.join(self.roles)}", *self._lines]
 
-    def _stand(
+    def _share(
         self,
         role: str,
         model: str,
