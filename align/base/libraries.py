@@ -1,4 +1,4 @@
-"""Settings of torch, oneDNN, glibc and Hugging Face's libraries, made before their import."""
+"""Set up torch, oneDNN, glibc and Hugging Face's libraries before their import."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import warnings
 
 # huge pages for tensors on a CPU: a tenth of a training step is page faults without them
 FAST = {"THP_MEM_ALLOC_ENABLE": "1"}
-# oneDNN keeps a compiled product for each of the last 1,024 shapes, and in bf16 a microbatch has
-# some 20 of its own: 7 MB each time, scattered among the activations, whose memory then has holes.
-# It must hold those of one layer of a microbatch, 7 for each length of its segments: with 64, 14
-# preference pairs took 1.2 times as long; with 256 nothing was lost
+# oneDNN caches a compiled product for each of the last 1,024 shapes, and in bf16 a microbatch has
+# some 20 of its own: 7 MB each time, scattered among the activations, whose memory is fragmented.
+# The cache must hold those of one layer of a microbatch, 7 for each length of its segments: with
+(64,)  # 14 preference pairs took 1.2 times as long; 256 cost nothing
 LEAN = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "512"}
 # no telemetry, no warnings about forks, no progress bars but our own
 QUIET = {
@@ -23,7 +23,7 @@ QUIET = {
     "DATASETS_VERBOSITY": "error",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "TQDM_DISABLE": "1",  # the default of those who do not ask; our own bars do
+    "TQDM_DISABLE": "1",  # the default of bars that do not set `disable`; ours do
     "HF_HUB_VERBOSITY": "error",
 }
 
@@ -32,8 +32,8 @@ def set_up(*, quiet: bool) -> None:
     """Set the variables that libraries read when they are imported; the user's own are kept.
 
     Args:
-        quiet: Silence other libraries' lines and bars, which a command line of ours would mix with
-            its own. In a user's own process they are the user's.
+        quiet: Silence other libraries' lines and bars, as a command of ours does. In a user's own
+            process they are the user's.
     """
     for name, value in {**FAST, **LEAN, **(QUIET if quiet else {})}.items():
         os.environ.setdefault(name, value)
@@ -43,16 +43,16 @@ def set_up(*, quiet: bool) -> None:
 
 
 def ignore_warnings() -> None:
-    """What transformers 6 will rename is a matter for us, not for the user."""
+    """Ignore FutureWarnings about transformers 6, which concern us, not the user."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to reuse what a step has freed instead of handing it back to the system.
+    """Let glibc reuse freed memory instead of returning it to the system.
 
-    Else every step faults the same pages in again, which doubled its time on a virtual machine.
-    Blocks above 32 MiB still go back: keeping them too gained nothing beside huge pages, and holes
-    of their size would be left.
+    Otherwise every step faults the same pages in again, which doubled its time on a virtual
+    machine. Blocks above 32 MiB are still returned: keeping them gained nothing beside huge pages,
+    and would leave holes of their size.
     """
     names = ("TRIM_THRESHOLD", "MMAP_THRESHOLD", "MMAP_MAX", "TOP_PAD")
     theirs = ("GLIBC_TUNABLES", *(f"MALLOC_{name}_" for name in names))

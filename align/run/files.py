@@ -93,7 +93,7 @@ def _checksum(manifest: Mapping[str, Any]) -> str:
 
 
 _AT_END: list[Callable[[], None]] = []
-"""What the runs of this process have opened and `supervise` closes, the newest last."""
+"""Open run folders of this process, newest last; `supervise` closes them."""
 
 
 def at_end(close: Callable[[], None]) -> None:

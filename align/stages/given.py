@@ -24,7 +24,7 @@ from align.types import AlignError, DataSource
 FOLDER = "given"
 """In a run's folder, holds the models that were given as objects."""
 PLACE = "<output_dir>"
-"""Stands for the run's folder until the recipe is read."""
+"""Placeholder for the run's folder until the recipe is read."""
 SOURCES = ("data", "data.train", "data.test", "preferences.train", "preferences.test")
 """Keys whose values are sources of rows."""
 SOURCE_KEYS = {f.name for f in fields(DataSource)}
@@ -153,7 +153,7 @@ class Given:
             )
 
     def place(self, value: Any, folder: Path) -> Any:
-        """The same keys with models in ``folder``."""
+        """Put the models of the keys into ``folder``."""
         if isinstance(value, dict):
             return {key: self.place(one, folder) for key, one in value.items()}
         if isinstance(value, list):
@@ -225,7 +225,7 @@ def _is_source(key: str, value: Mapping[str, Any]) -> bool:
 
 
 def _are_rows(value: Sequence[Any]) -> bool:
-    """Whether a list holds rows rather than sources of rows: its first item decides."""
+    """Tell whether a list holds rows rather than sources of rows, by its first item."""
     return bool(len(value)) and isinstance(value[0], Mapping) and not _is_source("data", value[0])
 
 
