@@ -12,7 +12,7 @@ FAST = {"THP_MEM_ALLOC_ENABLE": "1"}
 # oneDNN caches a compiled product for each of the last 1,024 shapes, and in bf16 a microbatch has
 # some 20 of its own: 7 MB each time, scattered among the activations, whose memory is fragmented.
 # The cache must hold those of one layer of a microbatch, 7 for each length of its segments: with
-(64,)  # 14 preference pairs took 1.2 times as long; 256 cost nothing
+# 64, 14 preference pairs took 1.2 times as long; 256 cost nothing
 LEAN = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "512"}
 # no telemetry, no warnings about forks, no progress bars but our own
 QUIET = {

@@ -153,7 +153,7 @@ class Given:
             )
 
     def place(self, value: Any, folder: Path) -> Any:
-        """Put the models of the keys into ``folder``."""
+        """Replace the placeholder in the models' paths with ``folder``."""
         if isinstance(value, dict):
             return {key: self.place(one, folder) for key, one in value.items()}
         if isinstance(value, list):
