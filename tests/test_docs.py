@@ -27,7 +27,7 @@ from align.evaluation.metrics import CORPUS_METRICS
 from align.evaluation.wins import EqualLength, WinRate
 from align.losses.dpo import LOSSES
 from align.rewards import load_function
-from align.run.doctor_rules import LIMITS
+from align.run.doctor import LIMITS
 from align.stages import STAGES
 from align.types import DataSource, TokenGroup, TokenSequence
 

@@ -43,6 +43,10 @@ def check(command: str, recipe: Any) -> Iterator[str]:
         from align.stages.dpo_options import check_options
 
         check_options(recipe)
+    if isinstance(recipe, PPORecipe):
+        from align.stages.ppo.options import check_options as check_ppo_options
+
+        check_ppo_options(recipe)
     for key in ("reward", "gold_reward"):
         if any(term.function for term in getattr(recipe, key, ())):
             from align.rewards import check_functions

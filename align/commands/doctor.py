@@ -25,8 +25,7 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from align.base.files import read_metrics, reading
-    from align.run.doctor import closing_lines, diagnose
-    from align.run.doctor_rules import RULES
+    from align.run.doctor import closing_lines, diagnose, judged_stages
     from align.run.files import read_manifest, status_of
 
     folder = Path(args.folder)
@@ -37,8 +36,10 @@ def run(args: argparse.Namespace) -> int:
         rows = read_metrics(folder / "metrics.jsonl")
     except AlignError as error:
         raise AlignError(f"doctor: {folder} holds no run that can be read: {error}") from error
-    if stage not in RULES:
-        raise AlignError(f"doctor: {folder} is a run of {stage}; it knows {', '.join(RULES)}")
+    if stage not in judged_stages():
+        raise AlignError(
+            f"doctor: {folder} is a run of {stage}; it knows {', '.join(judged_stages())}"
+        )
     manifest["status"] = status_of(folder, manifest)
     with reading(f"doctor: {folder} (manifest.json)", "it is not as a run writes it"):
         findings = diagnose(stage, rows, manifest)

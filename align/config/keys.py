@@ -169,6 +169,8 @@ class PPOConfig:
     value_clip_range: float = 0.2
     # weight of the entropy bonus, reward units per nat
     entropy_coef: float = 0.0
+    # of advantages, a name from align.losses.advantages.ESTIMATORS
+    estimator: str = "gae"
     gamma: float = 1.0
     gae_lambda: float = 0.95
     whiten_advantages: bool = True

@@ -6,6 +6,7 @@ Whitening is left to the caller (``masked.masked_whiten``): returns need unwhite
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
@@ -141,3 +142,50 @@ def gae(
         next_value = torch.where(counts, values[:, t], next_value)
         next_advantage = torch.where(counts, advantage, next_advantage)
     return advantages, advantages + values
+
+
+# ---------------------------------------------------------------- by name
+
+
+@dataclass(frozen=True)
+class Rewarded:
+    """Inputs of the estimators: a rollout's per-token rewards, and what else some of them read.
+
+    The ``group_size`` responses of one prompt are neighbours.
+    """
+
+    rewards: Tensor
+    values: Tensor
+    response_mask: Tensor
+    gamma: Number
+    gae_lambda: Number
+    group_size: int
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """One estimator of advantages and returns, both ``[B,R]``, 0 outside the mask.
+
+    Attributes:
+        function: The formula.
+        values: It reads the critic's values.
+        groups: It compares the responses of one prompt, so it needs several.
+        options: Options of its own: fields of `Rewarded` and keys of a recipe's section ``ppo``.
+    """
+
+    function: Callable[[Rewarded], tuple[Tensor, Tensor]]
+    values: bool = True
+    groups: bool = False
+    options: tuple[str, ...] = ()
+
+
+def _gae(x: Rewarded) -> tuple[Tensor, Tensor]:
+    options = {"gamma": x.gamma, "gae_lambda": x.gae_lambda}
+    return gae(x.rewards, x.values, x.response_mask, **options)
+
+
+ESTIMATORS: dict[str, Estimator] = {
+    "gae": Estimator(_gae, options=("gae_lambda",)),
+}
+OPTIONS = tuple(dict.fromkeys(name for e in ESTIMATORS.values() for name in e.options))
+"""Options of single estimators."""

@@ -11,7 +11,8 @@ from torch import Tensor
 from align.data.tokens.decode import decode_response
 from align.data.tokens.packing import counted_coordinates, pack
 from align.data.tokens.text_ids import Tokenizer
-from align.losses import gae, masked_whiten, shape_rewards
+from align.losses import masked_whiten, shape_rewards
+from align.losses.advantages import ESTIMATORS, Rewarded
 from align.types import Rollout, Text, TokenBatch, TokenGroup, TokenSequence
 
 
@@ -99,12 +100,23 @@ def shaped_rewards(
 
 
 def estimate_advantages(
-    rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, gae_lambda: float, whiten: bool
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    *,
+    estimator: str = "gae",
+    gamma: float,
+    gae_lambda: float,
+    group_size: int = 1,
+    whiten: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Estimate advantages and returns of one whole rollout by GAE, both ``[B,R]``.
+    """Estimate advantages and returns of one whole rollout, both ``[B,R]``.
 
     Args:
+        estimator: A key of ``align.losses.advantages.ESTIMATORS``.
+        group_size: Responses to each prompt, which are neighbours.
         whiten: Scale the advantages to mean 0 and variance 1; the returns stay as they are.
     """
-    advantages, returns = gae(rewards, values, mask, gamma=gamma, gae_lambda=gae_lambda)
+    rewarded = Rewarded(rewards, values, mask, gamma, gae_lambda, group_size)
+    advantages, returns = ESTIMATORS[estimator].function(rewarded)
     return (masked_whiten(advantages, mask) if whiten else advantages), returns

@@ -15,26 +15,6 @@ from typing import Any
 
 Row = Mapping[str, Any]
 
-LIMITS: dict[str, float] = {
-    "kl_over_budget": 30.0,  # nats per response; 1.5 x kl.target where kl.adaptive
-    "length_hacking": 1.5,  # tokens per response, as a share of those at the start
-    "repetition_hacking": 0.1,  # rise of the share of repeated trigrams
-    "entropy_collapse": 0.3,  # nats per token, as a share of those at the start
-    "eos_falling": 0.15,  # fall of the share of responses that end
-    "clip_fraction": 0.3,  # share of tokens
-    "approx_kl": 0.05,  # nats per token and update
-    "sampled_otherwise": 0.5,  # distance of the first minibatch's probability ratios from 1
-    "critic_useless": 0.0,  # explained variance
-    # lower end of the accuracy's 95% interval; the accuracy of "longer wins" where that is more
-    "reward_model_weak": 0.5,
-    "chosen_falling": -10.0,  # log-ratio of chosen, nats per response
-    "never_ends": 0.1,  # share of responses that end by themselves
-    "scores_equal": 0.0,  # standard deviation of the scores of a rollout
-    "held_out_worse": 1.05,  # held-out loss at the end, as a share of that before training
-    "unfinished": 0.0,  # steps logged
-    "lr_too_high": 10.0,  # gradient norm, as a share of that at the start; loss: LOSS_RISE
-    "too_little_data": 100.0,  # training rows of SFT, reward model, DPO; held-out loss: OVERFIT
-}
 LOSS_RISE = 1.2
 """Ratio of the training loss at the end to that at the start."""
 OVERFIT = 1.05
@@ -52,7 +32,7 @@ twenty times, and its rows are not independent."""
 
 @dataclass(frozen=True)
 class Finding:
-    """One trouble: ``value`` is beyond ``limit``, in the unit of LIMITS."""
+    """One trouble: ``value`` is beyond ``limit``, in the unit of its rule."""
 
     kind: str
     value: float
@@ -105,9 +85,8 @@ class Rows:
         return fmean(values[-max(LAST, len(values) // 5) :]) if len(values) >= LAST else None
 
 
-def _kl_over_budget(rows: Rows, manifest: Row) -> Finding | None:
+def kl_over_budget(rows: Rows, manifest: Row, limit: float) -> Finding | None:
     end, recipe = rows.end("kl"), manifest.get("recipe", {})
-    limit = LIMITS["kl_over_budget"]
     if recipe.get("kl.adaptive"):
         limit = 1.5 * float(recipe["kl.target"])
     if end is None or end <= limit:
@@ -123,8 +102,8 @@ def _score_rises(rows: Rows) -> bool:
     return bool(score and spread and score[1] - score[0] > SCORE_RISE * spread[0])
 
 
-def _length_hacking(rows: Rows, manifest: Row) -> Finding | None:
-    ends, limit = rows.trend("length_mean"), LIMITS["length_hacking"]
+def length_hacking(rows: Rows, manifest: Row, limit: float) -> Finding | None:
+    ends = rows.trend("length_mean")
     if ends is None or ends[1] <= limit * ends[0] or not _score_rises(rows):
         return None
     says = (
@@ -135,8 +114,8 @@ def _length_hacking(rows: Rows, manifest: Row) -> Finding | None:
     return Finding("length_hacking", ends[1] / ends[0], limit, says, cure)
 
 
-def _repetition_hacking(rows: Rows, manifest: Row) -> Finding | None:
-    ends, limit = rows.trend("repetition"), LIMITS["repetition_hacking"]
+def repetition_hacking(rows: Rows, manifest: Row, limit: float) -> Finding | None:
+    ends = rows.trend("repetition")
     if ends is None or ends[1] - ends[0] <= limit or not _score_rises(rows):
         return None
     says = (
@@ -147,8 +126,8 @@ def _repetition_hacking(rows: Rows, manifest: Row) -> Finding | None:
     return Finding("repetition_hacking", ends[1] - ends[0], limit, says, cure)
 
 
-def _entropy_collapse(rows: Rows, manifest: Row) -> Finding | None:
-    ends, limit = rows.trend("entropy"), LIMITS["entropy_collapse"]
+def entropy_collapse(rows: Rows, manifest: Row, limit: float) -> Finding | None:
+    ends = rows.trend("entropy")
     if ends is None or ends[1] >= limit * ends[0]:
         return None
     says = (
@@ -159,8 +138,8 @@ def _entropy_collapse(rows: Rows, manifest: Row) -> Finding | None:
     return Finding("entropy_collapse", ends[1] / ends[0], limit, says, cure)
 
 
-def _eos_falling(rows: Rows, manifest: Row) -> Finding | None:
-    ends, limit = rows.trend("eos_rate"), LIMITS["eos_falling"]
+def eos_falling(rows: Rows, manifest: Row, limit: float) -> Finding | None:
+    ends = rows.trend("eos_rate")
     if ends is None or ends[0] - ends[1] <= limit:
         return None
     says = (
@@ -171,24 +150,24 @@ def _eos_falling(rows: Rows, manifest: Row) -> Finding | None:
     return Finding("eos_falling", ends[0] - ends[1], limit, says, cure)
 
 
-def _clip_fraction(rows: Rows, manifest: Row) -> Finding | None:
-    end, limit = rows.end("clip_fraction"), LIMITS["clip_fraction"]
+def clip_fraction(rows: Rows, manifest: Row, limit: float) -> Finding | None:
+    end = rows.end("clip_fraction")
     if end is None or end <= limit:
         return None
     says = f"{end:.0%} of tokens are clipped and teach nothing, more than {limit:.0%}"
     return Finding("clip_fraction", end, limit, says, "lower optim.lr or ppo.epochs")
 
 
-def _approx_kl(rows: Rows, manifest: Row) -> Finding | None:
-    end, limit = rows.end("approx_kl"), LIMITS["approx_kl"]
+def approx_kl(rows: Rows, manifest: Row, limit: float) -> Finding | None:
+    end = rows.end("approx_kl")
     if end is None or end <= limit:
         return None
     says = f"an update moves the policy by {end:.3g} nats per token, more than {limit:g}"
     return Finding("approx_kl", end, limit, says, "lower optim.lr, ppo.epochs or ppo.clip_range")
 
 
-def _sampled_otherwise(rows: Rows, manifest: Row) -> Finding | None:
-    end, limit = rows.end("first_ratio_error"), LIMITS["sampled_otherwise"]
+def sampled_otherwise(rows: Rows, manifest: Row, limit: float) -> Finding | None:
+    end = rows.end("first_ratio_error")
     if end is None or end <= limit:
         return None
     says = (
@@ -199,8 +178,8 @@ def _sampled_otherwise(rows: Rows, manifest: Row) -> Finding | None:
     return Finding("sampled_otherwise", end, limit, says, cure)
 
 
-def _critic_useless(rows: Rows, manifest: Row) -> Finding | None:
-    ends, limit = rows.ends("explained_variance"), LIMITS["critic_useless"]
+def critic_useless(rows: Rows, manifest: Row, limit: float) -> Finding | None:
+    ends = rows.ends("explained_variance")
     if ends is None or ends[1] > limit:
         return None
     says = (
@@ -211,8 +190,8 @@ def _critic_useless(rows: Rows, manifest: Row) -> Finding | None:
     return Finding("critic_useless", ends[1], limit, says, cure)
 
 
-def _never_ends(rows: Rows, manifest: Row) -> Finding | None:
-    end, limit = rows.end("eos_rate"), LIMITS["never_ends"]
+def never_ends(rows: Rows, manifest: Row, limit: float) -> Finding | None:
+    end = rows.end("eos_rate")
     if end is None or end >= limit:
         return None
     says = f"{end:.0%} of responses end by themselves, fewer than {limit:.0%}: the rest are cut off"
@@ -220,16 +199,16 @@ def _never_ends(rows: Rows, manifest: Row) -> Finding | None:
     return Finding("never_ends", end, limit, says, cure)
 
 
-def _scores_equal(rows: Rows, manifest: Row) -> Finding | None:
-    end, limit = rows.end("score_std"), LIMITS["scores_equal"]
+def scores_equal(rows: Rows, manifest: Row, limit: float) -> Finding | None:
+    end = rows.end("score_std")
     if end is None or end > limit:
         return None
     says = "all responses of a rollout score the same, so that there is nothing to learn"
     return Finding("scores_equal", end, limit, says, "read samples.jsonl and mend the reward")
 
 
-def _held_out_worse(rows: Rows, manifest: Row) -> Finding | None:
-    loss, limit = rows("eval_loss"), LIMITS["held_out_worse"]
+def held_out_worse(rows: Rows, manifest: Row, limit: float) -> Finding | None:
+    loss = rows("eval_loss")
     train = rows.ends("loss")
     if len(loss) < 2 or loss[-1] <= limit * loss[0] or manifest.get("best"):
         return None  # `best`: the run kept weights from before it became worse
@@ -243,7 +222,7 @@ def _held_out_worse(rows: Rows, manifest: Row) -> Finding | None:
     return Finding("held_out_worse", loss[-1] / loss[0], limit, says, cure)
 
 
-def unfinished(rows: Rows, manifest: Row) -> Finding | None:
+def unfinished(rows: Rows, manifest: Row, limit: float) -> Finding | None:
     """Find a run that is neither done nor running."""
     status = manifest.get("status")
     if status not in ("failed", "interrupted", "died"):
@@ -252,15 +231,15 @@ def unfinished(rows: Rows, manifest: Row) -> Finding | None:
     why = f": {manifest['error']}" if manifest.get("error") else ""
     says = f"the run did not reach its end ({status} after step {steps:g}){why}"
     cure = "resume with resume=auto if it has checkpoints, or start anew with overwrite=true"
-    return Finding("unfinished", steps, LIMITS["unfinished"], says, cure)
+    return Finding("unfinished", steps, limit, says, cure)
 
 
-def _reward_model_weak(rows: Rows, manifest: Row) -> Finding | None:
+def reward_model_weak(rows: Rows, manifest: Row, limit: float) -> Finding | None:
     accuracy = rows("eval_accuracy")
     if len(accuracy) < 2:  # the first is from before training
         return None
     longer = float(manifest.get("held_out", {}).get("accuracy_of_longer", 0.0))
-    limit = max(LIMITS["reward_model_weak"], longer)
+    limit = max(limit, longer)
     interval = manifest.get("held_out_accuracy_ci95")
     if (interval[0] if interval else accuracy[-1]) > limit:
         return None
@@ -275,10 +254,9 @@ def _reward_model_weak(rows: Rows, manifest: Row) -> Finding | None:
     return Finding("reward_model_weak", accuracy[-1], limit, says, cure)
 
 
-def _chosen_falling(rows: Rows, manifest: Row) -> Finding | None:
+def chosen_falling(rows: Rows, manifest: Row, limit: float) -> Finding | None:
     beta = float(manifest.get("recipe", {}).get("dpo.beta", 0.1))
     chosen, rejected = rows.ends("rewards_chosen"), rows.ends("rewards_rejected")
-    limit = LIMITS["chosen_falling"]
     if chosen is None or rejected is None or chosen[1] / beta >= limit or rejected[1] >= 0:
         return None
     says = (
@@ -289,9 +267,9 @@ def _chosen_falling(rows: Rows, manifest: Row) -> Finding | None:
     return Finding("chosen_falling", chosen[1] / beta, limit, says, cure)
 
 
-def _lr_too_high(rows: Rows, manifest: Row) -> Finding | None:
+def lr_too_high(rows: Rows, manifest: Row, limit: float) -> Finding | None:
     cure = "lower optim.lr (try a third), or raise optim.warmup_fraction"
-    ends, limit = rows.trend("grad_norm", median), LIMITS["lr_too_high"]
+    ends = rows.trend("grad_norm", median)
     if ends is not None and ends[1] > limit * ends[0] > 0:
         says = f"the gradient grew from {ends[0]:.3g} to {ends[1]:.3g}, over {limit:g} times"
         return Finding("lr_too_high", ends[1] / ends[0], limit, says, cure)
@@ -302,8 +280,7 @@ def _lr_too_high(rows: Rows, manifest: Row) -> Finding | None:
     return None
 
 
-def _too_little_data(rows: Rows, manifest: Row) -> Finding | None:
-    limit = LIMITS["too_little_data"]
+def too_little_data(rows: Rows, manifest: Row, limit: float) -> Finding | None:
     count = limit if "stream" in manifest else manifest.get("train_rows", limit)
     if count < limit:
         says = f"only {count} training rows, fewer than {limit:g}: they will be learnt by heart"
@@ -322,26 +299,3 @@ def _too_little_data(rows: Rows, manifest: Row) -> Finding | None:
     )
     cure = "add rows, lower train.epochs, or train an adapter (lora) instead of the whole model"
     return Finding("too_little_data", held_out[-1] / lowest, OVERFIT, says, cure)
-
-
-Rule = Callable[[Rows, Row], Finding | None]
-
-RULES: dict[str, tuple[Rule, ...]] = {
-    "sft": (_lr_too_high, _held_out_worse, _too_little_data),
-    "rm": (_lr_too_high, _held_out_worse, _too_little_data, _reward_model_weak),
-    "dpo": (_lr_too_high, _held_out_worse, _too_little_data, _chosen_falling),
-    "ppo": (
-        _kl_over_budget,
-        _length_hacking,
-        _repetition_hacking,
-        _entropy_collapse,
-        _eos_falling,
-        _never_ends,
-        _scores_equal,
-        _clip_fraction,
-        _approx_kl,
-        _sampled_otherwise,
-        _critic_useless,
-        _lr_too_high,
-    ),
-}

@@ -268,7 +268,7 @@ class Run:
             self.keep()
             locks.release(self.folder)
             say(table(rows, title=f"\n{self.stage}: done in {duration(seconds)}"))
-            if self.stage in doctor.RULES:
+            if self.stage in doctor.judged_stages():
                 self._tell_findings()
             say(f"  -> {self.folder}")
 

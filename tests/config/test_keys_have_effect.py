@@ -170,7 +170,7 @@ WHEREVER = {
     "kl.adaptive", "generation.samples_per_prompt", "data.max_test_rows", "best_of_n",
     *(f"ppo.{key}" for key in (
         "iterations", "rollout_batch", "epochs", "num_minibatches", "entropy_coef", "gamma",
-        "gae_lambda", "whiten_advantages", "whiten_rewards", "missing_eos_score",
+        "estimator", "gae_lambda", "whiten_advantages", "whiten_rewards", "missing_eos_score",
     )),
     *(f"train.{key}" for key in (
         "max_steps", "minibatch", "tokens_per_microbatch", "log_every", "save_every",

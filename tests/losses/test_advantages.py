@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from align.losses import gae, kl_estimate, shape_rewards
+from align.losses.advantages import ESTIMATORS, OPTIONS, Rewarded
 
 LOGPROBS = torch.tensor([[-1.0, -0.5, -0.2]])
 REF_LOGPROBS = torch.tensor([[-1.2, -0.9, -0.1]])
@@ -237,3 +238,13 @@ def test_gae_refuses_numbers_out_of_range(name: str, value: float) -> None:
     numbers = {"gamma": 1.0, "gae_lambda": 0.95, name: value}
     with pytest.raises(ValueError, match=name):
         gae(VALUES, VALUES, ALL, **numbers)
+
+
+def test_estimators_by_name() -> None:
+    (estimator,) = ESTIMATORS.values()
+    rewards = torch.tensor([[1.0, 0.0, 2.0], [0.0, 3.0, 0.0]])
+    found = estimator.function(Rewarded(rewards, VALUES[:2, :3], ALL[:2, :3], 0.9, 0.5, 1))
+    direct = gae(rewards, VALUES[:2, :3], ALL[:2, :3], gamma=0.9, gae_lambda=0.5)
+    assert all(a.equal(b) for a, b in zip(found, direct, strict=True))
+    assert (estimator.values, estimator.groups, estimator.options) == (True, False, ("gae_lambda",))
+    assert OPTIONS == ("gae_lambda",)

@@ -13,8 +13,8 @@ import pytest
 
 from align.base.files import read_logged
 from align.cli import main
-from align.run.doctor import closing_lines, diagnose
-from align.run.doctor_rules import FEWEST, LIMITS, Finding
+from align.run.doctor import LIMITS, RULES, closing_lines, diagnose, judged_stages, rules_of
+from align.run.doctor_rules import FEWEST, Finding
 from tools.trust import Trust
 
 ROOT = Path(__file__).parents[2]
@@ -341,3 +341,12 @@ def test_the_run_that_was_meant_is_named(
 def test_a_row_that_a_crash_cut_short_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st', encoding="utf-8")
     assert read_logged(tmp_path / "metrics.jsonl") == [{"step": 1}]
+
+
+def test_a_rule_judges_the_runs_that_it_names() -> None:
+    names = {stage: [rule.kind for rule in rules_of(stage)] for stage in ("sft", "ppo", "eval")}
+    assert names["sft"] == ["unfinished", "lr_too_high", "held_out_worse", "too_little_data"]
+    assert names["eval"] == ["unfinished"]
+    assert len(names["ppo"]) == 13
+    assert set(judged_stages()) == {"sft", "rm", "dpo", "ppo"}
+    assert len(LIMITS) == len(RULES)

@@ -33,6 +33,7 @@ from align.rollout.experience import estimate_advantages, shaped_rewards
 from align.stages.common import Session, introduce, open_session, save_policy
 from align.stages.data import Split, load_data
 from align.stages.ppo.metrics import Clock, describe, sample_rows
+from align.stages.ppo.options import check_options
 from align.stages.ppo.roles import Roles, load_roles
 from align.stages.ppo.rollouts import RolloutWorker
 from align.stages.ppo.update import Update
@@ -44,6 +45,7 @@ from align.types import Experience, NonFiniteError, PromptExample
 
 def run(recipe: PPORecipe) -> None:
     """Optimise ``recipe.model`` against ``recipe.reward``; saves actor and critic."""
+    check_options(recipe)
     require_engine(recipe.generation)
     check_functions("reward", recipe.reward)
     session = open_session(recipe, "ppo")
@@ -155,6 +157,8 @@ class PPO:
                 rollout.response_mask,
                 gamma=recipe.ppo.gamma,
                 gae_lambda=recipe.ppo.gae_lambda,
+                estimator=recipe.ppo.estimator,
+                group_size=recipe.generation.samples_per_prompt,
                 whiten=recipe.ppo.whiten_advantages,
             )
             experience = Experience(
