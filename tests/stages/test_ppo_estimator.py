@@ -25,7 +25,7 @@ def test_unknown_ones_and_idle_options_are_refused(monkeypatch: pytest.MonkeyPat
     group = Estimator(lambda x: (x.rewards, x.rewards), values=False, groups=True)
     monkeypatch.setitem(advantages.ESTIMATORS, "group", group)
     check_options(recipe(2, estimator="group"))
-    with pytest.raises(AlignError, match="samples_per_prompt: is 1, and ppo.estimator=group"):
+    with pytest.raises(AlignError, match=r"samples_per_prompt: is 1, and ppo.estimator=group"):
         check_options(recipe(estimator="group"))
     with pytest.raises(AlignError, match=r"ppo.gae_lambda: has no effect with ppo.estimator=group"):
         check_options(recipe(2, estimator="group", gae_lambda=0.5))
