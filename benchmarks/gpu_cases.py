@@ -214,7 +214,7 @@ def recipe(place: Path, name: str, small: bool) -> dict[str, Any]:
             "reward": {"model": str(place / f"rm-{kind}" / "model")},
             "ppo": {"iterations": 3, "rollout_batch": 4 if small else 64, "epochs": 1},
             "generation": {"max_new_tokens": 8 if small else 64, "samples_per_prompt": 2},
-            "tokens_per_microbatch": tokens,
+            "train": {"tokens_per_microbatch": tokens},
         }
         return made
     # about 180 tokens of an SFT row and 250 of a pair fill two microbatches

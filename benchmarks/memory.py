@@ -135,7 +135,7 @@ def _recipe(
             "reward": {"model": str(reward)},
             "ppo": {"iterations": 2, "rollout_batch": minibatch, "epochs": 1},
             "generation": {"max_new_tokens": 48, "samples_per_prompt": 4},
-            "tokens_per_microbatch": tokens,
+            "train": {"tokens_per_microbatch": tokens},
         }
     else:
         tree["train"] = {"max_steps": 2, "minibatch": minibatch, "tokens_per_microbatch": tokens}

@@ -120,7 +120,7 @@ def ppo_recipe(
         "generation": {"max_new_tokens": 6, "samples_per_prompt": 2},
         "ppo": {"iterations": 3, "rollout_batch": 8, "epochs": 1},
         "optim": {"lr": 0.001},
-        "save_every": 1,
+        "train": {"save_every": 1},
     }
     (tmp_path / "ppo.yaml").write_text(json.dumps(tree), encoding="utf-8")
     yield str(tmp_path / "ppo.yaml")
@@ -250,7 +250,7 @@ def test_a_score_that_is_nan_before_the_first_step_is_no_matter_of_the_learning_
 def test_a_rollout_with_a_score_that_is_nan_is_left_out(
     align: Align, ppo_recipe: str, tmp_path: Path, read_jsonl: Any, trust: Trust
 ) -> None:
-    options = ("reward={function: night_rewards:nan_once}", "on_nonfinite=skip")
+    options = ("reward={function: night_rewards:nan_once}", "train.on_nonfinite=skip")
     align("ppo", ppo_recipe, *options, code=0)
     rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     assert [(r["step"], r["nonfinite_skipped"]) for r in rows] == [(1, 0), (2, 1), (3, 1)]
@@ -268,8 +268,8 @@ def test_updates_that_are_all_nan_end_a_ppo_run_too(
     """Each rollout is finite; that it could be scored does not end the row of steps left out."""
     original = ppo_update.ppo_policy_loss
     monkeypatch.setattr(ppo_update, "ppo_policy_loss", lambda *a, **k: original(*a, **k) * math.nan)
-    options = ("reward={metric: chrf}", "on_nonfinite=skip", "ppo.iterations=12")
-    line = align("ppo", ppo_recipe, *options, "save_every=0")
+    options = ("reward={metric: chrf}", "train.on_nonfinite=skip", "ppo.iterations=12")
+    line = align("ppo", ppo_recipe, *options, "train.save_every=0")
     assert "ppo: step 10: " in line
     assert "the 10th in a row to be left out" in line
     trust.row(
@@ -284,7 +284,8 @@ def test_a_last_held_out_score_that_is_nan_keeps_the_best(
     """Calls: held out, then each rollout with what is held out behind it; the last one is NaN."""
     rows = [{"prompt": "one", "references": ["a"]}, {"prompt": "two", "references": ["b"]}]
     held_out = write_rows("held_out.jsonl", rows)
-    options = ("reward={function: night_rewards:nan_last}", "on_nonfinite=skip", "keep_best=score")
+    options = ("reward={function: night_rewards:nan_last}", "train.on_nonfinite=skip",
+               "train.keep_best=score")  # fmt: skip
     align("ppo", ppo_recipe, *options, f"data.test={held_out}", code=0)
     found = json.loads((tmp_path / "run" / "manifest.json").read_text("utf-8"))
     assert found["status"] == "done"
@@ -612,7 +613,7 @@ def test_the_best_checkpoint_is_kept_and_becomes_the_model(
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["train.save_every=0", "train.keep_best=loss"], "set save_every above 0"),
+        (["train.save_every=0", "train.keep_best=loss"], "set train.save_every above 0"),
         (["train.keep_best=accuracy"], "not measured on held-out rows here; there is loss"),
         (["train.keep_best=loss", "data.test_fraction=0"], "hold some out"),
     ],

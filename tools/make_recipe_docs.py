@@ -20,6 +20,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "recipe-keys.md"
 sys.path.insert(0, str(PAGE.parents[1]))
 
 from align.config.keys import CommonRecipe  # noqa: E402
+from align.config.options import PPOTrainOptions  # noqa: E402
 from align.config.ranges import RANGES  # noqa: E402
 from align.stages import recipe_classes  # noqa: E402
 from align.types import DataSource, RewardTerm  # noqa: E402
@@ -87,10 +88,7 @@ MEANINGS: dict[str, str] = {
     "PPOConfig.iterations": "rollouts, each trained on for `epochs` passes",
     "PPOConfig.gamma": "discount per token",
     "PPOConfig.whiten_advantages": "shift and scale them to mean 0, variance 1 over the rollout",
-    "PPORecipe.eval_every": "iterations between held-out evaluations; 0 = start and end only",
     "PPORecipe.reference_model": "folder or hub id; null = the model that training starts from",
-    "PPORecipe.save_every": "iterations between checkpoints; 0 = none",
-    "PPORecipe.tokens_per_microbatch": "tokens of one forward and backward: sets the memory only",
     "RewardTerm.timeout": "seconds that a call of a function may take; null waits for ever",
     "RewardTerm.weight": "factor before the sum",
 }
@@ -105,7 +103,7 @@ def render() -> str:
         known = common if issubclass(cls, CommonRecipe) else frozenset()
         parts.append(_table(f"Further keys of `align {command}`", cls, "", leave_out=known))
     for name, cls in _sections(recipes.values()).items():
-        parts.append(_table(f"Section `{name}`", cls, f"{name}."))
+        parts.append(_table(f"Section `{name}`", cls, f"{name.split('`')[0]}."))
     return "\n".join(part for part in parts if part)
 
 
@@ -126,6 +124,8 @@ def _sections(recipes: Any) -> dict[str, type]:
             if inner is not None:
                 same = {"sampling": "generation", "preferences": "data"}
                 section = same.get(name, name)
+                if inner is PPOTrainOptions:
+                    section = "train` of `align ppo"
                 found.setdefault(section, inner)
                 for part, of_section in get_type_hints(inner).items():
                     if is_dataclass(of_section):

@@ -57,8 +57,7 @@ def models_and_memory(command: str, recipe: Any, tokens_per_row: float | None) -
 
 
 def microbatch_tokens(recipe: Any) -> int:
-    holder = recipe if hasattr(recipe, "tokens_per_microbatch") else recipe.train
-    return int(holder.tokens_per_microbatch)
+    return int(getattr(recipe, "train", recipe).tokens_per_microbatch)
 
 
 def largest_microbatch(recipe: Any, tokens_per_row: float | None) -> int:

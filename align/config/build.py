@@ -23,7 +23,7 @@ from typing import (
 
 from align.base.suggest import alike, suggest
 from align.config.keys import DataConfig
-from align.config.ranges import ALIASES, RANGES
+from align.config.ranges import ALIASES, RANGES, RENAMED
 from align.types import RewardTerm
 
 T = TypeVar("T")
@@ -217,6 +217,9 @@ def unknown_key(key: str, root: type) -> KeyProblem:
     """The problem of a key that no recipe of class ``root`` has, with the key that was meant."""
     leaf = key.rsplit(".", 1)[-1]
     known = list(dotted_keys(root))
+    renamed = RENAMED.get(root.__name__, {}).get(key)
+    if renamed:
+        return f"is {renamed} since version 0.2"
     alias = ALIASES.get(leaf)
     near = alias if alias in known else suggest(key, known, likeness=_likeness)
     if near:

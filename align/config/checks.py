@@ -18,7 +18,7 @@ from align.config.keys import (
     PPORecipe,
     SFTRecipe,
 )
-from align.config.options import GenerationOptions, VLLMOptions
+from align.config.options import GenerationOptions, TrainOptions, VLLMOptions
 
 VLLM_LEAST_TEMPERATURE = 0.01
 """vLLM takes a smaller temperature for this one."""
@@ -56,7 +56,7 @@ def _check_streaming(recipe: CommonRecipe) -> None:
     data, train = recipe.data, getattr(recipe, "train", None)
     if not data.streaming:
         return
-    if train is None:
+    if not isinstance(train, TrainOptions):
         raise KeyProblem("data.streaming", "is for sft, rm and dpo; here all rows are read first")
     if train.max_steps is None:
         raise KeyProblem(

@@ -20,6 +20,7 @@ from align.config.keys import (
     RewardRecipe,
     SFTRecipe,
 )
+from align.config.options import TrainOptions
 
 Reason: TypeAlias = Callable[[Any], str]
 """Why a key has no effect in a recipe; "" if it has."""
@@ -96,27 +97,20 @@ COMMON: dict[str, Reason] = {
 }
 
 
-def _saved_by(section: Callable[[Any], Any], prefix: str) -> dict[str, Reason]:
-    """Rules for the section that says what is written when."""
-    return {
-        f"{prefix}eval_every": _no_held_out,
-        f"{prefix}keep_best": lambda r: (
-            "has nothing to choose from; set save_every above 0 beside it"
-            if not section(r).save_every
-            else "has no held-out rows to measure; hold some out (data.test_fraction, data.test)"
-            if not _holds_out(r)
-            else ""
-        ),
-        f"{prefix}keep_checkpoints": _if(
-            lambda r: not section(r).save_every, f"has no effect with {prefix}save_every=0"
-        ),
-    }
-
-
 TRAINED: dict[str, Reason] = {
-    **_saved_by(lambda r: r.train, "train."),
+    "train.eval_every": _no_held_out,
+    "train.keep_best": lambda r: (
+        "has nothing to choose from; set train.save_every above 0 beside it"
+        if not r.train.save_every
+        else "has no held-out rows to measure; hold some out (data.test_fraction, data.test)"
+        if not _holds_out(r)
+        else ""
+    ),
+    "train.keep_checkpoints": _if(
+        lambda r: not r.train.save_every, "has no effect with train.save_every=0"
+    ),
     "train.epochs": _if(
-        lambda r: r.train.max_steps is not None,
+        lambda r: isinstance(r.train, TrainOptions) and r.train.max_steps is not None,
         "has no effect beside train.max_steps, which says how long the run is",
     ),
 }
@@ -155,7 +149,6 @@ ONE_UPDATE = (
     "the policy is still the one that sampled"
 )
 PPO: dict[str, Reason] = {
-    **_saved_by(lambda r: r, ""),
     "ppo.clip_range": _if(_one_update, ONE_UPDATE),
     # 0 switches it off, which is no wrong thing to say
     "ppo.value_clip_range": _if(lambda r: _one_update(r) and r.ppo.value_clip_range, ONE_UPDATE),

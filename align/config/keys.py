@@ -9,7 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from align.config.options import GenerationOptions, LoraOptions, OptimOptions, TrainOptions
+from align.config.options import (
+    GenerationOptions,
+    LoraOptions,
+    OptimOptions,
+    PPOTrainOptions,
+    TrainOptions,
+)
 from align.types import DataSource, RewardTerm
 
 Precision = Literal["auto", "bf16", "fp32"]
@@ -198,23 +204,12 @@ class PPORecipe(CommonRecipe):
     # folder or hub id; null = the model that training starts from
     reference_model: str | None = None
     ppo: PPOConfig = field(default_factory=PPOConfig)
+    train: PPOTrainOptions = field(default_factory=PPOTrainOptions)
     kl: KLConfig = field(default_factory=KLConfig)
     generation: GenerationOptions = field(default_factory=GenerationOptions)
     critic: CriticConfig = field(default_factory=CriticConfig)
     optim: OptimOptions = field(default_factory=OptimOptions)
     lora: LoraOptions | None = None
-    tokens_per_microbatch: int = 4096
-    # iterations between checkpoints and between held-out evaluations; 0 = none
-    save_every: int = 0
-    eval_every: int = 0
-    # newest checkpoints that are kept
-    keep_checkpoints: int = 2
-    # `score` keeps the checkpoint of the best held-out score too, and saves it as `model/` in the
-    # end; null saves the last
-    keep_best: Literal["score"] | None = None
-    # NaN or infinity in logits, scores, values, losses or gradients: stop the run, or leave the
-    # minibatch (or the whole rollout) out and count it
-    on_nonfinite: Literal["stop", "skip"] = "stop"
 
 
 @dataclass(frozen=True, kw_only=True)

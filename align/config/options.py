@@ -77,7 +77,24 @@ class OptimOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainOptions:
+class LoopOptions:
+    """The part of `train` that every training stage has: memory, evaluations, checkpoints."""
+
+    # tokens of one forward and backward on one device: sets the memory, changes no result
+    tokens_per_microbatch: int = 4096
+    # optimizer steps (PPO: iterations) between held-out evaluations; 0 = at the start and the end
+    eval_every: int = 0
+    # optimizer steps (PPO: iterations) between checkpoints; 0 = none, the model is saved at the end
+    save_every: int = 0
+    # newest checkpoints that are kept
+    keep_checkpoints: int = 2
+    # on NaN or infinity (in logits, scores, values, losses or gradients): stop the run, or skip the
+    # optimizer step (PPO: the minibatch, or the whole rollout) and count it
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(LoopOptions):
     """How often the optimizer steps, on how much, and what is written when."""
 
     # passes over the data
@@ -86,21 +103,20 @@ class TrainOptions:
     max_steps: int | None = None
     # sequences (SFT) or pairs (RM, DPO) per optimizer step, over all processes
     minibatch: int = 16
-    # tokens of one forward and backward on one device: sets the memory, changes no result
-    tokens_per_microbatch: int = 4096
     # weight of a mixture of experts' load-balancing loss, beside the stage's own; 0 = off (models'
     # configs name theirs router_aux_loss_coef: 0.001 to 0.02)
     router_aux_coef: float = 0.0
     # optimizer steps between lines of metrics.jsonl
     log_every: int = 1
-    # optimizer steps between held-out evaluations; 0 = at the start and the end only
-    eval_every: int = 0
-    # optimizer steps between checkpoints; 0 = none, the model is saved at the end
-    save_every: int = 0
-    # newest checkpoints that are kept
-    keep_checkpoints: int = 2
-    # held-out number by which the best checkpoint is kept too, and saved as `model/` in the end;
-    # null saves the last
+    # held-out number that chooses the best checkpoint, which is kept and saved as `model/` at the
+    # end; null saves the last
     keep_best: Literal["loss", "accuracy"] | None = None
-    # a loss or gradient that is NaN or infinite: stop the run, or leave the step out and count it
-    on_nonfinite: Literal["stop", "skip"] = "stop"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOTrainOptions(LoopOptions):
+    """The section `train` of PPO, whose steps are the section `ppo`'s iterations."""
+
+    # held-out number that chooses the best checkpoint, which is kept and saved as `model/` at the
+    # end; null saves the last
+    keep_best: Literal["score"] | None = None

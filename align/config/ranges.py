@@ -26,12 +26,12 @@ RANGES: dict[str, str] = {
     "TrainOptions.epochs": "(0, 100000]",
     "TrainOptions.max_steps": "[1, 1000000000]",
     "TrainOptions.minibatch": "[1, 10000000]",
-    "TrainOptions.tokens_per_microbatch": "[1, 1000000000]",
+    "LoopOptions.tokens_per_microbatch": "[1, 1000000000]",
     "TrainOptions.router_aux_coef": "[0, 1000]",
     "TrainOptions.log_every": "[1, inf)",
-    "TrainOptions.eval_every": "[0, inf)",
-    "TrainOptions.save_every": "[0, inf)",
-    "TrainOptions.keep_checkpoints": "[1, inf)",
+    "LoopOptions.eval_every": "[0, inf)",
+    "LoopOptions.save_every": "[0, inf)",
+    "LoopOptions.keep_checkpoints": "[1, inf)",
     "CommonRecipe.seed": "[0, 4294967295]",
     "RewardModelConfig.center_coef": "[0, 10000]",
     "DPOConfig.beta": "(0, 10000]",
@@ -62,10 +62,6 @@ RANGES: dict[str, str] = {
     "PPOConfig.missing_eos_score": "[-1000000, 1000000]",
     "PPOConfig.critic_warmup": "[0, inf)",
     "CriticConfig.lr": "(0, inf)",
-    "PPORecipe.tokens_per_microbatch": "[1, 1000000000]",
-    "PPORecipe.save_every": "[0, inf)",
-    "PPORecipe.eval_every": "[0, inf)",
-    "PPORecipe.keep_checkpoints": "[1, inf)",
     "PairsConfig.min_margin": "[0, inf)",
     "PairsConfig.threshold": "(-inf, inf)",
     "GenerateRecipe.tokens_per_microbatch": "[1, 1000000000]",
@@ -101,3 +97,14 @@ ALIASES: dict[str, str] = {
     "model_name_or_path": "model",
     "router_aux_loss_coef": "train.router_aux_coef",
 }
+
+# recipe -> key of version 0.1 -> its name now
+RENAMED: dict[str, dict[str, str]] = {
+    "PPORecipe": {
+        name: f"train.{name}"
+        for name in (
+            "tokens_per_microbatch", "eval_every", "save_every", "keep_checkpoints", "keep_best",
+            "on_nonfinite",
+        )
+    },
+}  # fmt: skip

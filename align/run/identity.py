@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from align.config.ranges import RENAMED
 from align.types import AlignError
 
 VOLATILE = (
@@ -56,7 +57,9 @@ def require_same(
         before, now = previous.get(key), manifest.get(key)
         if key == "recipe" and before is not None and _begins_to_skip(before, now):
             continue
-        if before is not None and before != now:
+        if before is None or before == now:
+            continue
+        if key != "recipe" or first_change(before, now or {}):
             raise AlignError(
                 f"resume: {folder}: {_difference(key, before, now)}; restore it, or "
                 "start anew with overwrite=true"
@@ -76,12 +79,23 @@ def plain(value: Any) -> Any:
 
 
 def first_change(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, str, str] | None:
-    """Return (key, old value, new value) of two flat recipes as YAML; None if equal."""
+    """Return (key, old value, new value) of two flat recipes as YAML; None if equal.
+
+    ``before`` may have the keys of an earlier version: `RENAMED` has their names now.
+    """
+    before = {_current_name(key, now): value for key, value in before.items()}
     missing = object()
     for name in {**before, **now}:
         if before.get(name, missing) != now.get(name, missing):
             return name, _in_yaml(before, name), _in_yaml(now, name)
     return None
+
+
+def _current_name(key: str, now: Mapping[str, Any]) -> str:
+    for renamed in RENAMED.values():
+        if renamed.get(key) in now and key not in now:
+            return renamed[key]
+    return key
 
 
 def _in_yaml(flat: Mapping[str, Any], name: str) -> str:

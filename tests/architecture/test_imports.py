@@ -29,7 +29,7 @@ ALLOWED: dict[str, str] = {
     "data": f"base types {KEYS}",
     "models": f"base types {KEYS} losses data",
     "feedback": "base types data",
-    "run": "base types",
+    "run": f"base types {KEYS}",
     "rollout": f"base types {KEYS} losses data models",
     "rewards": "base types data models",
     "training": f"base types {KEYS} data models run",

@@ -70,13 +70,11 @@ REFUSED: dict[str, Cases] = {
     "ppo": {
         **NOT_SFT,
         **SAMPLES,
-        **{key: cases for key, cases in TRAINS.items() if not key.startswith("train.")},
+        **{key: cases for key, cases in TRAINS.items() if key != "train.epochs"},
         **REWARDED,
         "data.streaming": [([], "true")],
         "generation.top_p": [([], "0.9")],
-        "eval_every": [(NONE_HELD_OUT, "5")],
-        "keep_best": [([], "score"), ([*NONE_HELD_OUT, "save_every=5"], "score")],
-        "keep_checkpoints": [([], "3")],
+        "train.keep_best": [([], "score"), ([*NONE_HELD_OUT, "train.save_every=5"], "score")],
         "ppo.clip_range": [(["ppo.epochs=1", "ppo.num_minibatches=1"], "0.3")],
         "ppo.value_clip_range": [(["ppo.epochs=1", "ppo.num_minibatches=1"], "0.3")],
         "ppo.critic_warmup": [(["ppo.iterations=5"], "5")],
@@ -160,8 +158,8 @@ BY_THE_RUN = {
 # preferences or best_of_n are left out is a line of the run.
 WHEREVER = {
     "model", "output_dir", "seed", "precision", "gradient_checkpointing", "trust_remote_code",
-    "overwrite", "trackers", "from_scratch", "tokens_per_microbatch", "save_every",
-    "on_nonfinite", "also", "pairs", "reference_model", "models", "num_resamples", "rounds",
+    "overwrite", "trackers", "from_scratch", "tokens_per_microbatch", "also", "pairs",
+    "reference_model", "models", "num_resamples", "rounds",
     "generate", "ppo", "rm", "eval", "stop", "lora", "reward", "gold_reward", "preferences",
     "data", "train", "optim", "dpo", "kl", "critic", "generation", "sampling", "reward_model",
     "cache_outputs", "metrics", "pairs.choose", "pairs.min_margin", "critic.model", "critic.lr",

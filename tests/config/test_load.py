@@ -93,6 +93,20 @@ def test_numbers_survive_the_round_trip(tmp_path_factory, lr: float, seed: int) 
             None,
             "data.train.paht: no such key; did you mean data.train.path?",
         ),
+        (PPORecipe, PPO, "save_every=5", "save_every: is train.save_every since version 0.2"),
+        (
+            PPORecipe,
+            PPO + "keep_best: score",
+            None,
+            "keep_best: is train.keep_best since version 0.2",
+        ),
+        # where nothing was renamed there is no such line
+        (
+            SFTRecipe,
+            BASE,
+            "save_every=5",
+            "save_every: no such key; did you mean train.save_every?",
+        ),
         (SFTRecipe, "output_dir: o", None, "model: is missing and has no default; set it"),
         (SFTRecipe, BASE, "train.minibatch=1.5", "train.minibatch: is 1.5; wanted a whole number"),
         (

@@ -21,7 +21,7 @@ def test_a_transformer_comes_close_to_the_optimum(
         lr=3e-3,
         critic={"lr": 6e-3},
         ppo={"iterations": 700},
-        save_every=20,
+        train={"save_every": 20},
     )
     steps, found = approach(run, start, "actor")
     gap = [(row["step"], row["optimality_gap"]) for row in metrics(run) if "kl" in row]

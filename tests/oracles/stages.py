@@ -23,7 +23,7 @@ from align.config.keys import (
     RewardModelConfig,
     RewardRecipe,
 )
-from align.config.options import GenerationOptions, OptimOptions, TrainOptions
+from align.config.options import GenerationOptions, OptimOptions, PPOTrainOptions, TrainOptions
 from align.stages import dpo, reward_model
 from align.stages.ppo import run as ppo
 from align.training.checkpoint import checkpoints
@@ -120,6 +120,7 @@ def ppo_recipe(model: Path, out: Path, *, batch: int, lr: float, **sections: Any
     """The plain algorithm: advantages as they are, no clipping of values, no EOS trick."""
     prompts = write(out.with_suffix(".prompts.jsonl"), [{"prompt": p} for p in PROMPTS])
     plain = {"missing_eos_score": None, "whiten_advantages": False, "value_clip_range": 0.0}
+    memory = {"tokens_per_microbatch": ALL, "keep_checkpoints": ALL}
     tokens = sections.pop("tokens", TOKENS)
     return PPORecipe(
         model=str(model), output_dir=str(out), data=prompts, precision="fp32", reward=REWARD,
@@ -130,7 +131,7 @@ def ppo_recipe(model: Path, out: Path, *, batch: int, lr: float, **sections: Any
         ),
         critic=CriticConfig(**sections.pop("critic", {})),
         optim=optim(lr, **sections.pop("optim", {})),
-        tokens_per_microbatch=ALL, keep_checkpoints=ALL, **sections,
+        train=PPOTrainOptions(**memory | sections.pop("train", {})), **sections,
     )  # fmt: skip
 
 

@@ -40,7 +40,7 @@ def trained(reference: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         batch=256,
         lr=0.2,
         ppo={"iterations": 50},
-        save_every=5,
+        train={"save_every": 5},
     )
 
 

@@ -323,6 +323,18 @@ def test_only_the_same_run_goes_on(
     assert manifest(tmp_path)["start_weights"] == "abc"
 
 
+def test_a_run_of_an_earlier_version_goes_on_under_todays_keys(tmp_path: Path) -> None:
+    """Version 0.1 had these keys of PPO outside the section `train`."""
+    began = open_run(tmp_path, config_yaml="{keep_best: score, tokens_per_microbatch: 64, seed: 3}")
+    began.begin()
+    config = "{train: {keep_best: score, tokens_per_microbatch: 64}, seed: 3}"
+    open_run(tmp_path, config_yaml=config, resume="auto").begin()
+    assert manifest(tmp_path)["recipe"]["train.keep_best"] == "score"
+    other = open_run(tmp_path, config_yaml=config.replace("64", "65"), resume="auto")
+    with pytest.raises(AlignError, match=r"train.tokens_per_microbatch was 64 and is now 65"):
+        other.begin()
+
+
 def test_appended_rows_are_utf8_jsonl(tmp_path: Path, read_jsonl: ReadJsonl) -> None:
     run = open_run(tmp_path)
     run.append("samples.jsonl", [{"response": "Ünï\ncode"}])

@@ -58,7 +58,7 @@ def run_iterate(
             "generation": generation,
             "ppo": {"iterations": 2, "rollout_batch": 8, "epochs": 1, "missing_eos_score": None},
             "optim": {"lr": 0.003},
-            "save_every": 1,
+            "train": {"save_every": 1},
         },
         "dpo": {
             **common,

@@ -126,7 +126,7 @@ def ppo_recipe(tiny_sft: Path, tmp_path: Path, write_rows: Any, demonstrations: 
             "ppo": {"iterations": 3, "rollout_batch": 16, "epochs": 2, "num_minibatches": 2},
             "kl": {"coef": 0.05, "adaptive": True, "target": 0.01, "horizon": 64},
             "optim": {"lr": 0.003},
-            "eval_every": 2,
+            "train": {"eval_every": 2},
         },
     )
 
@@ -148,7 +148,7 @@ def test_ppo_killed_at_every_phase_is_the_whole_run(
     ppo_recipe: str, tmp_path: Path, same_run: Any, trust: Trust
 ) -> None:
     commands = Commands(tmp_path)
-    saving = ["ppo", ppo_recipe, "save_every=1"]
+    saving = ["ppo", ppo_recipe, "train.save_every=1"]
     whole = commands.add("whole", saving)
     runs = {}
     for phase, hit in KILLS.items():

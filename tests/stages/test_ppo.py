@@ -58,7 +58,7 @@ def test_a_resumed_run_samples_with_vllm_what_the_whole_run_did(
     stop_at: Callable[..., Any],
     assert_same_weights: Callable[[Path, Path], None],
 ) -> None:
-    options = ("generation.engine=vllm", "save_every=1")
+    options = ("generation.engine=vllm", "train.save_every=1")
     whole = run_ppo("whole", *options)
     with stop_at(ppo, "shaped_rewards", 2):
         run_ppo("killed", *options)
@@ -93,7 +93,9 @@ def test_a_score_beyond_float32_is_no_finished_run(
     reward = "reward={function: tiny_rewards:beyond_float32}"
     match = r"the score became 1e\+39, too large for float32, on .*mend reward"
     with pytest.raises(AlignError, match=match):
-        run_ppo("run", reward, "on_nonfinite=stop", "data.test_fraction=0", "ppo.iterations=2")
+        run_ppo(
+            "run", reward, "train.on_nonfinite=stop", "data.test_fraction=0", "ppo.iterations=2"
+        )
     rows = read_jsonl(tmp_path / "run" / "nonfinite.jsonl")
     assert all(row["what"] == "score" and row["responses"] for row in rows)
     assert not (tmp_path / "run" / "model").exists()
@@ -106,7 +108,7 @@ def test_a_score_beyond_float32_is_no_finished_run(
 def test_first_ratio_is_1_and_first_kl_is_0(
     options: list[str], run_ppo: RunPPO, read_jsonl: ReadJsonl
 ) -> None:
-    folder = run_ppo("run", *options, "ppo.num_minibatches=2", "tokens_per_microbatch=64")
+    folder = run_ppo("run", *options, "ppo.num_minibatches=2", "train.tokens_per_microbatch=64")
     found = steps(folder, read_jsonl)
     assert len(found) == 3
     for row in found:
@@ -403,7 +405,7 @@ def test_losses_are_means_over_all_tokens(
         "ppo.epochs=1",
         "ppo.iterations=1",
         "ppo.whiten_advantages=false",
-        f"tokens_per_microbatch={budget}",
+        f"train.tokens_per_microbatch={budget}",
     )
     (row,), ((_, experience),) = steps(folder, read_jsonl), experiences
     counted = experience.rollout.response_mask
@@ -434,7 +436,7 @@ def test_microbatches_change_nothing(run_ppo: RunPPO, read_jsonl: ReadJsonl, tru
     """The eight prompts fit in one prefill either way, so both runs sample the same."""
     options = ("ppo.iterations=2", "optim.lr=0.3", "optim.eps=1", "ppo.entropy_coef=0.1")
     whole = run_ppo("whole", *options)
-    cut = run_ppo("cut", *options, "tokens_per_microbatch=70")
+    cut = run_ppo("cut", *options, "train.tokens_per_microbatch=70")
     for part in ("model", "critic"):
         first, second = (load_file(f / part / "model.safetensors") for f in (whole, cut))
         apart = max(((t - second[n]).abs().max() / t.abs().max()).item() for n, t in first.items())
@@ -505,7 +507,13 @@ def test_critic_starts_from_the_reward_model(run_ppo: RunPPO, reward_folder: Pat
 
 # ---------------------------------------------------------------- going on
 
-SAVING = ("save_every=1", "kl.adaptive=true", "kl.target=0.01", "kl.horizon=64", "eval_every=2")
+SAVING = (
+    "train.save_every=1",
+    "kl.adaptive=true",
+    "kl.target=0.01",
+    "kl.horizon=64",
+    "train.eval_every=2",
+)
 
 
 def test_resumed_lora_run_is_the_whole_run(

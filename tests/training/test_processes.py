@@ -38,8 +38,8 @@ RUNS: dict[str, tuple[str, ...]] = {
     "dpo": TRAIN,
     "ppo": (*PPO, REWARD),
     "rm, streamed": TRAIN,
-    "ppo, broken model": (*PPO, REWARD, "ppo.iterations=4", "on_nonfinite=skip"),
-    "ppo, NaN score": (*PPO, "reward=counted:reward", "on_nonfinite=skip"),
+    "ppo, broken model": (*PPO, REWARD, "ppo.iterations=4", "train.on_nonfinite=skip"),
+    "ppo, NaN score": (*PPO, "reward=counted:reward", "train.on_nonfinite=skip"),
 }
 COUNTED = """
 import os

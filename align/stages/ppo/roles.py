@@ -62,7 +62,7 @@ def load_roles(recipe: PPORecipe, session: Session) -> Roles:
         attention=recipe.attention,
         trust_remote_code=recipe.trust_remote_code,
         base_model=recipe.base_model,
-        tokens_per_microbatch=recipe.tokens_per_microbatch,
+        tokens_per_microbatch=recipe.train.tokens_per_microbatch,
     )
 
     def load_reward(model: str) -> ModelReward:
@@ -76,7 +76,7 @@ def load_roles(recipe: PPORecipe, session: Session) -> Roles:
                 model, trust_remote_code=recipe.trust_remote_code, base_model=recipe.base_model
             )
             source = ModelReward(
-                scalar, tokenizer, tokens_per_microbatch=recipe.tokens_per_microbatch
+                scalar, tokenizer, tokens_per_microbatch=recipe.train.tokens_per_microbatch
             )
         weights[f"reward {model}"] = weights_hash(source.model.inner, adapters=True)
         return source

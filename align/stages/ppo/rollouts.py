@@ -64,7 +64,7 @@ class RolloutWorker:
                 end_ids=self.end_ids,
                 seed=seed,
                 numbers=numbers,
-                prefill_tokens=self.recipe.tokens_per_microbatch,
+                prefill_tokens=self.recipe.train.tokens_per_microbatch,
             )
         except NonFiniteError as error:
             failed = error.having(rows=[numbers[row // k] * k + row % k for row in error.rows])
@@ -160,7 +160,7 @@ class RolloutWorker:
             [groups[row // k] for row in rows[::k]],
             compute,
             like=rollout.logprobs[rows],
-            tokens_per_microbatch=self.recipe.tokens_per_microbatch,
+            tokens_per_microbatch=self.recipe.train.tokens_per_microbatch,
         )
         found = add_over_processes(found, accelerator)
         total = found.sum()

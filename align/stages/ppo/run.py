@@ -89,8 +89,8 @@ class PPO:
             session.run,
             session.accelerator,
             self.update.trained,
-            keep=recipe.keep_checkpoints,
-            best_by=recipe.keep_best,
+            keep=recipe.train.keep_checkpoints,
+            best_by=recipe.train.keep_best,
         )
         self.kl_coef = recipe.kl.coef
         self.before: dict[str, float] = {}  # held-out numbers before the first step
@@ -101,14 +101,14 @@ class PPO:
         total = self.recipe.ppo.iterations
         state = self.saver.resume(self.recipe.resume == "auto")
         # made after `resume`, so that it counts what the resumed run skipped
-        self.guard = FiniteGuard(self.run, on_nonfinite=self.recipe.on_nonfinite)
+        self.guard = FiniteGuard(self.run, on_nonfinite=self.recipe.train.on_nonfinite)
         start = 0 if state is None else state["step"]
         with self.saver, Progress(total, "ppo", shown=self.run.is_main) as bar:
             if state is None:
                 self.before = self.evaluate_and_log(0)
             else:
                 self.load_state_dict(state)
-            self.saver.require_best("keep_best", self.before)
+            self.saver.require_best("train.keep_best", self.before)
             self.saver.checkpoint_if_signalled(start, self.state_dict())
             bar.advance(steps=start)
             for iteration in range(start, total):
@@ -201,9 +201,9 @@ class PPO:
             Interrupted: A signal has come; a checkpoint is saved.
         """
         recipe = self.recipe
-        save = bool(recipe.save_every) and step % recipe.save_every == 0
-        evaluate = bool(recipe.eval_every) and step % recipe.eval_every == 0
-        evaluate = evaluate or (save and recipe.keep_best is not None)
+        save = bool(recipe.train.save_every) and step % recipe.train.save_every == 0
+        evaluate = bool(recipe.train.eval_every) and step % recipe.train.eval_every == 0
+        evaluate = evaluate or (save and recipe.train.keep_best is not None)
         # after the last iteration `train` evaluates in any case
         found = self.evaluate_and_log(step) if evaluate and step < recipe.ppo.iterations else None
         if save:

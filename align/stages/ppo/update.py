@@ -101,7 +101,7 @@ class Update:
                 f"ppo.rollout_batch: a minibatch has {num_prompts // recipe.ppo.num_minibatches} "
                 f"prompts, too few for {world} processes"
             )
-        self.microbatches = Microbatches(recipe.tokens_per_microbatch, num_processes=world)
+        self.microbatches = Microbatches(recipe.train.tokens_per_microbatch, num_processes=world)
         lr, critic_lr = recipe.optim.lr, recipe.critic.lr
         critic_lr = lr if critic_lr is None else critic_lr
         self.actor = Learner(roles.actor, recipe, session, lr=lr)
