@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shutil
 import signal
 import sys
 from collections.abc import Sequence
@@ -31,8 +32,25 @@ RECIPE is a YAML file or a shipped name (`align ls`); key=value changes one of i
 """
 
 
+KEYS = """\
+Keys of the recipe, with default, range and unit; a round bracket leaves the end
+of a range out. On the command line, optim.lr=1e-5 sets `lr` of section `optim`.
+"""
+
+
 class OneLineParser(argparse.ArgumentParser):
-    """argparse without the usage block in front of its error."""
+    """argparse without the usage block in front of its error; a stage's help lists its keys."""
+
+    recipe: type | None = None
+
+    def format_help(self) -> str:
+        text = super().format_help()
+        if self.recipe is None:
+            return text
+        from align.config.describe import help_text
+
+        width = min(shutil.get_terminal_size().columns, 100)
+        return f"{text}\n{KEYS}\n{help_text(self.recipe, width)}\n"
 
     def error(self, message: str) -> NoReturn:
         unknown = re.search(r"invalid choice: '(.*?)' \(choose from", message)
@@ -116,7 +134,10 @@ def _parser() -> argparse.ArgumentParser:
         dest="command", metavar="COMMAND", required=True, parser_class=OneLineParser
     )
     for name, stage in STAGES.items():
-        command = commands.add_parser(name, help=stage.help, allow_abbrev=False)
+        command = commands.add_parser(
+            name, help=stage.help, description=stage.help, allow_abbrev=False
+        )
+        command.recipe = stage.recipe
         _add_recipe_arguments(command)
         command.set_defaults(run=run_recipe)
     ls = commands.add_parser("ls", help="list the shipped recipes")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 if TYPE_CHECKING:  # a misspelt recipe key is answered without waiting for torch
     import numpy as np
@@ -65,28 +65,6 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, number: int, line: str) -> None:
         super().__init__(line)
         self.number = number
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataSource:
-    """One source of rows.
-
-    Attributes:
-        path: A local JSONL, JSON, Parquet, CSV or Arrow file (``.gz`` allowed for the text
-            formats), a folder of such files, or a hub data set ``org/name``.
-        name: The hub data set's configuration, if it has several.
-        split: Split in the syntax of ``datasets.load_dataset``, such as ``test[:100]`` and
-            ``train[10%:20%]``; local files and folders take it too.
-        weight: Copies of the source per epoch when several are mixed: 2.0 repeats every row twice,
-            0.5 keeps half of the rows.
-        columns: Our field -> the file's column, for files with other names.
-    """
-
-    path: str
-    name: str | None = None
-    split: str = "train"
-    weight: float = 1.0
-    columns: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,28 +265,6 @@ class Experience:
     advantages: Float[Tensor, "batch response"]
     returns: Float[Tensor, "batch response"]
     scores: Float[Tensor, " batch"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class RewardTerm:
-    """One reward source with its weight; exactly one of the first three is set.
-
-    Attributes:
-        model: Folder or hub id of a reward model (one label), with its tokenizer beside it.
-        function: ``module:name`` of a Python function
-            ``f(prompts, responses, references) -> list of floats``.
-        metric: A sentence metric against the references, 0-100: ``chrf``,
-            ``chrf1``, ``chrf++``, ``bleu``. ``chrf1`` is chrF with beta 1: sacreBLEU's default, 2,
-            counts recall twice, which a longer answer raises.
-        weight: Factor before the sum.
-        timeout: Seconds that one call of a function may take; null waits for ever.
-    """
-
-    model: str | None = None
-    function: str | None = None
-    metric: Literal["chrf", "chrf1", "chrf++", "bleu"] | None = None
-    weight: float = 1.0
-    timeout: float | None = 3600.0
 
 
 Columns: TypeAlias = Mapping[str, Sequence[Any]]

@@ -276,7 +276,7 @@ def _against_products(place: Path, name: str, tokens: int, speed: float) -> dict
 
 def sample(place: Path, small: bool) -> dict[str, Any]:
     """Tokens/s of the one sampler that every stage draws from; random weights seldom end."""
-    from align.config.options import GenerationOptions
+    from align.config.sections import GenerationOptions
     from align.models import load_policy
     from align.rollout.engine import sample as draw
 

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from align.config.sections import DataSource
 from align.data.examples import load_examples
 from align.data.order import epoch_order, minibatches
 from align.data.tokens.chat import encode_examples
 from align.models import load_tokenizer
 from align.models.load import load_causal_lm, load_classifier
-from align.types import DataSource
 from benchmarks.data import preference_rows, write_jsonl
 
 SEED = 0

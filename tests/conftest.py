@@ -239,10 +239,9 @@ def tiny_sft(
     tiny: Path, demonstrations: list[dict[str, str]], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """The tiny model after a few steps on the demonstrations: its responses end, and vary."""
-    from align.config.keys import DataConfig, SFTRecipe
-    from align.config.options import OptimOptions, TrainOptions
+    from align.config.keys import SFTRecipe
+    from align.config.sections import DataConfig, DataSource, OptimOptions, TrainOptions
     from align.stages import sft
-    from align.types import DataSource
 
     folder = tmp_path_factory.mktemp("tiny_sft")
     rows = folder / "demonstrations.jsonl"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,6 +14,8 @@ import pytest
 from align import cli
 from align.base import libraries
 from align.config import load as recipes_io
+from align.config.build import dotted_keys
+from align.config.describe import sections
 from align.stages import STAGES
 from align.types import AlignError
 
@@ -132,7 +135,28 @@ def test_ls_and_cp(capsys) -> None:
     assert Path("mine.yaml").read_text() == "# Fine-tune.\n" + BASE
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["--version"], ["sfft"]])
+@pytest.mark.parametrize("columns", ["80", "100"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_help_lists_every_key_with_its_default_unit_and_range(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, stage: str, columns: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    with pytest.raises(SystemExit):
+        cli.main([stage, "--help"])
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= int(columns)
+    listed = {line.split()[0] for line in out.splitlines() if re.match(r"  \w", line)}
+    recipe = STAGES[stage].recipe
+    leaves = {key.rpartition(".")[2] for key in dotted_keys(recipe)}
+    assert leaves - listed <= {name for name, _ in sections(recipe)} | {"vllm"}
+    if stage == "dpo":
+        assert re.search(r"\n  beta = 0.1 +number, \(0, 10000\], reward units per nat\n", out)
+        assert re.search(r"\n  lr = 1e-05 +number, \(0, inf\)\n +peak learning rate\n", out)
+        assert re.search(r"\n  schedule = cosine +cosine \| linear \| constant\n", out)
+        assert re.search(r"\n  model \(needed\) +text\n", out)
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["ppo", "--help"], ["--version"], ["sfft"]])
 def test_help_and_typos_do_not_load_torch(argv: list[str]) -> None:
     code = (
         "import sys\nfrom align.cli import main\n"

@@ -20,6 +20,7 @@ import pytest
 
 from align import cli
 from align.config.load import find_recipe, load_recipe, shipped_recipes
+from align.config.sections import DataSource
 from align.data.examples import load_examples
 from align.data.tokens.packing import collate
 from align.evaluation.compare import Comparison
@@ -29,7 +30,7 @@ from align.losses.dpo import LOSSES
 from align.rewards import load_function
 from align.run.doctor import LIMITS
 from align.stages import STAGES
-from align.types import DataSource, TokenGroup, TokenSequence
+from align.types import TokenGroup, TokenSequence
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

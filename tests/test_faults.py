@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from align.cli import main
-from align.config.options import GenerationOptions
+from align.config.sections import GenerationOptions
 from align.models import load_policy
 from align.rollout.sampler import sample
 from align.run.folder import Run

@@ -14,20 +14,14 @@ from typing import Any
 
 from align.base.suggest import did_you_mean
 from align.commands.check_memory import microbatch_tokens, models_and_memory
-from align.config.keys import (
-    DataConfig,
-    DPORecipe,
-    EvalRecipe,
-    GenerateRecipe,
-    IterateRecipe,
-    PPORecipe,
-)
+from align.config.keys import DPORecipe, EvalRecipe, GenerateRecipe, IterateRecipe, PPORecipe
+from align.config.sections import DataConfig, DataSource
 from align.data.formats.fields import Kind
 from align.models.checks import check_models, check_tokenizers, check_weights
 from align.models.sizes import find_config
 from align.stages import STAGES
 from align.training.distributed import check_trackers
-from align.types import AlignError, DataSource, PromptExample
+from align.types import AlignError, PromptExample
 
 
 def check(command: str, recipe: Any) -> Iterator[str]:

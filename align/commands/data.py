@@ -13,7 +13,8 @@ from align.base.console import say
 from align.base.files import require_writable
 from align.commands import rank, trace
 from align.commands.files import write_rows
-from align.types import AlignError, DataSource
+from align.config.sections import DataSource
+from align.types import AlignError
 
 if TYPE_CHECKING:
     from align.data.inspect.check import Inspection

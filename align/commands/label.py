@@ -14,7 +14,8 @@ from align.base.console import say
 from align.base.files import require_writable
 from align.base.progress import warn
 from align.commands.files import write_rows
-from align.types import AlignError, DataSource
+from align.config.sections import DataSource
+from align.types import AlignError
 
 HOST = "127.0.0.1"
 IDLE_SECONDS = 15

@@ -1,5 +1,7 @@
-"""Plain dicts into frozen dataclasses, strictly: an unknown key, a wrong type or a number out of
-range is an error that names the key. Nothing is coerced but a whole number where a float is meant.
+"""Build frozen dataclasses from plain dicts, strictly.
+
+An unknown key, a wrong type or a number out of range is an error that names the key. Nothing is
+coerced but a whole number where a float is meant.
 """
 
 from __future__ import annotations
@@ -15,22 +17,21 @@ from typing import (
     NoReturn,
     TypeVar,
     Union,
-    cast,
     get_args,
     get_origin,
     get_type_hints,
 )
 
 from align.base.suggest import alike, suggest
-from align.config.keys import DataConfig
-from align.config.ranges import ALIASES, RANGES, RENAMED
-from align.types import RewardTerm
+from align.config.annotations import Range, notes, section_class
+from align.config.names import ALIASES, RENAMED
+from align.config.sections import DataConfig, RewardTerm
 
 T = TypeVar("T")
 
 
 class KeyProblem(Exception):
-    """A key's value is wrong; the loader adds the file that it stands in."""
+    """Wrong value of a key; the loader adds the name of the file."""
 
     def __init__(self, key: str, reason: str) -> None:
         super().__init__(f"{key}: {reason}")
@@ -42,8 +43,13 @@ def build(
 ) -> T:
     """Make ``cls`` from a mapping.
 
-    ``root`` is the recipe's class, for hints about wrong keys. ``default`` is what the section
-    holds in a recipe that leaves it out; it also fills the keys that the mapping leaves out.
+    Args:
+        key: Dotted key of the section, for error messages.
+        root: Class of the whole recipe, for hints about misspelt keys.
+        default: Section of a recipe that leaves it out; fills the keys that the mapping leaves out.
+
+    Raises:
+        KeyProblem: A key is unknown, missing, or holds a wrong type or a number out of range.
     """
     root = root or cls
     if not isinstance(value, Mapping):
@@ -52,7 +58,7 @@ def build(
     for name in value:
         if name not in known:
             raise unknown_key(_join(key, str(name)), root)
-    hints = get_type_hints(cls)
+    hints, ranges = get_type_hints(cls), notes(cls, Range)
     made = {}
     for name, f in known.items():
         if name in value:
@@ -65,7 +71,7 @@ def build(
                 made[name] = build(hints[name], value[name], child, root=root, default=inner)
             else:
                 made[name] = _convert(hints[name], value[name], child, root)
-            _check_range(cls, name, made[name], child)
+            _check_range(ranges.get(name), made[name], child)
         elif default is not None:
             made[name] = getattr(default, name)
         elif f.default is MISSING and f.default_factory is MISSING:
@@ -77,25 +83,25 @@ def build(
 
 
 def dotted_keys(cls: type, prefix: str = "") -> Iterator[str]:
-    """Every key that a recipe of this class may set, sections included."""
+    """Yield every key that a recipe of this class may set, sections included."""
     for name, hint in get_type_hints(cls).items():
         yield prefix + name
-        for part in (hint, *get_args(hint)):
-            if is_dataclass(part):
-                yield from dotted_keys(cast("type", part), f"{prefix}{name}.")
+        section = section_class(hint)
+        if section:
+            yield from dotted_keys(section, f"{prefix}{name}.")
 
 
 def unknown_keys(cls: type, tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Dotted keys of a tree that a recipe of this class has not, those inside lists left out.
+    """Yield the dotted keys of a tree that are no keys of this class, without those inside lists.
 
     A section where the class has a single value counts as unknown.
     """
     hints = get_type_hints(cls)
     for name, value in tree.items():
         key, hint = _join(prefix, str(name)), hints.get(name)
-        section = next((part for part in (hint, *get_args(hint)) if is_dataclass(part)), None)
+        section = section_class(hint)
         if isinstance(value, Mapping) and section is not None:
-            yield from unknown_keys(cast("type", section), value, key)
+            yield from unknown_keys(section, value, key)
         elif hint is None or (isinstance(value, Mapping) and get_origin(hint) is not Mapping):
             yield key
 
@@ -128,8 +134,10 @@ def _convert(hint: Any, value: Any, key: str, root: type) -> Any:
 
 
 def _convert_tuple(item: Any, value: Any, key: str, root: type) -> tuple[Any, ...]:
-    """A list, or one item without its brackets; a data source may be its path alone, a reward its
-    model or its ``module:function`` alone."""
+    """Convert a list, or one item without its brackets.
+
+    A data source may be its path alone, a reward its model or its ``module:function`` alone.
+    """
     if value is None:
         return ()
     items = value if isinstance(value, list) else [value]
@@ -141,7 +149,7 @@ def _convert_tuple(item: Any, value: Any, key: str, root: type) -> tuple[Any, ..
 
 
 def _short_reward(name: str) -> str:
-    """Which key of a reward a text without one is for: ``module:function`` is no model."""
+    """Choose the key of a reward that is a text alone: ``module:function`` is not a model."""
     return "function" if re.fullmatch(r"[\w.]+:\w+", name) else "model"
 
 
@@ -182,23 +190,9 @@ _SCALARS: dict[type, Callable[[Any, str], Any]] = {
 # ---------------------------------------------------------------- what can be wrong
 
 
-def _check_range(cls: type, name: str, value: Any, key: str) -> None:
-    names = (f"{base.__name__}.{name}" for base in cls.__mro__)
-    interval = next((RANGES[n] for n in names if n in RANGES), None)
-    if interval is None or value is None:
-        return
-    low, high = (float(end) for end in interval[1:-1].split(","))
-    above = value >= low if interval[0] == "[" else value > low
-    below = value <= high if interval[-1] == "]" else value < high
-    if not (above and below):
-        raise KeyProblem(key, f"is {_show(value)}; allowed: {_in_words(interval)}")
-
-
-def _in_words(interval: str) -> str:
-    low, high = (end.strip() for end in interval[1:-1].split(","))
-    words = [] if low == "-inf" else [("at least " if interval[0] == "[" else "above ") + low]
-    words += [] if high == "inf" else [("at most " if interval[-1] == "]" else "below ") + high]
-    return " and ".join(words)
+def _check_range(allowed: Range | None, value: Any, key: str) -> None:
+    if allowed is not None and value is not None and value not in allowed:
+        raise KeyProblem(key, f"is {_show(value)}; allowed: {allowed}")
 
 
 def _check_reward_term(term: RewardTerm, key: str) -> None:
@@ -214,12 +208,12 @@ def _check_reward_term(term: RewardTerm, key: str) -> None:
 
 
 def unknown_key(key: str, root: type) -> KeyProblem:
-    """The problem of a key that no recipe of class ``root`` has, with the key that was meant."""
+    """Make the problem of an unknown key of a ``root`` recipe, with the key that was meant."""
     leaf = key.rsplit(".", 1)[-1]
     known = list(dotted_keys(root))
     renamed = RENAMED.get(root.__name__, {}).get(key)
     if renamed:
-        return f"is {renamed} since version 0.2"
+        return KeyProblem(key, f"is {renamed} since version 0.2")
     alias = ALIASES.get(leaf)
     near = alias if alias in known else suggest(key, known, likeness=_likeness)
     if near:
@@ -240,7 +234,7 @@ def _show(value: Any) -> str:
 
 
 def _likeness(name: str, candidate: str) -> float:
-    """How near two dotted keys are; a right key in the wrong section counts as near."""
+    """Score how near two dotted keys are; a right key in the wrong section counts as near."""
     leaf = name.rsplit(".", 1)[-1]
     return max(
         _ratio(name, candidate),

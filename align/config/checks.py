@@ -1,11 +1,11 @@
-"""What one key of a recipe cannot show: keys that contradict each other.
+"""Refuse keys of a recipe that contradict each other.
 
-Keys that change nothing beside others are ``recipe_effects.py``'s.
+Keys that change nothing beside others are in effects.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 from align.config.build import KeyProblem
@@ -18,35 +18,27 @@ from align.config.keys import (
     PPORecipe,
     SFTRecipe,
 )
-from align.config.options import GenerationOptions, TrainOptions, VLLMOptions
+from align.config.sections import GenerationOptions, TrainOptions
 
 VLLM_LEAST_TEMPERATURE = 0.01
-"""vLLM takes a smaller temperature for this one."""
+"""vLLM raises a smaller temperature to this one."""
 
 
 def check_whole(recipe: Any, *, but: Collection[str] = ()) -> None:
-    """Raise a ``KeyProblem`` about the first thing that is wrong; ``but``: see `check_effects`."""
-    for key in ("generation", "sampling"):
-        if getattr(recipe, key, None) is not None:
-            _check_generation(key, getattr(recipe, key))
-    if isinstance(recipe, CommonRecipe):
-        _check_common(recipe)
-    if isinstance(recipe, EvalRecipe):
-        _check_eval(recipe)
-    if isinstance(recipe, GenerateRecipe):
-        _check_generate(recipe)
-    if isinstance(recipe, PPORecipe):
-        _check_ppo(recipe)
-    if isinstance(recipe, IterateRecipe):
-        _check_iterate(recipe)
+    """Raise a ``KeyProblem`` about the first contradiction; ``but``: see `check_effects`."""
+    for kinds, check in CHECKS:
+        if isinstance(recipe, kinds):
+            check(recipe)
     check_effects(recipe, but=but)
 
 
-def _check_common(recipe: CommonRecipe) -> None:
+def _check_resume(recipe: CommonRecipe | IterateRecipe) -> None:
     if recipe.resume == "auto" and recipe.overwrite:
         raise KeyProblem("resume", "is auto, but overwrite=true starts anew; say one of them")
-    _check_streaming(recipe)
-    if isinstance(recipe, SFTRecipe) and recipe.train.keep_best == "accuracy":
+
+
+def _check_sft(recipe: SFTRecipe) -> None:
+    if recipe.train.keep_best == "accuracy":
         raise KeyProblem(
             "train.keep_best", "accuracy is not measured on held-out rows here; there is loss"
         )
@@ -71,15 +63,17 @@ def _check_streaming(recipe: CommonRecipe) -> None:
         )
 
 
-def _check_generation(key: str, options: GenerationOptions) -> None:
-    if options.engine != "vllm" and options.vllm != VLLMOptions():
-        raise KeyProblem(f"{key}.vllm", f"has an effect with {key}.engine=vllm only")
-    if options.engine == "vllm" and 0 < options.temperature < VLLM_LEAST_TEMPERATURE:
-        raise KeyProblem(
-            f"{key}.temperature",
-            f"is {options.temperature:g}; vLLM samples at {VLLM_LEAST_TEMPERATURE:g} at least, or "
-            f"greedily at 0; raise it, or set {key}.engine=align",
-        )
+def _check_vllm(recipe: PPORecipe | GenerateRecipe | EvalRecipe) -> None:
+    for key in ("generation", "sampling"):
+        options: GenerationOptions | None = getattr(recipe, key, None)
+        if options is None or options.engine != "vllm":
+            continue
+        if 0 < options.temperature < VLLM_LEAST_TEMPERATURE:
+            raise KeyProblem(
+                f"{key}.temperature",
+                f"is {options.temperature:g}; vLLM samples at {VLLM_LEAST_TEMPERATURE:g} at least, "
+                f"or greedily at 0; raise it, or set {key}.engine=align",
+            )
 
 
 def _check_eval(recipe: EvalRecipe) -> None:
@@ -143,8 +137,6 @@ def _check_iterate(recipe: IterateRecipe) -> None:
         raise KeyProblem("ppo", "set `ppo` or `dpo`, not both or none")
     if recipe.ppo and recipe.rm is None:
         raise KeyProblem("rm", "is missing; ppo needs the reward model of each round")
-    if recipe.resume == "auto" and recipe.overwrite:
-        raise KeyProblem("resume", "is auto, but overwrite=true starts anew; say one of them")
 
 
 def _check_ppo_batches(recipe: PPORecipe) -> None:
@@ -179,3 +171,16 @@ def _check_kl(recipe: PPORecipe) -> None:
             f"is {kl.horizon}; one rollout of {recipe.ppo.rollout_batch} could turn kl.coef "
             f"negative; use more than {recipe.ppo.rollout_batch // 5}",
         )
+
+
+CHECKS: tuple[tuple[tuple[type, ...], Callable[[Any], None]], ...] = (
+    ((PPORecipe, GenerateRecipe, EvalRecipe), _check_vllm),
+    ((CommonRecipe, IterateRecipe), _check_resume),
+    ((CommonRecipe,), _check_streaming),
+    ((SFTRecipe,), _check_sft),
+    ((EvalRecipe,), _check_eval),
+    ((GenerateRecipe,), _check_generate),
+    ((PPORecipe,), _check_ppo),
+    ((IterateRecipe,), _check_iterate),
+)
+"""Recipes -> what is checked of them, in this order."""

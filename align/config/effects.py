@@ -1,18 +1,20 @@
-"""Keys that have no effect beside others: each with the reason, and refused unless at its default.
+"""Refuse a key that has no effect beside others, with the reason, unless it has its default.
 
-A key that is accepted and does nothing is a run that is not what its recipe says.
+A key that is accepted and does nothing is a run that differs from its recipe. A condition on one
+other key of the same section is the annotation `When` of the field; longer ones are here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import MISSING, fields, is_dataclass
-from typing import Any, TypeAlias, get_args, get_type_hints
+from typing import Any, TypeAlias, get_type_hints
 
+from align.config.annotations import When, notes, section_class
 from align.config.build import KeyProblem
 from align.config.keys import (
     CommonRecipe,
-    DataConfig,
+    DPORecipe,
     EvalRecipe,
     GenerateRecipe,
     IterateRecipe,
@@ -20,7 +22,7 @@ from align.config.keys import (
     RewardRecipe,
     SFTRecipe,
 )
-from align.config.options import TrainOptions
+from align.config.sections import DataConfig
 
 Reason: TypeAlias = Callable[[Any], str]
 """Why a key has no effect in a recipe; "" if it has."""
@@ -32,12 +34,32 @@ def check_effects(recipe: Any, *, but: Collection[str] = ()) -> None:
     Args:
         but: Keys and sections that the caller sets itself, whatever the recipe says.
     """
-    for key, reason in rules_for(recipe):
+    for key, why in _without_effect(recipe):
         if any(f"{key}.".startswith(f"{name}.") for name in but):
             continue
-        why = reason(recipe)
-        if why and _value(recipe, key) != _default(type(recipe), key):
+        if _value(recipe, key) != _default(type(recipe), key):
             raise KeyProblem(key, why if ";" in why else f"{why}; remove it")
+
+
+def _without_effect(recipe: Any) -> Iterator[tuple[str, str]]:
+    """(key, reason) of every key that has no effect in this recipe, set or not."""
+    for kinds, rules in RULES:
+        if isinstance(recipe, kinds):
+            for key, reason in rules.items():
+                if why := reason(recipe):
+                    yield key, why
+    yield from _unmet(recipe)
+
+
+def _unmet(section: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(key, reason) of every key whose annotation `When` is not met."""
+    for name, when in notes(type(section), When).items():
+        if getattr(section, when.key) not in when.values:
+            yield f"{prefix}{name}", f"has an effect with {prefix}{when} only"
+    for f in fields(section):
+        inner = getattr(section, f.name)
+        if is_dataclass(inner):
+            yield from _unmet(inner, f"{prefix}{f.name}.")
 
 
 def _value(recipe: Any, key: str) -> Any:
@@ -47,7 +69,7 @@ def _value(recipe: Any, key: str) -> Any:
 
 
 def _default(cls: type, key: str) -> Any:
-    """What a key holds where a recipe leaves it out; None where its section is left out."""
+    """Value of a key that a recipe leaves out, in a section that it has."""
     name, _, rest = key.partition(".")
     (field,) = (f for f in fields(cls) if f.name == name)
     default = field.default if field.default_factory is MISSING else field.default_factory()
@@ -55,9 +77,8 @@ def _default(cls: type, key: str) -> Any:
         return default
     if is_dataclass(default):
         return _value(default, rest)
-    hint = get_type_hints(cls)[name]
-    section = next((part for part in (hint, *get_args(hint)) if is_dataclass(part)), None)
-    return _default(section, rest) if isinstance(section, type) else None
+    section = section_class(get_type_hints(cls)[name])
+    return _default(section, rest) if section else None
 
 
 def _if(test: Callable[[Any], Any], why: str) -> Reason:
@@ -72,7 +93,7 @@ def _holds_out(recipe: Any) -> bool:
 
 
 def _beside_test(data: Callable[[Any], DataConfig]) -> Reason:
-    # 0 says of the training data what a test says too
+    # test_fraction=0 agrees with `test`: nothing of the training data is held out
     return _if(
         lambda r: data(r).test and data(r).test_fraction,
         "has no effect beside `test`, which is what is held out",
@@ -91,9 +112,6 @@ COMMON: dict[str, Reason] = {
         lambda r: not isinstance(r, SFTRecipe),
         "is for sft only: here every response token counts",
     ),
-    "data.streaming_window": _if(
-        lambda r: not r.data.streaming, "has an effect with data.streaming=true only"
-    ),
 }
 
 
@@ -109,20 +127,17 @@ TRAINED: dict[str, Reason] = {
     "train.keep_checkpoints": _if(
         lambda r: not r.train.save_every, "has no effect with train.save_every=0"
     ),
-    "train.epochs": _if(
-        lambda r: isinstance(r.train, TrainOptions) and r.train.max_steps is not None,
-        "has no effect beside train.max_steps, which says how long the run is",
-    ),
 }
-SCHEDULED: dict[str, Reason] = {
-    "optim.final_lr_fraction": _if(
-        lambda r: r.optim.schedule == "constant", "has no effect with schedule=constant"
+STEPPED: dict[str, Reason] = {
+    "train.epochs": _if(
+        lambda r: r.train.max_steps is not None,
+        "has no effect beside train.max_steps, which says how long the run is",
     ),
 }
 
 
 def _sampled(name: str) -> dict[str, Reason]:
-    """Rules for a section that says how responses are sampled."""
+    """Rules for the sampling options in the section ``name``."""
 
     def greedy(recipe: Any) -> bool:
         section = getattr(recipe, name, None)
@@ -150,10 +165,8 @@ ONE_UPDATE = (
 )
 PPO: dict[str, Reason] = {
     "ppo.clip_range": _if(_one_update, ONE_UPDATE),
-    # 0 switches it off, which is no wrong thing to say
+    # 0 switches it off, so it is not refused
     "ppo.value_clip_range": _if(lambda r: _one_update(r) and r.ppo.value_clip_range, ONE_UPDATE),
-    "kl.target": _if(lambda r: not r.kl.adaptive, "has an effect with kl.adaptive=true only"),
-    "kl.horizon": _if(lambda r: not r.kl.adaptive, "has an effect with kl.adaptive=true only"),
     "kl.charge": _if(lambda r: r.kl.coef == 0, "has no effect with kl.coef=0: nothing is charged"),
 }
 REWARD_MODEL: dict[str, Reason] = {
@@ -172,10 +185,6 @@ GENERATE: dict[str, Reason] = {
     "gradient_checkpointing": lambda _: "has no effect without training",
     "activation_offload": lambda _: "has no effect without training",
     "trackers": lambda _: "has no effect in generate, which has no steps",
-    "pairs.threshold": _if(
-        lambda r: r.pairs and r.pairs.choose != "threshold",
-        "has an effect with pairs.choose=threshold only",
-    ),
     "best_of_n": _if(
         lambda r: r.generation.samples_per_prompt == 1 and not r.also,
         "has one response to choose from; set generation.samples_per_prompt, or `also`",
@@ -200,8 +209,8 @@ _whole_prompts = (
     "prompts)"
 )
 NOT_IN_EVAL = ("max_tokens", "max_train_rows", "loss_on", "order", "streaming", "streaming_window")
-# preferences without a reward, and best_of_n without what it needs, are left out with a line of the
-# run: a shipped evaluation stays usable with reward=null
+# preferences without a reward, and best_of_n without what it needs, are no error: the run skips
+# them with a warning, so that a shipped evaluation stays usable with reward=null
 EVAL: dict[str, Reason] = {
     **{f"data.{key}": lambda _: _whole_prompts for key in (*NOT_IN_EVAL, "test_fraction")},
     **{f"preferences.{key}": lambda _: "has no effect in eval" for key in NOT_IN_EVAL},
@@ -217,9 +226,6 @@ EVAL: dict[str, Reason] = {
     ),
 }
 ITERATE: dict[str, Reason] = {
-    "reference_decay": _if(
-        lambda r: r.reference != "average", "has an effect with reference=average only"
-    ),
     "reference": _if(lambda r: r.rounds == 1, "has no effect in the first round, and rounds is 1"),
     "stop.patience": _if(
         lambda r: r.stop.patience is not None and r.stop.patience >= r.rounds,
@@ -227,24 +233,14 @@ ITERATE: dict[str, Reason] = {
     ),
 }
 
-RULES: tuple[tuple[type, dict[str, Reason]], ...] = (
-    (CommonRecipe, COMMON),
-    (PPORecipe, PPO),
-    (RewardRecipe, REWARD_MODEL),
-    (GenerateRecipe, GENERATE),
-    (EvalRecipe, EVAL),
-    (IterateRecipe, ITERATE),
+RULES: tuple[tuple[tuple[type, ...], dict[str, Reason]], ...] = (
+    ((CommonRecipe,), COMMON),
+    ((SFTRecipe, RewardRecipe, DPORecipe, PPORecipe), TRAINED),
+    ((SFTRecipe, RewardRecipe, DPORecipe), STEPPED),
+    ((RewardRecipe,), REWARD_MODEL),
+    ((PPORecipe,), PPO),
+    ((GenerateRecipe,), GENERATE),
+    ((GenerateRecipe, EvalRecipe), _sampled("generation")),
+    ((EvalRecipe,), EVAL | _sampled("sampling")),
+    ((IterateRecipe,), ITERATE),
 )
-
-
-def rules_for(recipe: Any) -> Iterator[tuple[str, Reason]]:
-    """(key, reason) of every rule for a recipe."""
-    for kind, rules in RULES:
-        if isinstance(recipe, kind):
-            yield from rules.items()
-    for section, rules in (("train", TRAINED), ("optim", SCHEDULED)):
-        if hasattr(recipe, section):
-            yield from rules.items()
-    for name in ("generation", "sampling"):
-        if hasattr(recipe, name):
-            yield from _sampled(name).items()

@@ -1,91 +1,72 @@
-"""Recipes as frozen dataclasses: every key of every YAML file, its unit and its default.
+"""Recipes as frozen dataclasses: every key of every YAML file, with the sections of one stage.
 
-Reading YAML and overrides into these lives in ``recipes_io.py``. Nothing here is changed after it
-was read, and nothing is repaired: what a stage runs is what ``config.yaml`` in its folder says.
+Each key has its type, default, range, unit and (as the comment above it) meaning here or in
+sections.py. A recipe is never changed after it was read: what a stage runs is what ``config.yaml``
+in its folder says.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
-from align.config.options import (
+from align.config.annotations import Range, Unit, When
+from align.config.sections import (
+    DataConfig,
     GenerationOptions,
+    KLConfig,
     LoraOptions,
     OptimOptions,
     PPOTrainOptions,
+    RewardTerm,
     TrainOptions,
 )
-from align.types import DataSource, RewardTerm
-
-Precision = Literal["auto", "bf16", "fp32"]
-Attention = Literal["auto", "segments", "flash", "flex"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Where rows come from and what is done with bad ones.
+class ModelRecipe:
+    """Keys of every recipe that loads models."""
 
-    In a recipe ``data: file.jsonl`` and ``data: [a.jsonl, {path: b.jsonl, weight: 0.5}]`` are short
-    for ``data: {train: ...}``.
-    """
-
-    train: tuple[DataSource, ...] = ()
-    test: tuple[DataSource, ...] = ()
-    # our field -> the file's column, for every source that does not say so itself
-    columns: dict[str, str] = field(default_factory=dict)
-    on_bad_row: Literal["stop", "skip"] = "stop"
-    # tokens, prompt and response together; longer rows are bad rows, never cut
-    max_tokens: int = 1024
-    # share of the prompts held out when `test` is empty; 0 holds out nothing
-    test_fraction: float = 0.05
-    # rows used at most, after the split, picked by seed; null uses all
-    max_train_rows: int | None = None
-    max_test_rows: int | None = None
-    # in which order an epoch goes through the rows: shuffled anew each epoch, as the sources list
-    # them (a curriculum), or by their tokens
-    order: Literal["shuffled", "given", "shortest_first"] = "shuffled"
-    # tokens that SFT learns from: auto = completions in dialogue, everything in plain text
-    loss_on: Literal["auto", "completion", "all"] = "auto"
-    # sft, rm, dpo: read the training rows as steps need them, again from the start where they end,
-    # and keep them nowhere; for a data set larger than the disk. Needs `train.max_steps`
-    streaming: bool = False
-    # rows that lie in memory at a time, beside as many next ones, and are shuffled among themselves
-    streaming_window: int = 10000
-
-
-@dataclass(frozen=True, kw_only=True)
-class CommonRecipe:
-    """What every stage's recipe has."""
-
-    # folder or hub id of the model to start from
-    model: str
+    # folder of the run
     output_dir: str
     data: DataConfig = field(default_factory=DataConfig)
-    seed: int = 0
+    # seed of sampling, shuffling, splits and new heads
+    seed: Annotated[int, Range("[0, 4294967295]")] = 0
     # auto = bf16 autocast over fp32 weights where the hardware multiplies bf16 natively
-    precision: Precision = "auto"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
     # kernel of packed attention: auto = flash or flex on a GPU in bf16 where it proves right on the
     # model, else segments, which runs everywhere
-    attention: Attention = "auto"
+    attention: Literal["auto", "segments", "flash", "flex"] = "auto"
+    # run Python code that comes with a model from the hub
+    trust_remote_code: bool = False
+    # base of the adapters that the recipe names as models, instead of the one that their
+    # adapter_config.json names; null = as they say
+    base_model: str | None = None
+    # replace the run that `output_dir` holds
+    overwrite: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommonRecipe(ModelRecipe):
+    """Keys of every recipe that starts from one model."""
+
+    # folder, hub id or GGUF file of the model to start from
+    model: str
     # recompute activations in the backward pass: about a third slower, far less memory
     gradient_checkpointing: bool = False
     # keep activations in the CPU's memory until the backward pass needs them, for a GPU: slower;
     # beside gradient_checkpointing it moves what that keeps
     activation_offload: bool = False
-    trust_remote_code: bool = False
-    # base of the adapters that the recipe names as models, instead of the one that their
-    # adapter_config.json names; null = as they say
-    base_model: str | None = None
-    # never refuses a folder that holds a run; auto goes on from its newest whole checkpoint
+    # never refuses a folder that holds a run; auto resumes from its newest whole checkpoint
     resume: Literal["never", "auto"] = "never"
-    overwrite: bool = False
     # Accelerate's live trackers: tensorboard, wandb, trackio; [] for none
     trackers: tuple[str, ...] = ("tensorboard",)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SFTRecipe(CommonRecipe):
+    """Fine-tune on demonstrations."""
+
     train: TrainOptions = field(default_factory=TrainOptions)
     optim: OptimOptions = field(default_factory=OptimOptions)
     lora: LoraOptions | None = None
@@ -95,10 +76,12 @@ class SFTRecipe(CommonRecipe):
 
 @dataclass(frozen=True, kw_only=True)
 class RewardModelConfig:
+    """The Bradley-Terry loss and the head of a reward model."""
+
     # subtract the pair's `margin` inside the sigmoid, where the data have one
     use_margin: bool = False
     # weight of (r_chosen + r_rejected)^2, which keeps scores near 0
-    center_coef: float = 0.0
+    center_coef: Annotated[float, Range("[0, 10000]")] = 0.0
     # after training, scale the head so that scores on (at most 100) training pairs have variance 1
     normalize: bool = True
     # append a decoder layer that starts as the mean over the sequence: a small backbone learns from
@@ -108,6 +91,8 @@ class RewardModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RewardRecipe(CommonRecipe):
+    """Train a reward model on pairs."""
+
     reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
     train: TrainOptions = field(default_factory=TrainOptions)
     optim: OptimOptions = field(default_factory=OptimOptions)
@@ -116,25 +101,31 @@ class RewardRecipe(CommonRecipe):
 
 @dataclass(frozen=True, kw_only=True)
 class DPOConfig:
-    # temperature of the implicit reward, reward units per nat
-    beta: float = 0.1
-    # a name from align.losses.dpo
+    """A DPO loss and its reference."""
+
+    # temperature of the implicit reward
+    beta: Annotated[float, Range("(0, 10000]"), Unit("reward units per nat")] = 0.1
+    # name of a loss; "DPO losses" in docs/recipes.md lists them
     loss_type: str = "sigmoid"
     # probability that a label is wrong (sigmoid: cDPO; robust; exo_pair)
-    label_smoothing: float = 0.0
+    label_smoothing: Annotated[float, Range("[0, 0.5)"), Unit("probability")] = 0.0
+    # map of the log-ratios (sigmoid, hinge, robust, exo_pair)
     f_divergence: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = (
         "reverse_kl"
     )
     # alpha of the alpha divergence
-    f_alpha: float = 0.5
+    f_alpha: Annotated[float, Range("[-1000, 1000]"), When("f_divergence", "alpha_divergence")] = (
+        0.5
+    )
     # weight of the token-mean NLL on chosen (RPO); 0 = off
-    sft_coef: float = 0.0
-    # target margin of simpo, weight of orpo's odds-ratio term
-    simpo_gamma: float = 0.5
-    orpo_coef: float = 0.1
+    sft_coef: Annotated[float, Range("[0, 10000]")] = 0.0
+    # margin that simpo asks for
+    simpo_gamma: Annotated[float, Range("[0, 10000]"), Unit("reward units")] = 0.5
+    # weight of orpo's odds-ratio term
+    orpo_coef: Annotated[float, Range("[0, 10000]")] = 0.1
     # weight pairs by how likely the policy would write them (WPO)
     wpo_weights: bool = False
-    # where reference log-probs come from: a second model, the policy with its adapter off, or disk
+    # source of the reference log-probs: a second model, the policy with its adapter off, or disk
     reference: Literal["online", "adapter_off", "cached"] = "cached"
     # folder or hub id of the reference; null = the model that training starts from
     reference_model: str | None = None
@@ -142,6 +133,8 @@ class DPOConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DPORecipe(CommonRecipe):
+    """Optimise preference pairs by DPO or a relative of it."""
+
     dpo: DPOConfig = field(default_factory=DPOConfig)
     train: TrainOptions = field(default_factory=TrainOptions)
     optim: OptimOptions = field(default_factory=OptimOptions)
@@ -149,56 +142,57 @@ class DPORecipe(CommonRecipe):
 
 
 @dataclass(frozen=True, kw_only=True)
-class KLConfig:
-    # reward units per nat
-    coef: float = 0.05
-    estimator: Literal["k1", "k2", "k3"] = "k1"
-    # reward = charged on every token's reward; loss = a term of the policy loss
-    charge: Literal["reward", "loss"] = "reward"
-    # move coef so that KL per response stays near `target` nats, over `horizon` sequences
-    adaptive: bool = False
-    target: float = 6.0
-    horizon: int = 10000
-
-
-@dataclass(frozen=True, kw_only=True)
 class PPOConfig:
-    # samples of prompts, each trained on for `epochs` passes
-    iterations: int = 100
+    """The PPO update: rollouts, clipping, advantages."""
+
+    # rollouts, each trained on for `epochs` passes
+    iterations: Annotated[int, Range("[1, 100000000]"), Unit("iterations")] = 100
     # sequences per iteration, over all processes
-    rollout_batch: int = 64
-    epochs: int = 4
+    rollout_batch: Annotated[int, Range("[1, 10000000]"), Unit("sequences")] = 64
+    # passes over each rollout
+    epochs: Annotated[int, Range("[1, 10000]"), Unit("epochs")] = 4
     # optimizer steps per epoch
-    num_minibatches: int = 1
-    clip_range: float = 0.2
-    # 0 = no clipping of the value loss
-    value_clip_range: float = 0.2
-    # weight of the entropy bonus, reward units per nat
-    entropy_coef: float = 0.0
-    # of advantages, a name from align.losses.advantages.ESTIMATORS
+    num_minibatches: Annotated[int, Range("[1, 1000000]")] = 1
+    # how far the ratio to the old policy may leave 1 and still earn
+    clip_range: Annotated[float, Range("(0, 1000]")] = 0.2
+    # how far a value may leave the old one and still lower the loss; 0 = no clipping
+    value_clip_range: Annotated[float, Range("[0, inf)"), Unit("reward units")] = 0.2
+    # weight of the entropy bonus
+    entropy_coef: Annotated[float, Range("[0, 10000]"), Unit("reward units per nat")] = 0.0
+    # advantage estimator: a name from align.losses.advantages.ESTIMATORS
     estimator: str = "gae"
-    gamma: float = 1.0
-    gae_lambda: float = 0.95
+    # discount
+    gamma: Annotated[float, Range("[0, 1]"), Unit("per token")] = 1.0
+    # 0 = one-step residual, 1 = whole return minus value
+    gae_lambda: Annotated[float, Range("[0, 1]")] = 0.95
+    # shift and scale them to mean 0, variance 1 over the rollout
     whiten_advantages: bool = True
     # variance 1, mean kept: changes the effective KL coefficient
     whiten_rewards: bool = False
-    # what a response that did not end in EOS is paid, where a reward model's own mean counts as 0;
+    # score of a response that did not end in EOS, where a reward model's own mean counts as 0;
     # null = its own score, judged as if it had ended there
-    missing_eos_score: float | None = -1.0
+    missing_eos_score: Annotated[
+        float | None, Range("[-1000000, 1000000]"), Unit("reward units")
+    ] = -1.0
     # iterations in which the critic alone learns
-    critic_warmup: int = 0
+    critic_warmup: Annotated[int, Range("[0, inf)"), Unit("iterations")] = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class CriticConfig:
-    # folder or hub id of a one-label model; null = the first reward model, else the actor's trunk
+    """The value model of PPO."""
+
+    # folder or hub id of a one-label model; null = the first reward model, else the
+    # actor's backbone
     model: str | None = None
     # peak learning rate; null = the actor's
-    lr: float | None = None
+    lr: Annotated[float | None, Range("(0, inf)")] = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class PPORecipe(CommonRecipe):
+    """Optimise a reward by PPO."""
+
     # one reward or a weighted sum
     reward: tuple[RewardTerm, ...] = ()
     # folder or hub id; null = the model that training starts from
@@ -219,10 +213,12 @@ class PairsConfig:
     # best_worst = one pair per prompt; all = every pair that differs enough; threshold = every
     # response at or above `threshold` against every one below it
     choose: Literal["best_worst", "all", "threshold"] = "best_worst"
-    # score units, for choose=threshold
-    threshold: float = 0.0
-    # score units by which chosen must beat rejected
-    min_margin: float = 0.0
+    # score from which a response counts as good, for choose=threshold
+    threshold: Annotated[
+        float, Range("(-inf, inf)"), Unit("score units"), When("choose", "threshold")
+    ] = 0.0
+    # margin by which chosen must beat rejected
+    min_margin: Annotated[float, Range("[0, inf)"), Unit("score units")] = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,25 +229,31 @@ class GenerateRecipe(CommonRecipe):
     also: tuple[str, ...] = ()
     # write the best sample of each prompt for sft (rejection-sampling fine-tuning)
     best_of_n: bool = False
+    # no effect here: there are no steps
     trackers: tuple[str, ...] = ()
     generation: GenerationOptions = field(default_factory=GenerationOptions)
+    # a reward or a list of them, as for PPO; scores every sample
     reward: tuple[RewardTerm, ...] = ()
+    # how samples become pairs; null = samples only
     pairs: PairsConfig | None = None
-    tokens_per_microbatch: int = 4096
+    # budget of one forward pass: sets the memory, changes no result
+    tokens_per_microbatch: Annotated[int, Range("[1, 1000000000]"), Unit("tokens")] = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalRecipe:
+class EvalRecipe(ModelRecipe):
     """One table over one or several checkpoints, on held-out prompts."""
 
-    output_dir: str
-    # a checkpoint, or several as name -> folder, hub id, GGUF file or JSONL of outputs; `ppo#0` and
-    # `ppo#1` are two seeds of ppo, and compared as one
+    # one checkpoint; or several in `models`
     model: str | None = None
+    # name -> folder, hub id, adapter, GGUF file, checkpoint of a run or JSONL of outputs; `ppo#0`
+    # and `ppo#1` are seeds of ppo, compared as one
     models: dict[str, str] = field(default_factory=dict)
+    # `data.test`, or else `data.train`: prompts, best with references
     data: DataConfig = field(default_factory=DataConfig)
     # KL is measured against it; null = no KL
     reference_model: str | None = None
+    # a reward or a list of them, as for PPO; scores every model's outputs
     reward: tuple[RewardTerm, ...] = ()
     # a reward that counts as true, beside the one that was optimised: shows over-optimisation
     gold_reward: tuple[RewardTerm, ...] = ()
@@ -260,12 +262,12 @@ class EvalRecipe:
     metrics: tuple[str, ...] = ("bleu", "chrf", "chrf++", "ter")
     # module:name of f(prompts, a, b, references) -> for each prompt 1 = a is better, 0 = b, 0.5 tie
     judge: str | None = None
-    # reward units up to which two answers tie in the win rate
-    tie_margin: float = 0.0
+    # difference up to which two answers tie in the win rate
+    tie_margin: Annotated[float, Range("[0, inf)"), Unit("reward units")] = 0.0
     # adds a model: of n samples of `reference_model` the best by `reward`; null = none
-    best_of_n: int | None = None
-    # preference pairs whose held-out side `reward` is judged on: `test`, or `test_fraction` of
-    # `train`, which with equal seeds are the rows that `align rm` held out
+    best_of_n: Annotated[int | None, Range("[2, 100000]"), Unit("samples")] = None
+    # as `data`: pairs whose held-out side `reward` is judged on; with equal seed and
+    # `test_fraction` the rows that `align rm` held out
     preferences: DataConfig = field(default_factory=DataConfig)
     # the outputs that BLEU, chrF and reward are measured on
     generation: GenerationOptions = field(
@@ -274,32 +276,23 @@ class EvalRecipe:
     # samples that KL and the sampled chrF are measured on; null = the outputs themselves
     sampling: GenerationOptions | None = None
     # resamplings of every paired test
-    num_resamples: int = 1000
+    num_resamples: Annotated[int, Range("[1, 10000000]")] = 1000
     # keep samples in outputs_cache/ beside the run, by weights, prompts and sampling
     cache_outputs: bool = True
-    seed: int = 0
-    precision: Precision = "auto"
-    # kernel of packed attention: auto = flash or flex on a GPU in bf16 where it proves right on the
-    # model, else segments, which runs everywhere
-    attention: Attention = "auto"
-    tokens_per_microbatch: int = 4096
-    trust_remote_code: bool = False
-    # base of the adapters that the recipe names as models, instead of the one that their
-    # adapter_config.json names; null = as they say
-    base_model: str | None = None
-    overwrite: bool = False
+    # budget of one forward pass: sets the memory, changes no result
+    tokens_per_microbatch: Annotated[int, Range("[1, 1000000000]"), Unit("tokens")] = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
 class StopRules:
     """When `align iterate` ends before its last round; null switches a rule off."""
 
-    # KL to the starting model, nats per response, on held-out prompts
-    max_kl: float | None = None
+    # KL to the starting model on held-out prompts
+    max_kl: Annotated[float | None, Range("(0, inf)"), Unit("nats per response")] = None
     # rounds without a higher gold score
-    patience: int | None = None
+    patience: Annotated[int | None, Range("[1, inf)"), Unit("rounds")] = None
     # pairs that a round has to yield
-    min_pairs: int | None = None
+    min_pairs: Annotated[int | None, Range("[1, inf)"), Unit("pairs")] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -308,20 +301,20 @@ class IterateRecipe:
 
     # folder or hub id of the model before the first round
     model: str
-    # `rounds/1`, `rounds/2`, ... lie in it, a folder for each stage in them
+    # holds `rounds/1`, `rounds/2`, ..., each with a folder for every stage
     output_dir: str
     # base of an adapter that `model` names, instead of the one that it names itself
     base_model: str | None = None
     # rounds at most; `stop` may end earlier
-    rounds: int = 3
-    # recipes (files or shipped names) of a round's stages; what labels the pairs is `generate`'s
-    # reward, which is the gold score; model, data of pairs, and folders are set here
+    rounds: Annotated[int, Range("[1, 100000]"), Unit("rounds")] = 3
+    # recipes (files or shipped names) of a round's stages; `generate`'s reward labels the pairs and
+    # is the gold score; model, data of pairs, and folders are set here
     generate: str
     # trained on the pairs of all rounds so far; null with `dpo` trains none
     rm: str | None = None
-    # one of the two
+    # PPO recipe; set this one or `dpo`
     ppo: str | None = None
-    # online DPO, on the round's own pairs
+    # recipe of online DPO, on the round's own pairs
     dpo: str | None = None
     # measures each round, on held-out prompts, with `generate`'s reward and KL to the first model
     eval: str
@@ -329,12 +322,13 @@ class IterateRecipe:
     set: tuple[str, ...] = ()
     # what KL is charged to: the model before the first round, the round's own start, or an average
     reference: Literal["fixed", "refresh", "average"] = "fixed"
-    # share of the old average that each round keeps, for reference=average
-    reference_decay: float = 0.5
+    # share of the old average that each round keeps
+    reference_decay: Annotated[float, Range("[0, 1]"), When("reference", "average")] = 0.5
+    # rules that end the rounds early
     stop: StopRules = field(default_factory=StopRules)
     # each round adds its number to it
-    seed: int = 0
-    # never refuses a folder that holds a run; auto goes on where it was cut short
+    seed: Annotated[int, Range("[0, 4294900000]")] = 0
+    # never refuses a folder that holds a run; auto resumes where it was interrupted
     resume: Literal["never", "auto"] = "never"
     # replace the run that the folder holds, its rounds included
     overwrite: bool = False

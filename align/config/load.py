@@ -1,7 +1,7 @@
-"""Recipes on disk: find one, read it, lay ``key=value`` overrides over it, write it back.
+"""Find a recipe, read it, apply ``key=value`` overrides, and write it back.
 
 A recipe is a path or a shipped name such as ``tiny/sft``. Relative paths inside a recipe are
-relative to the folder that the command runs in. OmegaConf parses; ``recipe_builder`` decides.
+relative to the folder that the command runs in. OmegaConf parses; build.py checks.
 """
 
 from __future__ import annotations
@@ -20,20 +20,21 @@ from omegaconf.errors import OmegaConfBaseException
 from align.base.suggest import suggest
 from align.config.build import KeyProblem, build, unknown_key, unknown_keys
 from align.config.checks import check_whole
+from align.config.names import RENAMED
 from align.config.text import odd_number, refuse_functions
 from align.types import AlignError
 
 R = TypeVar("R")
 
 DATA = (".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".gz")
-"""Endings that no recipe has."""
+"""File endings of data, which no recipe has."""
 
 COMMAND_LINE = "command line"
 ARGUMENTS = "arguments"
 REPLACES = {"data.test": "data.test_fraction", "train.max_steps": "train.epochs"}
-"""Override -> the recipe's key that it stands in for: beside it that would have no effect."""
+"""Override -> the recipe's key that it replaces, which would have no effect beside it."""
 
-# a date that is none, a number of thousands of digits and deep nesting raise Python's own
+# an impossible date, a number of thousands of digits and deep nesting raise Python's own errors
 UNREADABLE = (
     OmegaConfBaseException, yaml.YAMLError, OSError, ValueError, TypeError, RecursionError
 )  # fmt: skip
@@ -53,18 +54,22 @@ def load_recipe(
     ``recipe`` is a path, a shipped name, or a mapping as YAML would give it. ``values`` are further
     overrides, dotted key -> value as Python has it.
 
-    An override replaces what the key held. ``data=FILE`` replaces the training data and drops the
+    An override replaces the key's value. ``data=FILE`` replaces the training data and drops the
     recipe's own test data, so that ``data.test_fraction`` of FILE is held out instead;
-    ``data.train=FILE`` replaces the training data alone. `REPLACES` says what else is dropped.
-    ``others``, command -> recipe class, is for the hint when the recipe is for another command.
-    ``but`` are keys that the caller sets, so that they may be without effect in the recipe.
+    ``data.train=FILE`` replaces the training data alone. `REPLACES` lists what else is dropped.
+
+    Args:
+        others: Command -> recipe class, for the hint when the recipe is for another command.
+        but: Keys that the caller sets, so that they may be without effect in the recipe.
 
     Raises:
-        AlignError: One line with the file, the key, what it got and what is allowed.
+        AlignError: One line with the file, the key, its value and what is allowed.
     """
     path = find_recipe(recipe) if isinstance(recipe, str) else Path("recipe")
     read = _read_yaml(path) if isinstance(recipe, str) else copy.deepcopy(dict(recipe))
     tree = _normalised(read)
+    if path.name == "config.yaml" and (path.parent / "manifest.json").is_file():
+        tree = _with_current_names(tree, RENAMED.get(cls.__name__, {}))
     theirs = (others or {}).get(path.stem) if isinstance(recipe, str) else None
     if theirs is not None and theirs is not cls:
         raise AlignError(f"{path}: is a recipe for `align {path.stem}` by its name; run that")
@@ -88,7 +93,7 @@ def load_recipe(
 
 
 def to_yaml(recipe: Any) -> str:
-    """The recipe as YAML that ``load_recipe`` reads back into an equal object."""
+    """Write the recipe as YAML that ``load_recipe`` reads back into an equal object."""
     return OmegaConf.to_yaml(OmegaConf.create(_escaped(asdict(recipe))))
 
 
@@ -96,27 +101,27 @@ def to_yaml(recipe: Any) -> str:
 
 
 def recipes_root() -> Path:
-    """Where the shipped recipes lie: inside the package in a wheel, beside it in a checkout."""
+    """Folder of the shipped recipes: inside the package in a wheel, beside it in a checkout."""
     package = Path(__file__).parents[1]
     inside = package / "recipes"
     return inside if inside.is_dir() else package.parent / "recipes"
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """Name -> file of every shipped recipe; Accelerate's launch files are not recipes."""
+    """Map the name of every shipped recipe to its file, without Accelerate's launch files."""
     root = recipes_root()
     files = sorted(p for p in root.rglob("*.yaml") if p.parent.name != "accelerate")
     return {p.relative_to(root).with_suffix("").as_posix(): p for p in files}
 
 
 def find_recipe(recipe: str) -> Path:
-    """The file of a path or of a shipped name, a path first."""
+    """Find the file of a path or of a shipped name; a path wins."""
     path = Path(recipe)
     if path.is_file():
         if path.name.endswith(DATA):
             raise AlignError(f"{recipe}: a data file, not a recipe; wanted RECIPE data={recipe}")
         return path
-    if path.exists() and not path.is_dir():  # a pipe would be waited for
+    if path.exists() and not path.is_dir():  # reading a pipe would wait
         raise AlignError(f"{recipe}: a pipe or a device, not a recipe")
     shipped = shipped_recipes()
     name = recipe.removesuffix(".yaml")
@@ -129,14 +134,14 @@ def find_recipe(recipe: str) -> Path:
 
 
 def first_comment(path: Path) -> str:
-    """A recipe's own description: the first line, if that is a comment."""
+    """Read a recipe's description: its first line, if that is a comment."""
     with path.open(encoding="utf-8") as lines:
         first = lines.readline().strip()
     return first.lstrip("# ") if first.startswith("#") else ""
 
 
 def stage_of(recipe: str, stages: Mapping[str, type], overrides: Sequence[str] = ()) -> str:
-    """The command that a recipe is for: by a word in its file's name, else by its keys.
+    """Name the command of a recipe by a word in its file's name, else by its keys.
 
     A misspelt key still leaves the stage whose recipe has all others.
 
@@ -172,7 +177,7 @@ def stage_of(recipe: str, stages: Mapping[str, type], overrides: Sequence[str] =
 
 
 def _lacks_nothing(cls: type, tree: Mapping[str, Any]) -> bool:
-    """Whether the tree has every key that has no default."""
+    """Tell whether the tree has every key without a default."""
     return all(
         f.name in tree or f.default is not MISSING or f.default_factory is not MISSING
         for f in fields(cls)
@@ -251,14 +256,23 @@ def _set(tree: dict[str, Any], key: str, value: Any, where: str) -> str:
 
 
 def _normalised(tree: dict[str, Any]) -> dict[str, Any]:
-    """``data: file`` and ``data: [..]`` as ``data: {train: ...}``."""
+    """Write ``data: file`` and ``data: [..]`` as ``data: {train: ...}``."""
     if isinstance(tree.get("data"), str | list):
         tree["data"] = {"train": tree["data"]}
     return tree
 
 
+def _with_current_names(tree: dict[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:
+    """Move the keys that a run of an earlier version wrote to where they are now."""
+    for old, new in renamed.items():
+        if old in tree:
+            section, _, leaf = new.partition(".")
+            tree.setdefault(section, {}).setdefault(leaf, tree.pop(old))
+    return tree
+
+
 def _resolved(tree: dict[str, Any], path: Path) -> Any:
-    """Fill in ``${other.key}``."""
+    """Replace ``${other.key}`` by the other key's value."""
     refuse_functions(tree)
     try:
         return OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
@@ -267,7 +281,7 @@ def _resolved(tree: dict[str, Any], path: Path) -> Any:
 
 
 def _meant_for(tree: Mapping[str, Any], cls: type, others: Mapping[str, type]) -> str | None:
-    """The one command whose recipes have every section of this one, where ``cls`` has not."""
+    """Name the one command whose recipes have every section of this one, where ``cls`` has not."""
 
     def fits(other: type) -> bool:
         return tree.keys() <= {f.name for f in fields(other)}
@@ -277,7 +291,7 @@ def _meant_for(tree: Mapping[str, Any], cls: type, others: Mapping[str, type]) -
 
 
 def _covers(override: str, key: str) -> bool:
-    """Whether the override set this key, something around it or something inside it."""
+    """Tell whether the override set this key, its section or a key inside it."""
     return f"{key}.".startswith((f"{override}.", f"{override}[")) or override.startswith(f"{key}.")
 
 
@@ -286,7 +300,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _escaped(value: Any) -> Any:
-    """Tuples as lists, and ``${`` kept from being read as a reference."""
+    """Turn tuples into lists, and keep ``${`` from being read as a reference."""
     if isinstance(value, dict):
         return {k: _escaped(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""What YAML and OmegaConf would read into a recipe's text that nobody means: refused by name."""
+"""Refuse text of a recipe that YAML or OmegaConf would read as something nobody means."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _OCTAL = re.compile(r"[-+]?0[0-7_]*[1-7][0-7_]*")
 
 
 def odd_number(text: str) -> tuple[int, str] | None:
-    """(line, what is wrong) of the first number of ``text`` that YAML 1.1 reads as another one.
+    """Find the first number that YAML 1.1 reads as another one: (line, what is wrong).
 
-    ``1:30`` is 90 to it, and ``010`` is 8.
+    It reads ``1:30`` as 90 and ``010`` as 8.
     """
     for node in _scalars(yaml.compose(text, Loader=yaml.SafeLoader), set()):
         if node.style is None and node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float"):
@@ -37,7 +37,7 @@ def odd_number(text: str) -> tuple[int, str] | None:
 
 
 def _scalars(node: Any, seen: set[int]) -> Iterator[yaml.ScalarNode]:
-    if node is None or id(node) in seen:  # an alias stands for a node that was gone through
+    if node is None or id(node) in seen:  # an alias repeats a node that was checked already
         return
     seen.add(id(node))
     if isinstance(node, yaml.ScalarNode):
@@ -75,7 +75,7 @@ def refuse_functions(tree: Any, key: str = "") -> None:
 
 
 def _calls(text: str) -> bool:
-    """Whether text holds ``${name:...}``; ``${other.key}`` has no colon."""
+    """Tell whether text holds ``${name:...}``; ``${other.key}`` has no colon."""
     depth = 0
     for found in re.finditer(r"\\.|\$\{|[}:]", text, re.DOTALL):
         if found[0] == "${":

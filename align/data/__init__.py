@@ -9,18 +9,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from align.config.sections import DataSource
     from align.data.examples import load_examples, split_by_prompt
     from align.data.readers.objects import given
     from align.data.tokens.chat import encode_examples
     from align.data.tokens.packing import collate, pack
-    from align.types import (
-        DataSource,
-        PreferencePair,
-        PromptExample,
-        SFTExample,
-        TokenBatch,
-        TokenGroup,
-    )
+    from align.types import PreferencePair, PromptExample, SFTExample, TokenBatch, TokenGroup
 
 __all__ = [
     "DataSource",

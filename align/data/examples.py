@@ -19,6 +19,7 @@ from typing import Literal, TypeAlias, TypeVar
 
 import numpy as np
 
+from align.config.sections import DataSource
 from align.data.formats.columns import Example, read_row
 from align.data.formats.fields import Kind, check_names
 from align.data.formats.rankings import Rated, pairs_of
@@ -34,7 +35,7 @@ from align.data.sources import (
     name_of,
     read_set,
 )
-from align.types import AlignError, DataSource, SFTExample, SourceReport, Text
+from align.types import AlignError, SFTExample, SourceReport, Text
 
 OnBadRow: TypeAlias = Literal["stop", "skip"]
 NEEDS_TWO = "a pair needs two answers to one prompt, with different scores"

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
+from align.config.sections import DataSource
 from align.data.formats.columns import Example
 from align.data.readers.splits import split_parts
 from align.data.sources import choice_of, file_sha256, find_parts
-from align.types import AlignError, DataSource
+from align.types import AlignError
 
 ADVICE = (
     "what is measured on them says nothing; leave data.test out, so that data.test_fraction is "

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from align.base.progress import Progress, say
-from align.config.keys import DataConfig
+from align.config.sections import DataConfig, DataSource
 from align.data.examples import held_out_places, load_examples, with_columns
 from align.data.formats.columns import Example
 from align.data.formats.fields import Kind
@@ -37,7 +37,7 @@ from align.data.tokens.cache import (
 from align.data.tokens.groups import SCHEMA, TokenGroups, open_entry
 from align.data.tokens.text_ids import Tokenizer
 from align.data.tokens.tokenise import Tally, batches_of
-from align.types import AlignError, DataSource, SourceReport
+from align.types import AlignError, SourceReport
 
 SIDES = ("train", "test")
 OF_STEPS = ("order", "streaming", "streaming_window")

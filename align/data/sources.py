@@ -22,6 +22,7 @@ from typing import IO, Any, cast
 from align.base.how_to_make import how_to_make
 from align.base.hub import require_on_the_hub
 from align.base.suggest import suggest_path
+from align.config.sections import DataSource
 from align.data.readers.arrow_files import read_arrow, read_parquet
 from align.data.readers.csv_files import read_csv
 from align.data.readers.json_files import read_json, read_lines
@@ -36,7 +37,7 @@ from align.data.readers.rows import (
     too_long,
 )
 from align.data.readers.splits import SUFFIXES, Choice, choose
-from align.types import AlignError, DataSource
+from align.types import AlignError
 
 __all__ = [
     "BadRow",

@@ -12,13 +12,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from align.config.sections import DataSource
 from align.data.examples import OnBadRow
 from align.data.formats.columns import Example, read_row
 from align.data.formats.fields import Kind
 from align.data.formats.rankings import Rated
 from align.data.readers.bad_rows import BadRows, no_row
 from align.data.sources import BadRow, Row
-from align.types import AlignError, DataSource
+from align.types import AlignError
 
 PATIENCE = 1000
 """Bad rows from its beginning on after which a source is given up under ``on_bad_row=stop``."""

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from align.config.sections import DataSource
 from align.data.examples import OnBadRow, is_held_out
 from align.data.formats.columns import Example
 from align.data.formats.fields import Kind, check_names
@@ -20,7 +21,7 @@ from align.data.sources import BadRow, Row
 from align.data.stream_counts import Counts, SourceCounts, examples_of, require_some
 from align.data.tokens.chat import LossOn, encode_some
 from align.data.tokens.text_ids import Tokenizer
-from align.types import AlignError, DataSource, TokenGroup
+from align.types import AlignError, TokenGroup
 
 Mark: TypeAlias = Mapping[str, Any]
 """Where a window begins and what was counted before it, as JSON has it."""

@@ -18,7 +18,7 @@ import torch
 from align.base.checksums import load_tensors, save_tensors
 from align.base.files import AGAIN, BROKEN, reason, writing
 from align.base.progress import warn
-from align.config.options import GenerationOptions
+from align.config.sections import GenerationOptions
 from align.models import Policy
 from align.models.load import fingerprint
 from align.types import Rollout

@@ -22,6 +22,7 @@ from align.base.files import write_whole
 from align.base.progress import Progress, say
 from align.config.keys import EvalRecipe
 from align.config.load import to_yaml
+from align.config.sections import RewardTerm
 from align.data.examples import load_examples, split_by_prompt, with_columns
 from align.data.held_out import notes_of
 from align.data.subset import pick
@@ -45,7 +46,7 @@ from align.rewards import (
 from align.rewards.model import reward_model_loader
 from align.rollout.engine import require_engine
 from align.run.folder import Run
-from align.types import AlignError, PreferencePair, PromptExample, RewardSource, RewardTerm
+from align.types import AlignError, PreferencePair, PromptExample, RewardSource
 
 COPY = "copy the input"
 

@@ -18,7 +18,7 @@ from align.base.files import BROKEN, Unreadable, load_text, load_yaml, parse_obj
 from align.base.progress import warn
 from align.base.suggest import did_you_mean
 from align.config.keys import EvalRecipe
-from align.config.options import GenerationOptions, LoraOptions
+from align.config.sections import GenerationOptions, LoraOptions
 from align.data.tokens.chat import encode_answers, encode_prompt, end_token_ids
 from align.data.tokens.packing import pack
 from align.evaluation.cache import cached_rollout

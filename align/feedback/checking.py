@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
+from align.config.sections import DataSource
 from align.data.formats.columns import RANK
 from align.data.inspect.check import Inspection, first_row
 from align.data.inspect.findings import PLACES, Finding
 from align.data.sources import BadRow
 from align.feedback.outcomes import judgements_of
-from align.types import DataSource, SourceReport
+from align.types import SourceReport
 
 
 def inspect_judgements(files: Sequence[str]) -> Inspection:

@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
+from align.config.sections import DataSource
 from align.data.formats.comparisons import JUDGEMENT, comparison_of, verdict_of
 from align.data.formats.fields import Fields
 from align.data.formats.unread import unread_columns
 from align.data.sources import BadRow, Row, read_source
 from align.feedback.ranking import Comparison
-from align.types import AlignError, DataSource, Text
+from align.types import AlignError, Text
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from align.config.options import LoraOptions
+from align.config.sections import LoraOptions
 from align.models.adapters import find_adapter
 from align.models.attention.choose import settle_backend
 from align.models.kinds import require_kind

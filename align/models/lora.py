@@ -22,7 +22,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from align.base.folders import whole_folder
-from align.config.options import LoraOptions
+from align.config.sections import LoraOptions
 from align.models.adapters import WEIGHTS
 from align.models.guard import loading, reason_of
 from align.types import AlignError

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from align.base.suggest import did_you_mean
 from align.config.keys import DPORecipe, EvalRecipe, PPORecipe
-from align.config.options import LoraOptions
+from align.config.sections import LoraOptions
 from align.types import AlignError
 
 TRAINED_BYTES = 16

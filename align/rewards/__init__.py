@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from align.base.progress import say, warn
+from align.config.sections import RewardTerm
 from align.rewards.arguments import filled_defaults
 from align.rewards.function import (
     REWARD_ARGUMENTS,
@@ -15,7 +16,7 @@ from align.rewards.function import (
 )
 from align.rewards.metric import MetricReward
 from align.rewards.weighted import WeightedReward
-from align.types import AlignError, PromptExample, RewardSource, RewardTerm
+from align.types import AlignError, PromptExample, RewardSource
 
 __all__ = [
     "FunctionReward",

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from align.config.options import GenerationOptions
+from align.config.sections import GenerationOptions
 from align.models.policy import Policy
 from align.rollout import sampler
 from align.rollout import vllm as vllm_engine

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from align.config.options import GenerationOptions
+from align.config.sections import GenerationOptions
 from align.data.tokens.packing import collate, path
 from align.models.policy import Policy, check_length
 from align.models.precision import autocast_once

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from align.config.options import GenerationOptions, VLLMOptions
+from align.config.sections import GenerationOptions, VLLMOptions
 from align.models.lora import plain_weights
 from align.models.policy import Policy, check_length
 from align.rollout.experience import over_rollout, rollout_groups

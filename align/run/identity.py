@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from align.config.ranges import RENAMED
+from align.config.names import RENAMED
 from align.types import AlignError
 
 VOLATILE = (

@@ -10,8 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from align.base.progress import say
-from align.config.keys import DataConfig
-from align.config.options import TrainOptions
+from align.config.sections import DataConfig, TrainOptions
 from align.data.formats.fields import Kind
 from align.data.formats.unread import not_read
 from align.data.held_out import refuse_shared

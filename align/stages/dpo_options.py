@@ -23,11 +23,6 @@ IDLE_UNLESS: dict[str, Callable[[DPOConfig], str]] = {
     "beta": lambda o: (
         "" if LOSSES[o.loss_type].temperature else f"{o.loss_type} has no temperature"
     ),
-    "f_alpha": lambda o: (
-        ""
-        if o.f_divergence == "alpha_divergence"
-        else "has an effect with f_divergence=alpha_divergence only"
-    ),
     "reference": lambda o: (
         "" if LOSSES[o.loss_type].reference else f"{o.loss_type} has no reference"
     ),

@@ -18,8 +18,9 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from align.config.sections import DataSource
 from align.data.readers.objects import given
-from align.types import AlignError, DataSource
+from align.types import AlignError
 
 FOLDER = "given"
 """In a run's folder, holds the models that were given as objects."""

@@ -18,12 +18,12 @@ from accelerate import PartialState
 from align.base.files import load_json, read_logged, reading
 from align.base.progress import say, table
 from align.config.keys import (
-    DataConfig,
     DPORecipe,
     IterateRecipe,
     StopRules,
 )
 from align.config.load import load_recipe, to_yaml
+from align.config.sections import DataConfig, DataSource, RewardTerm
 from align.evaluation import harness
 from align.losses.dpo import LOSSES
 from align.models.average import average_models
@@ -33,7 +33,7 @@ from align.run.folder import Run
 from align.stages import STAGES, dpo, generate, reward_model
 from align.stages.dpo_options import check_options
 from align.stages.ppo import run as ppo
-from align.types import AlignError, DataSource, RewardTerm
+from align.types import AlignError
 
 SET_HERE = ("model", "output_dir", "seed", "resume", "overwrite")
 """Keys that each round sets itself in every stage; `SET_IN` has those of single stages."""

@@ -6,7 +6,7 @@ trained role then has weights of its own.
 
 from __future__ import annotations
 
-from align.config.options import LoraOptions
+from align.config.sections import LoraOptions
 from align.models import Policy, ScalarModel, scalar_model_on
 from align.models.load import weights_hash
 from align.models.lora import adapter_beside

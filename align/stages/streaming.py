@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from align.base.progress import say
-from align.config.keys import DataConfig
-from align.config.options import TrainOptions
+from align.config.sections import DataConfig, DataSource, TrainOptions
 from align.data.examples import with_columns
 from align.data.formats.fields import Kind
 from align.data.formats.unread import not_read
@@ -23,7 +22,7 @@ from align.data.stream_windows import Window, WindowReader
 from align.data.subset import pick
 from align.run.folder import Run
 from align.stages.common import Session
-from align.types import AlignError, DataSource, TokenGroup
+from align.types import AlignError, TokenGroup
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from accelerate.utils import set_seed
 from torch import Tensor
 
 from align.base.progress import Progress
-from align.config.options import OptimOptions, TrainOptions
+from align.config.sections import OptimOptions, TrainOptions
 from align.data.order import EpochOrder, minibatches
 from align.data.stream import TokenStream, check_groups
 from align.data.tokens.packing import longest_of, pack, windows

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from align.config.options import OptimOptions
+from align.config.sections import OptimOptions
 
 
 def make_optimizer(

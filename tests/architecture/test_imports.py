@@ -16,8 +16,8 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "align"
 AT_THE_ROOT = {"__init__", "__main__", "cli", "types"}
 
-# what holds the recipes' keys; the other modules of config read files, for the top of the house
-KEYS = "config.keys config.options config.ranges"
+# recipes and their sections; the other modules of config read files, for the top of the house
+KEYS = "config.keys config.sections"
 LOAD = f"{KEYS} config.load"
 MOST = f"base types {LOAD} losses data models feedback run rollout rewards"
 # package -> the packages (of config: the modules) that it may import, besides itself
@@ -28,16 +28,16 @@ ALLOWED: dict[str, str] = {
     "losses": "",
     "data": f"base types {KEYS}",
     "models": f"base types {KEYS} losses data",
-    "feedback": "base types data",
-    "run": f"base types {KEYS}",
+    "feedback": f"base types {KEYS} data",
+    "run": "base types config.names",
     "rollout": f"base types {KEYS} losses data models",
-    "rewards": "base types data models",
+    "rewards": f"base types {KEYS} data models",
     "training": f"base types {KEYS} data models run",
     "evaluation": f"base types {LOAD} data models run rollout rewards",
     "stages": f"{MOST} training evaluation",
     "report": "base types run evaluation __version__",
     "commands": f"{MOST} training evaluation stages report",
-    "cli": f"base types {LOAD} run stages evaluation report commands __version__",
+    "cli": f"base types {LOAD} config.describe run stages evaluation report commands __version__",
     "__main__": "cli",
     "__init__": "types run stages",
 }

@@ -19,21 +19,20 @@ from align import cli
 from align.commands import check as checking
 from align.commands.check import check
 from align.commands.check_memory import HOLES, largest_microbatch, training_bytes
-from align.config.keys import (
+from align.config.keys import DPOConfig, DPORecipe, GenerateRecipe, PPORecipe, SFTRecipe
+from align.config.load import stage_of
+from align.config.sections import (
     DataConfig,
-    DPOConfig,
-    DPORecipe,
-    GenerateRecipe,
-    PPORecipe,
-    SFTRecipe,
+    DataSource,
+    GenerationOptions,
+    LoraOptions,
+    RewardTerm,
     TrainOptions,
 )
-from align.config.load import stage_of
-from align.config.options import GenerationOptions, LoraOptions
 from align.models.locate import looks_like_hub_id
 from align.models.sizes import Size, count_parameters
 from align.stages import recipe_classes
-from align.types import AlignError, DataSource, RewardTerm
+from align.types import AlignError
 
 # embedding and head 2 x 256 x 64; a layer: q, k, v, o 4 x 64 x 64, gate, up, down 3 x 64 x 128,
 # two norms of 64; a last norm of 64
@@ -272,7 +271,7 @@ def test_a_missing_file_in_a_folder_that_is_there_is_an_error(
         ("ppo", ["reward={function: math:sqrt}"], "math:sqrt': takes (x, /), "),
         ("ppo", ["output_dir=prompts.jsonl"], "output_dir: prompts.jsonl is a file"),
         ("dpo", ["dpo.loss_type=sigmiod"], "dpo.loss_type"),
-        ("dpo", ["dpo.simpo_gamma=1"], "dpo.simpo_gamma: has an effect with loss_type=simpo only"),
+        ("dpo", ["dpo.simpo_gamma=1"], "dpo.simpo_gamma: has an effect with loss_type=simpo"),
         ("dpo", ["dpo.loss_type=orpo", "dpo.reference=online"], "orpo has no reference"),
         ("dpo", ["dpo.loss_type=orpo", "dpo.beta=7"], "dpo.beta: orpo has no temperature"),
         ("dpo", ["data.loss_on=all"], "data.loss_on: is for sft only"),

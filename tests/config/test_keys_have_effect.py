@@ -1,23 +1,30 @@
 """Every key of every stage has an effect wherever it is set, or is refused where it has none.
 
-Each key of each recipe is in one of three lists here, and a new key fails until it is: refused
-beside others (with the combination), refused by the run itself (with the test that shows it), or of
-effect in whatever combination.
+A key is read by some module that its stage imports, or it is refused there. What a key has no
+effect beside is its annotation `When`, or a rule of align/config/effects.py with a case in
+`REFUSED`.
 """
 
 from __future__ import annotations
 
+import ast
+import inspect
+from collections.abc import Iterator
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
+from align.config.annotations import Range, When, notes
 from align.config.build import dotted_keys
+from align.config.describe import ITEMS, sections
 from align.config.effects import RULES
 from align.config.load import load_recipe, shipped_recipes, stage_of
-from align.stages import recipe_classes
+from align.stages import STAGES, recipe_classes
 from align.types import AlignError
 
+ROOT = Path(__file__).parents[2]
 CLASSES = recipe_classes()
 BASE = {
     "sft": "model: m\noutput_dir: o\ndata: d.jsonl\n",
@@ -36,20 +43,13 @@ Cases = dict[str, list[tuple[list[str], str]]]
 TRAINS: Cases = {
     "data.test_fraction": [(["data.test=t.jsonl"], "0.2")],
     "data.max_test_rows": [(NONE_HELD_OUT, "9")],
-    "data.streaming_window": [([], "9")],
     "train.epochs": [(["train.max_steps=3"], "2")],
     "train.eval_every": [(NONE_HELD_OUT, "5")],
     "train.keep_best": [([], "loss"), ([*NONE_HELD_OUT, "train.save_every=5"], "loss")],
     "train.keep_checkpoints": [([], "3")],
-    "optim.final_lr_fraction": [(["optim.schedule=constant"], "0.1")],
     "resume": [(["overwrite=true"], "auto")],
 }
 NOT_SFT: Cases = {"data.loss_on": [([], "all")]}
-SAMPLES: Cases = {
-    "generation.vllm.eager": [([], "true")],
-    "generation.vllm.max_tokens": [([], "99")],
-    "generation.vllm.gpu_memory_utilization": [([], "0.5")],
-}
 GREEDY: Cases = {
     "generation.top_p": [(["generation.temperature=0"], "0.9")],
     "generation.samples_per_prompt": [(["generation.temperature=0"], "4")],
@@ -69,7 +69,6 @@ REFUSED: dict[str, Cases] = {
     "dpo": {**TRAINS, **NOT_SFT},
     "ppo": {
         **NOT_SFT,
-        **SAMPLES,
         **{key: cases for key, cases in TRAINS.items() if key != "train.epochs"},
         **REWARDED,
         "data.streaming": [([], "true")],
@@ -78,15 +77,12 @@ REFUSED: dict[str, Cases] = {
         "ppo.clip_range": [(["ppo.epochs=1", "ppo.num_minibatches=1"], "0.3")],
         "ppo.value_clip_range": [(["ppo.epochs=1", "ppo.num_minibatches=1"], "0.3")],
         "ppo.critic_warmup": [(["ppo.iterations=5"], "5")],
-        "kl.target": [([], "9")],
-        "kl.horizon": [([], "99")],
         "kl.charge": [(["kl.coef=0", "kl.estimator=k3"], "loss")],
         "kl.estimator": [(["kl.charge=loss", "kl.estimator=k2"], "k1")],
         "lora.dropout": [(["lora.r=8"], "0.1")],
     },
     "generate": {
         **NOT_SFT,
-        **SAMPLES,
         **GREEDY,
         **REWARDED,
         **{f"data.{key}": [([], value)] for key, value in {
@@ -97,13 +93,9 @@ REFUSED: dict[str, Cases] = {
         "activation_offload": [([], "true")],
         "trackers": [([], "wandb")],
         "resume": [([], "auto")],
-        "pairs.threshold": [
-            (["reward=r", "generation.samples_per_prompt=2", "pairs.choose=all"], "3")
-        ],
         "best_of_n": [(["reward=r"], "true")],
     },
     "eval": {
-        **SAMPLES,
         **GREEDY,
         **REWARDED,
         **{f"gold_{key}": [([s.replace("reward", "gold_reward") for s in c], v) for c, v in cases]
@@ -111,7 +103,7 @@ REFUSED: dict[str, Cases] = {
         **{key.replace("generation", "sampling"): [
             ([s.replace("generation", "sampling") for s in context], value)
             for context, value in cases
-        ] for key, cases in {**SAMPLES, **GREEDY}.items()},
+        ] for key, cases in GREEDY.items()},
         **{f"data.{key}": [([], VALUES.get(key, "9"))] for key in NOT_IN_EVAL},
         **{f"preferences.{key}": [(["preferences.train=p"], VALUES.get(key, "9"))]
            for key in NOT_IN_EVAL},
@@ -129,67 +121,52 @@ REFUSED: dict[str, Cases] = {
     },
     "iterate": {
         "reference": [(["rounds=1"], "refresh")],
-        "reference_decay": [([], "0.9"), (["reference=refresh"], "0.9")],
         "stop.patience": [(["rounds=2"], "2")],
         "dpo": [([], "d")],
         "rm": [(["ppo=p"], "null")],
         "resume": [(["overwrite=true"], "auto")],
     },
 }  # fmt: skip
-SOURCE = ("name", "split")
-BY_THE_RUN = {
-    # tests/data/test_splits.py
-    *(f"{data}.{side}.{key}" for data in ("data", "preferences") for side in ("train", "test")
-      for key in SOURCE),
-    # tests/stages/test_reward_model.py
-    "reward_model.use_margin",
-    # tests/stages/test_dpo.py: `stages/dpo_options.py`
-    *(f"dpo.{key}" for key in ("beta", "label_smoothing", "f_divergence", "f_alpha",
-                               "simpo_gamma", "orpo_coef", "reference", "reference_model")),
-    # tests/models/test_lora.py, tests/models/test_offload.py
-    "lora.target_modules", "lora.top_layers", "activation_offload", "attention",
-    # tests/stages/test_iterate.py
-    "set", "stop.max_kl",
-    # tests/models/test_adapters.py: `model_checks.py`; tests/models/test_router.py
-    "base_model", "train.router_aux_coef",
-}  # fmt: skip
-# How models are measured may stand in an evaluation of a reward alone, and a reference beside
-# greedy outputs: what they would add is not shown, and nothing that is shown is wrong for it. That
-# preferences or best_of_n are left out is a line of the run.
-WHEREVER = {
-    "model", "output_dir", "seed", "precision", "gradient_checkpointing", "trust_remote_code",
-    "overwrite", "trackers", "from_scratch", "tokens_per_microbatch", "also", "pairs",
-    "reference_model", "models", "num_resamples", "rounds",
-    "generate", "ppo", "rm", "eval", "stop", "lora", "reward", "gold_reward", "preferences",
-    "data", "train", "optim", "dpo", "kl", "critic", "generation", "sampling", "reward_model",
-    "cache_outputs", "metrics", "pairs.choose", "pairs.min_margin", "critic.model", "critic.lr",
-    "stop.min_pairs", "lora.r", "lora.alpha", "lora.dropout", "reward_model.center_coef",
-    "reward_model.normalize", "dpo.loss_type", "dpo.sft_coef", "dpo.wpo_weights", "kl.coef",
-    "kl.adaptive", "generation.samples_per_prompt", "data.max_test_rows", "best_of_n",
-    *(f"ppo.{key}" for key in (
-        "iterations", "rollout_batch", "epochs", "num_minibatches", "entropy_coef", "gamma",
-        "estimator", "gae_lambda", "whiten_advantages", "whiten_rewards", "missing_eos_score",
-    )),
-    *(f"train.{key}" for key in (
-        "max_steps", "minibatch", "tokens_per_microbatch", "log_every", "save_every",
-        "on_nonfinite",
-    )),
-    *(f"optim.{key}" for key in (
-        "lr", "schedule", "warmup_fraction", "weight_decay", "beta1", "beta2", "eps",
-        "max_grad_norm",
-    )),
-    *(f"{name}.{key}" for name in ("generation", "sampling") for key in (
-        "max_new_tokens", "temperature", "slots", "engine", "vllm",
-    )),
-    *(f"{reward}.{key}" for reward in ("reward", "gold_reward") for key in (
-        "model", "function", "metric",
-    )),
-    *(f"{data}.{key}" for data in ("data", "preferences") for key in (
-        "train", "test", "columns", "on_bad_row", "max_tokens", "max_train_rows", "order",
-        "loss_on", "streaming",
-        *(f"{side}.{key}" for side in ("train", "test") for key in ("path", "weight", "columns")),
-    )),
-}  # fmt: skip
+# what treats all keys alike, or only describes them, does not count as a use
+NOT_USES = ("config", "cli", "commands", "types")
+
+
+def imported(source: str) -> set[str]:
+    """Modules of align that a text imports, those inside functions too."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{name.name}" for name in node.names)}
+        elif isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+    return {name for name in found if name.startswith("align.")}
+
+
+def attributes(source: str) -> set[str]:
+    """Names of the attributes that a text reads."""
+    nodes = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Attribute)]
+    return {n.attr for n in nodes if isinstance(n.ctx, ast.Load)}
+
+
+def read_by(stage: str) -> set[str]:
+    """Attributes that are read in the modules that a stage imports, directly or not."""
+    seen, found = {"align.stages"}, set[str]()  # the table imports every stage
+    todo = list(imported(inspect.getsource(STAGES[stage].run)))
+    while todo:
+        name = todo.pop()
+        if name in seen or name.split(".")[1] in NOT_USES:
+            continue
+        seen.add(name)
+        base = ROOT.joinpath(*name.split("."))
+        for path in (base.with_suffix(".py"), base / "__init__.py"):
+            if path.is_file():
+                source = path.read_text(encoding="utf-8")
+                todo += imported(source)
+                found |= attributes(source)
+    return found
+
+
+READ = {stage: read_by(stage) for stage in STAGES}
 
 
 def load(stage: str, folder: Path, overrides: list[str]) -> Any:
@@ -201,8 +178,18 @@ def load(stage: str, folder: Path, overrides: list[str]) -> Any:
 @pytest.mark.parametrize(
     ("stage", "key"), [(stage, key) for stage, cls in CLASSES.items() for key in dotted_keys(cls)]
 )
-def test_every_key_of_every_stage_is_accounted_for(stage: str, key: str) -> None:
-    assert key in {*REFUSED[stage], *BY_THE_RUN, *WHEREVER}, f"{stage}: where has {key} no effect?"
+def test_every_key_of_every_stage_is_read_or_refused(stage: str, key: str) -> None:
+    leaf = key.rpartition(".")[2]
+    assert leaf in READ[stage] or key in REFUSED[stage], (
+        f"align {stage} accepts {key}, and nothing that it imports reads .{leaf}: refuse it in "
+        "align/config/effects.py"
+    )
+
+
+def test_the_check_would_see_a_key_that_nothing_reads() -> None:
+    """The gate's own proof: each is a key of another stage."""
+    for stage, key in (("sft", "rollout_batch"), ("dpo", "gae_lambda"), ("ppo", "use_margin")):
+        assert key not in READ[stage]
 
 
 @pytest.mark.parametrize(
@@ -229,15 +216,46 @@ def test_a_key_without_effect_is_refused(
 
 def test_every_rule_has_its_case() -> None:
     """A rule that no combination above meets would be tested by nothing."""
-    stages = {cls: name for name, cls in CLASSES.items()}
-    for kind, rules in RULES:
-        for stage in [stages[kind]] if kind in stages else ["sft", "rm", "dpo", "ppo"]:
+    for kinds, rules in RULES:
+        for stage in (name for name, cls in CLASSES.items() if issubclass(cls, kinds)):
             for key in rules:
                 section = key.split(".")[0]
                 known = {
                     k for k in REFUSED[stage] if k in (key, section) or k.startswith(f"{key}.")
                 }
                 assert known or (stage, key) == ("sft", "data.loss_on"), f"{stage}: {key}"
+
+
+def conditions(cls: type, prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """(key, a value of it, override that leaves it without effect) of each `When` of a recipe."""
+    hints = get_type_hints(cls)
+    for name, when in notes(cls, When).items():
+        key, owner = prefix + name, cls
+        if is_dataclass(hints[name]):  # a section: by its first number
+            owner = hints[name]
+            name = next(iter(notes(owner, Range)))
+            key = f"{key}.{name}"
+        number = next(n for n in (0.25, 2) if n in notes(owner, Range)[name])
+        switch = hints[when.key]
+        values = ("false",) if switch is bool else get_args(switch)
+        idle = next(v for v in values if v not in when.values)
+        yield key, f"{number}", f"{prefix}{when.key}={idle}"
+    for name, inner in sections(cls):
+        if "." not in name and inner not in ITEMS:
+            yield from conditions(inner, f"{prefix}{name}.")
+
+
+@pytest.mark.parametrize(
+    ("stage", "case"), [(stage, case) for stage, cls in CLASSES.items() for case in conditions(cls)]
+)
+def test_a_condition_in_an_annotation_is_held(
+    tmp_path: Path, stage: str, case: tuple[str, str, str]
+) -> None:
+    key, value, without_effect = case
+    context = ["reward=r", "generation.samples_per_prompt=2"] if key.startswith("pairs.") else []
+    named = key if key.count(".") < 2 else key.rpartition(".")[0]
+    with pytest.raises(AlignError, match=rf"^command line: {named}: has (an|no) effect "):
+        load(stage, tmp_path, [*context, without_effect, f"{key}={value}"])
 
 
 def test_shipped_recipes_hold_no_key_without_effect() -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import get_args, get_type_hints
 
 import pytest
 from hypothesis import given
@@ -12,17 +11,12 @@ from hypothesis import strategies as st
 
 from align.config import keys as config
 from align.config import load as recipes_io
-from align.config.keys import (
-    DPORecipe,
-    EvalRecipe,
-    GenerateRecipe,
-    LoraOptions,
-    PPORecipe,
-    SFTRecipe,
-)
+from align.config.annotations import Range, notes
+from align.config.describe import sections
+from align.config.keys import DPORecipe, EvalRecipe, GenerateRecipe, PPORecipe, SFTRecipe
 from align.config.load import find_recipe, first_comment, load_recipe, to_yaml
-from align.config.ranges import RANGES
-from align.types import AlignError, DataSource, RewardTerm
+from align.config.sections import DataSource, LoraOptions, RewardTerm
+from align.types import AlignError
 
 BASE = "model: m\noutput_dir: o\n"
 PPO = BASE + "reward: rm\n"
@@ -144,7 +138,7 @@ def test_numbers_survive_the_round_trip(tmp_path_factory, lr: float, seed: int) 
             PPORecipe,
             PPO,
             "generation.vllm.eager=true",
-            "generation.vllm: has an effect with generation.engine=vllm only",
+            "generation.vllm: has an effect with generation.engine=vllm only; remove it",
         ),
         (
             GenerateRecipe,
@@ -280,30 +274,42 @@ def test_shipped_names_are_found_and_a_file_of_that_name_wins(
     assert find_recipe("tiny/sft") == Path(mine)
 
 
-def _sections(cls: type, seen: set[type]) -> set[type]:
-    seen.add(cls)
-    for hint in get_type_hints(cls).values():
-        for part in (hint, *get_args(hint)):
-            if is_dataclass(part) and part not in seen:
-                _sections(part, seen)  # type: ignore[arg-type]
-    return seen
+def test_the_config_of_a_run_of_version_0_1_is_still_a_recipe(write) -> None:
+    old = PPO + "save_every: 5\nkeep_best: score\non_nonfinite: skip\n"
+    with pytest.raises(AlignError, match=r"is train.save_every since"):
+        load_recipe(PPORecipe, write(old, "config.yaml"), [])
+    Path("manifest.json").write_text("{}")
+    train = load_recipe(PPORecipe, "config.yaml", ["train.save_every=7"]).train
+    assert (train.save_every, train.keep_best, train.on_nonfinite) == (7, "score", "skip")
+    with pytest.raises(AlignError, match=r"command line: save_every: is train.save_every since"):
+        load_recipe(PPORecipe, "config.yaml", ["save_every=7"])
 
 
 def test_every_number_of_every_recipe_has_a_range() -> None:
-    sections: set[type[Any]] = set()
     for cls in RECIPES:
-        _sections(cls, sections)
-    wanted, known = set(), set()
-    for cls in sections:
-        hints = get_type_hints(cls)
-        for f in fields(cls):
-            names = {f"{base.__name__}.{f.name}" for base in cls.__mro__}
-            known |= names
-            kinds = set(get_args(hints[f.name])) or {hints[f.name]}
-            if kinds & {int, float}:
-                wanted.add(f"{cls.__name__}.{f.name}")
-                assert names & RANGES.keys(), f"{cls.__name__}.{f.name} has no range"
-    assert RANGES.keys() <= known, "a range for a key that does not exist"
+        for section in (cls, *(inner for _, inner in sections(cls))):
+            ranges = notes(section, Range)
+            for name, hint in get_type_hints(section).items():
+                numeric = bool({hint, *get_args(hint)} & {int, float})
+                assert (name in ranges) == numeric, f"{section.__name__}.{name}"
+
+
+@pytest.mark.parametrize(
+    ("interval", "inside", "outside", "words"),
+    [
+        ("[0, 1)", (0, 0.99), (-0.01, 1), "at least 0 and below 1"),
+        ("(0, 1]", (0.01, 1), (0, 1.01), "above 0 and at most 1"),
+        ("[1, inf)", (1, 1e300), (0.99,), "at least 1"),
+        ("(-inf, inf)", (-1e300, 0, 1e300), (), ""),
+    ],
+)
+def test_a_range(
+    interval: str, inside: tuple[float, ...], outside: tuple[float, ...], words: str
+) -> None:
+    found = Range(interval)
+    assert all(number in found for number in inside)
+    assert not any(number in found for number in outside)
+    assert str(found) == words
 
 
 # ---------------------------------------------------------------- what nobody means

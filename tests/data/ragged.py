@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow
 from pyarrow import parquet
 
-from align.types import DataSource
+from align.config.sections import DataSource
 
 WORDS = ("red", "green", "blue", "cat", "dog", "sun", "moon", "sea", "good", "bad", "one", "two")
 

@@ -16,9 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from align.config.sections import DataSource
 from align.data.readers import arrow_files, csv_files, json_files, json_shapes, rows
 from align.data.sources import BadRow, Row, read_file, read_source
-from align.types import DataSource
 
 MOST = 200
 MODULES = (arrow_files, csv_files, json_files, json_shapes, rows)

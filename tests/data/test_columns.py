@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from align.config.sections import DataSource
 from align.data.examples import load_examples
 from align.data.formats.columns import read_row
 from align.data.sources import BadRow, Row
-from align.types import AlignError, DataSource, PromptExample, SFTExample
+from align.types import AlignError, PromptExample, SFTExample
 
 
 def user(text: str) -> dict[str, str]:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from align.cli import main
+from align.config.sections import DataSource
 from align.data.examples import load_examples
 from align.data.formats.columns import read_row
 from align.data.formats.comparisons import comparison_of
@@ -16,7 +17,7 @@ from align.data.formats.naming import mapping
 from align.data.sources import BadRow, Row
 from align.data.stream_counts import Counts, SourceCounts, examples_of
 from align.feedback.outcomes import read_judgements
-from align.types import AlignError, DataSource
+from align.types import AlignError
 
 USER = {"role": "user", "content": "q"}
 

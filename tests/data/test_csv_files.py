@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from align.config.sections import DataSource
 from align.data.examples import load_examples
 from align.data.sources import BadRow, Row, read_file
-from align.types import AlignError, DataSource, PreferencePair, SFTExample
+from align.types import AlignError, PreferencePair, SFTExample
 
 
 def test_a_blank_cell_is_null(tmp_path: Path) -> None:

@@ -16,10 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from align.config.sections import DataSource
 from align.data import sources
 from align.data.readers import arrow_files, json_files
 from align.data.sources import BadRow, Row, file_sha256, find_files, read_source
-from align.types import AlignError, DataSource
+from align.types import AlignError
 
 ROWS = [{"prompt": "a", "completion": "b"}, {"prompt": "ç, \n", "completion": "d"}]
 

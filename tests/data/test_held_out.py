@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from align.config.sections import DataSource
 from align.data.examples import load_examples
 from align.data.held_out import notes_of, num_shared, refuse_shared
-from align.types import AlignError, DataSource
+from align.types import AlignError
 
 
 @pytest.fixture

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from align.cli import main
+from align.config.sections import DataSource
 from align.data.inspect.check import Inspection, inspect
 from align.data.inspect.findings import PLACES
 from align.data.inspect.oddities import oddities, script
 from align.data.tokens.findings import _pieces
-from align.types import AlignError, DataSource
+from align.types import AlignError
 
 SHIPPED = Path(__file__).parents[2] / "data" / "kjv_web"
 # as many longer as shorter answers are chosen

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from align.cli import main
+from align.config.sections import DataSource
 from align.data.examples import load_examples
 from align.data.formats.naming import mapping
-from align.types import AlignError, DataSource
+from align.types import AlignError
 
 FOREIGN = [{"question": f"q{n}", "good": "yes", "bad": "no"} for n in range(3)]
 

@@ -9,11 +9,12 @@ from typing import Any
 import datasets
 import pytest
 
+from align.config.sections import DataSource
 from align.data.examples import load_examples
 from align.data.readers.objects import given
 from align.data.readers.source_rows import SourceRows
 from align.data.sources import content_of, read_source
-from align.types import AlignError, DataSource
+from align.types import AlignError
 
 ROWS = [{"prompt": f"p{n}", "completion": f"c{n}"} for n in range(9)]
 MAKERS: dict[str, Callable[[], Any]] = {

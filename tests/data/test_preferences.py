@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from align.config.sections import DataSource
 from align.data.examples import load_examples, prompt_key, split_by_prompt
-from align.types import AlignError, DataSource, PreferencePair, PromptExample, SFTExample
+from align.types import AlignError, PreferencePair, PromptExample, SFTExample
 
 GOOD = {"prompt": "q", "chosen": "good", "rejected": "bad"}
 BAD_LINES = (

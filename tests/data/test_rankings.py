@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from align.config.sections import DataSource
 from align.data.examples import load_examples
-from align.types import AlignError, DataSource
+from align.types import AlignError
 
 
 def load(path: Path, rows: list[dict], **options):

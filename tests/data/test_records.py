@@ -13,11 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from align.config.sections import DataSource
 from align.data.examples import held_out_places, load_examples, split_by_prompt
 from align.data.formats.rankings import Rated
 from align.data.records import Examples, Records, write_records
 from align.data.subset import pick, picked
-from align.types import DataSource, PreferencePair, PromptExample, SFTExample
+from align.types import PreferencePair, PromptExample, SFTExample
 from tests.data.ragged import write_ragged
 
 # halves of surrogate pairs too: a system turn is not checked for them

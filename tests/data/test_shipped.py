@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import sacrebleu
 
+from align.config.sections import DataSource
 from align.data.examples import load_examples
-from align.types import DataSource
 
 DATA = Path(__file__).parents[2] / "data"
 KJV_WEB = DATA / "kjv_web"

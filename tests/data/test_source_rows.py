@@ -13,9 +13,10 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from align.config.sections import DataSource
 from align.data.readers.source_rows import PassRows, SourceRows
 from align.data.sources import BadRow, Row, read_source
-from align.types import AlignError, DataSource
+from align.types import AlignError
 
 ROWS = [{"prompt": f"p{n}", "completion": "c" * n} for n in range(25)]
 

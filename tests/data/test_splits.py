@@ -11,10 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from align.config.sections import DataSource
 from align.data.examples import load_examples
 from align.data.readers.source_rows import SourceRows
 from align.data.sources import choice_of, find_files, read_file, read_source
-from align.types import AlignError, DataSource
+from align.types import AlignError
 
 
 def write(path: Path, *names: str) -> Path:

@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 
+from align.config.sections import DataSource
 from align.data.examples import load_examples, split_by_prompt
 from align.data.stream import RECENT, TokenStream, at_hand, check_groups
 from align.data.stream_windows import WindowReader
 from align.data.tokens.chat import encode_examples
-from align.types import AlignError, DataSource, TokenGroup
+from align.types import AlignError, TokenGroup
 
 MakeReader = Callable[..., WindowReader]
 NUM_ROWS = 23

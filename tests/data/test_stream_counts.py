@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
+from align.config.sections import DataSource
 from align.data.formats.columns import Example
 from align.data.sources import BadRow, Row
 from align.data.stream_counts import PATIENCE, Counts, SourceCounts, examples_of, require_some
-from align.types import AlignError, DataSource
+from align.types import AlignError
 
 GOOD = {"prompt": "p", "chosen": "c", "rejected": "r"}
 BAD = {"prompt": "p", "chosen": "", "rejected": "r"}

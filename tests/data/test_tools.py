@@ -11,13 +11,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from align.config.sections import DataSource
 from align.data.examples import load_examples
 from align.data.formats.columns import Example, read_row
 from align.data.formats.rankings import Rated
 from align.data.inspect.convert import convert
 from align.data.sources import BadRow, Row
 from align.data.tokens.chat import encode_pair, encode_prompt, encode_sft
-from align.types import AlignError, DataSource, SFTExample
+from align.types import AlignError, SFTExample
 
 from .templates import CHATML, HERMES, MISTRAL_TOOLS
 from .test_unread import STRINGS, SYSTEM, TURNS, opening

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from align.cli import main
+from align.config.sections import DataSource
 from align.data.examples import load_examples
 from align.data.formats.columns import read_row
 from align.data.formats.rankings import Rated
@@ -17,7 +18,6 @@ from align.data.formats.unread import MEANING
 from align.data.inspect.check import inspect
 from align.data.sources import BadRow, Row
 from align.data.stream_counts import Counts, SourceCounts, examples_of
-from align.types import DataSource
 
 USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 OTHER = {"role": "assistant", "content": "b"}

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from align.cli import main
+from align.config.sections import DataSource
 from align.data.examples import load_examples
 from align.feedback.outcomes import read_judgements
 from align.feedback.pairs import choose_pairs
 from align.feedback.report import agreement, leaderboard, preference_pairs
-from align.types import AlignError, DataSource
+from align.types import AlignError
 
 
 def write(path: Path, rows: list[dict]) -> str:

@@ -22,8 +22,9 @@ from pyarrow import parquet
 
 from align.config import keys as config
 from align.config.load import load_recipe, to_yaml
+from align.config.sections import DataSource
 from align.data.examples import load_examples
-from align.types import AlignError, DataSource
+from align.types import AlignError
 from tools.trust import Trust
 
 INPUTS = int(os.environ.get("ALIGN_FUZZ", "100"))

@@ -20,7 +20,7 @@ from transformers import (
     AutoTokenizer,
 )
 
-from align.config.options import LoraOptions
+from align.config.sections import LoraOptions
 from align.models import load_policy, load_scalar_model, load_tokenizer
 from align.models.adapters import find_adapter
 from align.models.load import load_causal_lm, load_classifier

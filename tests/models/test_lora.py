@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from align.config.options import LoraOptions
+from align.config.sections import LoraOptions
 from align.data.tokens.packing import collate
 from align.models import Policy, ScalarModel, load_policy, load_scalar_model, load_tokenizer
 from align.models.lora import adapter_off, merged, plain_weights

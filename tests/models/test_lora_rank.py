@@ -9,10 +9,10 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from align.commands.check import check
-from align.config.keys import DataConfig, SFTRecipe
-from align.config.options import LoraOptions
+from align.config.keys import SFTRecipe
+from align.config.sections import DataConfig, DataSource, LoraOptions
 from align.models.lora import add_lora
-from align.types import AlignError, DataSource
+from align.types import AlignError
 
 
 def test_a_rank_above_the_width_is_refused(tiny: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from align.config.options import LoraOptions
+from align.config.sections import LoraOptions
 from align.data.tokens.packing import collate
 from align.models import Policy, load_policy, load_scalar_model, offload
 from align.models.offload import kept_on_cpu

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from align.config.options import LoraOptions
+from align.config.sections import LoraOptions
 from align.data.tokens.packing import collate
 from align.models import Policy, load_policy, load_scalar_model, scalar_model_on
 from align.models.attention.masks import window_of

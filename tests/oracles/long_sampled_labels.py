@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from align.config.keys import DataConfig, DPOConfig
-from align.config.options import TrainOptions
+from align.config.keys import DPOConfig
+from align.config.sections import DataConfig, TrainOptions
 from tests.oracles.language import BETA
 from tests.oracles.stages import (
     approach,

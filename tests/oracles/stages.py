@@ -14,20 +14,26 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from align.config.keys import (
     CriticConfig,
-    DataConfig,
     DPOConfig,
     DPORecipe,
-    KLConfig,
     PPOConfig,
     PPORecipe,
     RewardModelConfig,
     RewardRecipe,
 )
-from align.config.options import GenerationOptions, OptimOptions, PPOTrainOptions, TrainOptions
+from align.config.sections import (
+    DataConfig,
+    DataSource,
+    GenerationOptions,
+    KLConfig,
+    OptimOptions,
+    PPOTrainOptions,
+    RewardTerm,
+    TrainOptions,
+)
 from align.stages import dpo, reward_model
 from align.stages.ppo import run as ppo
 from align.training.checkpoint import checkpoints
-from align.types import DataSource, RewardTerm
 from tests.oracles.language import (
     BETA,
     END,

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from align.config.keys import GenerateRecipe, PairsConfig
-from align.config.options import GenerationOptions
+from align.config.sections import GenerationOptions
 from align.stages import generate
 from tests.oracles.language import exact, kl, level
 from tests.oracles.stages import REWARD, TOKENS, write

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from align.config.sections import RewardTerm
 from align.rewards import (
     FunctionReward,
     build_reward,
@@ -18,7 +19,7 @@ from align.rewards import (
     load_function,
     score_responses,
 )
-from align.types import AlignError, PromptExample, RewardSource, RewardTerm
+from align.types import AlignError, PromptExample, RewardSource
 
 PROMPTS, RESPONSES, REFERENCES = ["p", "q"], ["a", "bb"], [(), ()]
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from align.config.sections import RewardTerm
 from align.models import load_scalar_model, load_tokenizer
 from align.rewards import build_reward
 from align.rewards import model as module
 from align.rewards.model import ModelReward, reward_model_loader
-from align.types import AlignError, RewardTerm, Text, TokenGroup
+from align.types import AlignError, Text, TokenGroup
 
 CPU = torch.device("cpu")
 PROMPTS = ["red cat: ", "red cat: ", "blue sea: ", "red cat: "]

@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 
+from align.config.sections import RewardTerm
 from align.rewards import FunctionReward, MetricReward, WeightedReward, build_reward
-from align.types import AlignError, RewardSource, RewardTerm
+from align.types import AlignError, RewardSource
 
 LENGTH = FunctionReward("length", lambda responses: [len(r) for r in responses])
 ONE = FunctionReward("one", lambda responses: [1.0] * len(responses))

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from align.config.options import GenerationOptions, LoraOptions
+from align.config.sections import GenerationOptions, LoraOptions
 from align.data.tokens.packing import pack
 from align.models import Policy, load_policy
 from align.models.attention.packed import DecodeState

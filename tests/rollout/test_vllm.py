@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers
 
-from align.config.options import GenerationOptions, LoraOptions, VLLMOptions
+from align.config.sections import GenerationOptions, LoraOptions, VLLMOptions
 from align.models import Policy, load_policy
 from align.rollout import sampler
 from align.rollout.engine import require_engine, sample

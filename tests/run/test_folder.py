@@ -33,7 +33,7 @@ def other_process_in(folder: Path) -> Iterator[int]:
     """Another process holds the folder as a run does, and is killed in the end; its number."""
     code = f"""
 import pathlib, sys, time
-from align import locks
+from align.base import locks
 assert locks.take(pathlib.Path({str(folder)!r})) is None
 print("held", flush=True)
 time.sleep(60)

@@ -16,6 +16,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from align.config.keys import PPORecipe, RewardRecipe, SFTRecipe
+from align.config.sections import DataSource
 from align.data import examples, loader, records, sources
 from align.data.examples import load_examples, split_by_prompt
 from align.data.formats import fields
@@ -24,7 +25,7 @@ from align.data.tokens import chat, tokenise
 from align.data.tokens.chat import encode_examples
 from align.stages.common import open_session
 from align.stages.data import load_data
-from align.types import AlignError, DataSource, SFTExample, TokenGroup
+from align.types import AlignError, SFTExample, TokenGroup
 from tests.data.ragged import write_ragged
 
 Row = dict[str, Any]

@@ -12,10 +12,11 @@ from sacrebleu import sentence_chrf
 from transformers import AutoTokenizer
 
 from align.config.keys import GenerateRecipe, PairsConfig, RewardRecipe
+from align.config.sections import DataSource
 from align.data.examples import load_examples
 from align.stages import generate, reward_model
 from align.stages.generate import make_pairs
-from align.types import AlignError, DataSource
+from align.types import AlignError
 
 Row = dict[str, Any]
 ReadJsonl = Callable[[Path], list[Row]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from align.config.keys import PPOConfig, PPORecipe
-from align.config.options import GenerationOptions
+from align.config.sections import GenerationOptions
 from align.losses import advantages
 from align.losses.advantages import Estimator
 from align.stages.ppo.options import check_options

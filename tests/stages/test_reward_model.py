@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from align.config.keys import RewardRecipe
+from align.config.sections import DataSource
 from align.data.examples import load_examples
 from align.evaluation.reward import evaluate_reward
 from align.models import ScalarModel, load_scalar_model, load_tokenizer
@@ -19,7 +20,7 @@ from align.rewards import FunctionReward
 from align.rewards.model import reward_model_loader
 from align.stages import reward_model
 from align.training import loop
-from align.types import AlignError, DataSource, TokenGroup
+from align.types import AlignError, TokenGroup
 
 CPU = torch.device("cpu")
 ReadJsonl = Callable[[Path], list[dict[str, Any]]]

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from align.config.keys import PPORecipe, RewardRecipe
-from align.config.options import LoraOptions
+from align.config.sections import LoraOptions
 from align.data.tokens.packing import collate
 from align.models import load_policy, load_scalar_model, scalar_model_on
 from align.models.load import weights_hash

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.llama import modeling_llama
 
 from align.config.keys import SFTRecipe
-from align.config.options import TrainOptions
+from align.config.sections import TrainOptions
 from align.stages import sft
 from align.training import loop
 from align.training.loop import num_steps

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from align.config.options import OptimOptions
+from align.config.sections import OptimOptions
 from align.training.optim import lr_factor, make_optimizer, set_lr
 
 

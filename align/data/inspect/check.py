@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from align.config.sections import DataSource
 from align.data.examples import load_examples, prompt_key
 from align.data.formats.columns import Example, format_name, kind_of
 from align.data.formats.fields import Kind
@@ -35,7 +36,7 @@ from align.data.sources import BadRow, Row, read_source
 from align.data.tokens.findings import Shown, counts, encode_all, of_template, of_tokens, show
 from align.data.tokens.lengths import longer_wins
 from align.data.tokens.text_ids import Tokenizer
-from align.types import AlignError, DataSource, PreferencePair, SFTExample, SourceReport
+from align.types import AlignError, PreferencePair, SFTExample, SourceReport
 
 NO_VALUE = frozenset({"NA", "N/A", "NaN", "nan", "null", "NULL", "None"})
 """What other readers of tables take for a missing value."""

@@ -17,8 +17,9 @@ from contextlib import contextmanager
 from itertools import count
 from typing import Any
 
+from align.config.sections import DataSource
 from align.data.readers.rows import BadRow, Row, bounded, object_row, one_line, too_long
-from align.types import AlignError, DataSource
+from align.types import AlignError
 
 _GIVEN: dict[str, Any] = {}
 """Path of a recipe -> the rows that were given for it."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
+from align.config.sections import DataSource
 from align.data.sources import BadRow, FilePart, Row, find_parts, open_stream, stream_rows
-from align.types import DataSource
 
 Place: TypeAlias = dict[str, Any]
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from align.base.files import read_json
-from align.types import AlignError, DataSource
+from align.config.sections import DataSource
+from align.types import AlignError
 
 STATE = "state.json"
 """The file in which a saved data set names its files of rows."""
