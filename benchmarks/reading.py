@@ -86,7 +86,9 @@ def load_checkout(folder: Path) -> dict[str, Any]:
     try:
         wanted = ("read_file", "load_examples", "encode_example")
         found = {name: getattr(_module_with(folder, name), name) for name in wanted}
-        return found | {"DataSource": importlib.import_module("align.types").DataSource}
+        sections = folder / "align" / "config" / "sections.py"  # older ones have it in types
+        module = "align.config.sections" if sections.is_file() else "align.types"
+        return found | {"DataSource": importlib.import_module(module).DataSource}
     finally:
         sys.path.remove(str(folder))
 

@@ -72,6 +72,7 @@ def parameter(p: inspect.Parameter) -> str:
 def typed(annotation: object) -> str:
     text = getattr(annotation, "__forward_arg__", annotation)
     text = text if isinstance(text, str) else inspect.formatannotation(text)
+    text = re.sub(r"^Annotated\[(.+?), (Range|Unit|When)\(.*\]$", r"\1", text)
     return re.sub(r"(['\"]) (?=\w)", r"\1", text)  # the space is for a linter
 
 

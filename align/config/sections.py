@@ -15,18 +15,18 @@ from align.config.annotations import Range, Unit, When
 
 @dataclass(frozen=True, kw_only=True)
 class DataSource:
-    """One place that rows come from."""
+    """One source of rows."""
 
     # a local JSONL, JSON, Parquet, CSV or Arrow file (`.gz` allowed for the text formats), a folder
     # of such files, or a hub data set `org/name`
     path: str
     # the hub data set's configuration, if it has several
     name: str | None = None
-    # in the syntax of `datasets.load_dataset`, of local files and folders too, such as `test[:100]`
-    # and `train[10%:20%]`
+    # split in the syntax of `datasets.load_dataset`, such as `test[:100]` and `train[10%:20%]`; local
+    # files and folders take it too
     split: str = "train"
-    # relative weight when several sources are mixed: 2.0 repeats every row twice, 0.5 keeps half of
-    # the rows
+    # copies of the source when several are mixed: 2.0 repeats every row twice, 0.5 keeps half of the
+    # rows
     weight: Annotated[float, Range("(0, 1000]"), Unit("copies per epoch")] = 1.0
     # our field -> the file's column, for files that name theirs otherwise
     columns: Mapping[str, str] = field(default_factory=dict)

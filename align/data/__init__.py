@@ -31,8 +31,9 @@ __all__ = [
     "split_by_prompt",
 ]
 
-# function -> its module; a record is one of align.types
+# name -> its module; a record is one of align.types
 FOUND_IN = {
+    "DataSource": "align.config.sections",
     "collate": "align.data.tokens.packing",
     "encode_examples": "align.data.tokens.chat",
     "given": "align.data.readers.objects",
