@@ -22,11 +22,11 @@ class DataSource:
     path: str
     # the hub data set's configuration, if it has several
     name: str | None = None
-    # split in the syntax of `datasets.load_dataset`, such as `test[:100]` and `train[10%:20%]`; local
-    # files and folders take it too
+    # split in the syntax of `datasets.load_dataset`, such as `test[:100]` and `train[10%:20%]`;
+    # local files and folders take it too
     split: str = "train"
-    # copies of the source when several are mixed: 2.0 repeats every row twice, 0.5 keeps half of the
-    # rows
+    # copies of the source when several are mixed: 2.0 repeats every row twice, 0.5 keeps half of
+    # the rows
     weight: Annotated[float, Range("(0, 1000]"), Unit("copies per epoch")] = 1.0
     # our field -> the file's column, for files that name theirs otherwise
     columns: Mapping[str, str] = field(default_factory=dict)
