@@ -24,8 +24,8 @@ def test_rows_have_the_lengths_of_dialogues() -> None:
     assert count["prompt"].mean() == pytest.approx(120, rel=0.06)
     assert replies.mean() == pytest.approx(64, rel=0.06)
     assert 300 < replies.max() <= 510
-    assert rows == list(preference_rows(tokenizer, 1000, seed=0))
-    assert rows != list(preference_rows(tokenizer, 1000, seed=1))
+    again, same, other = (list(preference_rows(tokenizer, 50, seed=seed)) for seed in (0, 0, 1))
+    assert again == same != other
 
 
 def test_a_piece_costs_what_was_asked_for() -> None:
