@@ -28,9 +28,9 @@ from align.run.folder import Run
 from align.stages import STAGES
 from align.training.distributed import (
     check_sharding,
+    gather_full_model,
     is_sharded,
     make_accelerator,
-    whole,
 )
 from align.types import AlignError
 
@@ -130,7 +130,7 @@ def policy_end_ids(policy: Policy, session: Session) -> tuple[int, ...]:
 
 def save_policy(model: torch.nn.Module, session: Session) -> None:
     """Save the trained model in ``output_dir/model``; every rank calls it."""
-    policy = whole(model, session.accelerator)
+    policy = gather_full_model(model, session.accelerator)
     if policy is None:
         return
     end_ids = policy_end_ids(policy, session)
@@ -150,7 +150,7 @@ def same_vocabulary(model: str, recipe: CommonRecipe, session: Session) -> bool:
     return bool(other.get_vocab() == session.tokenizer.get_vocab())
 
 
-def introduce(model: Packed, session: Session) -> dict[str, Any]:
+def describe_model(model: Packed, session: Session) -> dict[str, Any]:
     """Print how a trained model runs; return its facts for the manifest."""
     if session.run.is_main:
         say(f"  {model.name}: precision {model.precision}, attention {model.attention}")

@@ -29,7 +29,7 @@ from align.models.policy import batch_sequences
 from align.models.router import router_loss
 from align.stages.common import (
     Session,
-    introduce,
+    describe_model,
     open_session,
     require_same_vocabulary,
     save_policy,
@@ -39,7 +39,7 @@ from align.stages.dpo_options import check_options
 from align.stages.dpo_reference import ReferenceCache
 from align.stages.router import add_router_loss, use_router_loss
 from align.training.distributed import prepare, shard
-from align.training.loop import Measure, Measured, evaluate_groups, train
+from align.training.loop import LossFn, StepOutput, evaluate_groups, train
 from align.types import TokenBatch, TokenGroup
 
 Reference = Callable[[TokenBatch, Sequence[int]], Tensor]
@@ -53,24 +53,13 @@ def run(recipe: DPORecipe) -> None:
     train_data, test_data = load_data(
         session, recipe.data, "preference", seed=recipe.seed, train=recipe.train
     )
-    policy = load_policy(
-        recipe.model,
-        device=session.accelerator.device,
-        precision=recipe.precision,
-        attention=recipe.attention,
-        lora=recipe.lora,
-        gradient_checkpointing=recipe.gradient_checkpointing,
-        trust_remote_code=recipe.trust_remote_code,
-        base_model=recipe.base_model,
-    )
-    policy.activation_offload = recipe.activation_offload
+    policy = _load(recipe, session)
     aux_coef = recipe.train.router_aux_coef
-    use_router_loss(policy, aux_coef, session)
     train_groups, test_groups = train_data.groups, test_data.groups
     frozen = _frozen(recipe, session)
     models = [policy] if frozen is None else [policy, frozen]
     hashes = [weights_hash(model.inner) for model in models]
-    session.run.describe(start_weights=hashes, **introduce(policy, session))
+    session.run.describe(start_weights=hashes, **describe_model(policy, session))
     train_reference = _reference(recipe, session, policy, frozen, train_groups)
     test_reference = _reference(recipe, session, policy, frozen, test_groups)
     model = prepare(policy, session.accelerator)
@@ -78,8 +67,8 @@ def run(recipe: DPORecipe) -> None:
         shard(frozen, session.accelerator)
     del models, frozen  # a cached reference is not needed any more
 
-    def measure_with(reference: Reference) -> Measure:
-        def measure(batch: TokenBatch, members: Sequence[int]) -> Measured:
+    def measure_with(reference: Reference) -> LossFn:
+        def measure(batch: TokenBatch, members: Sequence[int]) -> StepOutput:
             statistics = model(batch, statistics=recipe.dpo.wpo_weights)
             balance = router_loss(policy, batch)  # before the policy runs as its own reference
             measured = _measure(recipe.dpo, statistics, reference(batch, members), batch)
@@ -117,9 +106,26 @@ def run(recipe: DPORecipe) -> None:
     session.run.finish(change(before, after), held_out=after)
 
 
+def _load(recipe: DPORecipe, session: Session) -> Policy:
+    """Load the policy to train, with its options."""
+    policy = load_policy(
+        recipe.model,
+        device=session.accelerator.device,
+        precision=recipe.precision,
+        attention=recipe.attention,
+        lora=recipe.lora,
+        gradient_checkpointing=recipe.gradient_checkpointing,
+        trust_remote_code=recipe.trust_remote_code,
+        base_model=recipe.base_model,
+    )
+    policy.activation_offload = recipe.activation_offload
+    use_router_loss(policy, recipe.train.router_aux_coef, session)
+    return policy
+
+
 def _measure(
     options: DPOConfig, statistics: TokenStatistics, ref_logprobs: Tensor, batch: TokenBatch
-) -> Measured:
+) -> StepOutput:
     """Compute losses of one microbatch's pairs; sequences are chosen, rejected, chosen, ..."""
     logprobs, lengths = sequence_sums(statistics.logprobs, batch)
     losses = dpo_loss(
@@ -155,7 +161,7 @@ def _measure(
         "logprobs_rejected": logprobs[1::2],
     }
     sums = {name: (value.sum().item(), count) for name, value in means.items()}
-    return Measured(per_example.sum(), sums)
+    return StepOutput(per_example.sum(), sums)
 
 
 def sequence_sums(values: Tensor, batch: TokenBatch) -> tuple[Tensor, Tensor]:

@@ -32,13 +32,13 @@ from align.models.pooling import add_pooling_layer
 from align.models.router import router_loss
 from align.stages.common import (
     Session,
-    introduce,
+    describe_model,
     open_session,
 )
 from align.stages.data import Split, load_data
 from align.stages.router import add_router_loss, use_router_loss
-from align.training.distributed import prepare, whole
-from align.training.loop import Measure, Measured, evaluate_groups, train
+from align.training.distributed import gather_full_model, prepare
+from align.training.loop import LossFn, StepOutput, evaluate_groups, train
 from align.types import AlignError, TokenBatch, TokenGroup, TokenSequence
 
 REFERENCE_PAIRS = 100
@@ -51,29 +51,15 @@ def run(recipe: RewardRecipe) -> None:
     train_data, test_data = load_data(
         session, recipe.data, "preference", seed=recipe.seed, train=recipe.train
     )
-    scalar = load_scalar_model(
-        recipe.model,
-        device=session.accelerator.device,
-        precision=recipe.precision,
-        attention=recipe.attention,
-        lora=recipe.lora,
-        gradient_checkpointing=recipe.gradient_checkpointing,
-        trust_remote_code=recipe.trust_remote_code,
-        base_model=recipe.base_model,
-    )
-    scalar.activation_offload = recipe.activation_offload
-    if recipe.reward_model.pooling_layer:
-        _add_pooling_layer(scalar, recipe)
+    scalar = _load(recipe, session)
     aux_coef = recipe.train.router_aux_coef
-    use_router_loss(scalar, aux_coef, session)
-    session.run.describe(start_weights=weights_hash(scalar.inner), **introduce(scalar, session))
     model = prepare(scalar, session.accelerator)
     options = recipe.reward_model
 
-    def measure_of(groups: Sequence[TokenGroup]) -> Measure:
+    def measure_of(groups: Sequence[TokenGroup]) -> LossFn:
         measure = _measure(model, groups, options)
 
-        def balanced(batch: TokenBatch, members: Sequence[int]) -> Measured:
+        def balanced(batch: TokenBatch, members: Sequence[int]) -> StepOutput:
             measured = measure(batch, members)
             pairs = len(batch.sequences) / 2
             return add_router_loss(measured, router_loss(scalar, batch), coef=aux_coef, units=pairs)
@@ -112,13 +98,35 @@ def run(recipe: RewardRecipe) -> None:
         seed=recipe.seed,
         resume=recipe.resume == "auto",
     )
-    trained = whole(model, session.accelerator)
+    trained = gather_full_model(model, session.accelerator)
     facts = {}
     if trained is not None:
         facts = _finish(session, trained, train_data, test_data, recipe)
     baseline = _accuracy_of_longer(test_groups, session)
     after, before = after | baseline, before | baseline
     session.run.finish(change(before, after), held_out=after, **facts)
+
+
+def _load(recipe: RewardRecipe, session: Session) -> ScalarModel:
+    """Load the one-label model, with its options, and describe it in the manifest."""
+    scalar = load_scalar_model(
+        recipe.model,
+        device=session.accelerator.device,
+        precision=recipe.precision,
+        attention=recipe.attention,
+        lora=recipe.lora,
+        gradient_checkpointing=recipe.gradient_checkpointing,
+        trust_remote_code=recipe.trust_remote_code,
+        base_model=recipe.base_model,
+    )
+    scalar.activation_offload = recipe.activation_offload
+    if recipe.reward_model.pooling_layer:
+        _add_pooling_layer(scalar, recipe)
+    use_router_loss(scalar, recipe.train.router_aux_coef, session)
+    session.run.describe(
+        start_weights=weights_hash(scalar.inner), **describe_model(scalar, session)
+    )
+    return scalar
 
 
 def _add_pooling_layer(scalar: ScalarModel, recipe: RewardRecipe) -> None:
@@ -133,10 +141,10 @@ def _add_pooling_layer(scalar: ScalarModel, recipe: RewardRecipe) -> None:
 
 def _measure(
     model: torch.nn.Module, groups: Sequence[TokenGroup], options: RewardModelConfig
-) -> Measure:
+) -> LossFn:
     """Make the loss function over microbatches of these groups' pairs."""
 
-    def measure(batch: TokenBatch, members: Sequence[int]) -> Measured:
+    def measure(batch: TokenBatch, members: Sequence[int]) -> StepOutput:
         chosen, rejected, pairs = pair_scores(model(batch, at="last"), batch)
         margin = _margins([groups[members[i]] for i in pairs]) if options.use_margin else None
         losses = bradley_terry_loss(
@@ -153,7 +161,7 @@ def _measure(
             "margin": (gap.sum().item(), count),
             "score_mean": ((chosen + rejected).sum().item(), 2 * count),
         }
-        return Measured(losses.sum(), sums)
+        return StepOutput(losses.sum(), sums)
 
     return measure
 

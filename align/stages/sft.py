@@ -16,14 +16,14 @@ from align.models import load_policy
 from align.models.load import weights_hash
 from align.models.router import router_loss
 from align.stages.common import (
-    introduce,
+    describe_model,
     open_session,
     save_policy,
 )
 from align.stages.data import load_data
 from align.stages.router import add_router_loss, use_router_loss
 from align.training.distributed import prepare
-from align.training.loop import Measured, evaluate_groups, train
+from align.training.loop import StepOutput, evaluate_groups, train
 from align.types import TokenBatch
 
 
@@ -47,14 +47,16 @@ def run(recipe: SFTRecipe) -> None:
     policy.activation_offload = recipe.activation_offload
     aux_coef = recipe.train.router_aux_coef
     use_router_loss(policy, aux_coef, session)
-    session.run.describe(start_weights=weights_hash(policy.inner), **introduce(policy, session))
+    session.run.describe(
+        start_weights=weights_hash(policy.inner), **describe_model(policy, session)
+    )
     model = prepare(policy, session.accelerator)
 
-    def measure(batch: TokenBatch, members: Sequence[int]) -> Measured:
+    def measure(batch: TokenBatch, members: Sequence[int]) -> StepOutput:
         loss = nll_loss(model(batch).logprobs, denominator=1)
         balance = router_loss(policy, batch)
         count = float(batch.loss_mask.sum())
-        measured = Measured(loss, {"loss": (loss.item(), count)})
+        measured = StepOutput(loss, {"loss": (loss.item(), count)})
         return add_router_loss(measured, balance, coef=aux_coef, units=count)
 
     def evaluate() -> dict[str, float]:

@@ -12,7 +12,7 @@ from align.models.load import weights_hash
 from align.models.lora import adapter_beside
 
 
-class Trunk:
+class SharedBase:
     """The actor's frozen weights, and the roles that share them.
 
     A reward model or a critic shares them if the adapter that `align rm` or `align ppo` saved

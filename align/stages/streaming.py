@@ -84,7 +84,7 @@ def open_stream(
 
 
 def _places(source: DataSource) -> list[dict[str, Any]]:
-    """What is streamed, as far as it can be told without reading it: a file's name and size."""
+    """Describe a streamed source without reading it: a file's name and size."""
     files = find_files(source)
     if not files:
         return [{"path": name_of(source), "sha256": hash_of_given(source, streamed=True)}]

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from align.base.checksums import SUMS, check_sums, summing
 from align.base.files import Unreadable, fsync, load_json, writing
 from align.base.folders import replace_folder
-from align.training.distributed import laid_out_as, own_parameters, whole_tensors
+from align.training.distributed import distribute_like, own_parameters, whole_tensors
 from align.types import AlignError
 
 Trained = Mapping[str, tuple[torch.nn.Module, torch.optim.Optimizer]]
@@ -129,7 +129,7 @@ def damage(
 
 @contextmanager
 def named(name: str) -> Iterator[None]:
-    """Put a file's name before what safetensors says of it."""
+    """Prefix safetensors' error with the file's name."""
     try:
         yield
     except SafetensorError as error:
@@ -137,7 +137,7 @@ def named(name: str) -> Iterator[None]:
 
 
 def read_state(place: Path) -> dict[str, Any]:
-    """The saved state with its ``step``, without weights."""
+    """Read the saved state with its ``step``, without weights."""
     try:
         return _read_state(place)
     except UNREADABLE as error:
@@ -145,7 +145,7 @@ def read_state(place: Path) -> dict[str, Any]:
 
 
 def size_of(trained: Trained) -> int:
-    """Bytes of a checkpoint, about: weights and two moments of what is trained."""
+    """Estimate the bytes of a checkpoint: weights and two moments of what is trained."""
     sizes = [
         p.numel() * p.element_size()
         for model, _ in trained.values()
@@ -155,7 +155,7 @@ def size_of(trained: Trained) -> int:
 
 
 def set_aside(place: Path) -> Path:
-    """Rename a damaged checkpoint, so that it neither counts nor is lost; returns its new place."""
+    """Rename a damaged checkpoint, so that it neither counts nor is lost; return its new path."""
     names = (f"damaged-{place.name}" + (f"-{n}" if n else "") for n in count())
     aside = next(p for p in map(place.with_name, names) if not p.exists())
     place.rename(aside)
@@ -171,14 +171,14 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def places(folder: Path) -> list[Path]:
-    """`checkpoints`, and what was one before its state went missing."""
+    """List `checkpoints`, and folders that lost their state."""
     aside = [p for p in folder.glob("old-step-*") if not (folder / p.name[4:]).exists()]
     found = [p for p in [*folder.glob("step-*"), *aside] if p.is_dir()]
     return sorted(filter(_position, found), key=_position)
 
 
 def _position(place: Path) -> tuple[int, int] | tuple[()]:
-    """``step-N`` -> (N, 0), and ``step-N-part-M`` of an older align -> (N, M)."""
+    """Parse ``step-N`` as (N, 0), and ``step-N-part-M`` of an older align as (N, M)."""
     name = place.name.removeprefix("old-").removeprefix("step-")
     step, _, part = name.partition("-part-")
     return (int(step), int(part or 0)) if (step + part).isdecimal() else ()
@@ -199,7 +199,7 @@ def _unreadable(place: Path, error: Exception) -> AlignError:
 
 
 def _files(trained: Trained) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-    """File names and what goes in, one at a time: not all of a large model is held at once."""
+    """Yield file names and contents, one at a time, so that a large model is not held twice."""
     for role, (model, optimizer) in trained.items():
         yield f"{role}.safetensors", whole_tensors(_trained_parameters(model))
         yield f"{role}.optimizer.safetensors", whole_tensors(_moments(model, optimizer))
@@ -243,9 +243,9 @@ def _restore(
         if name not in shapes or not shapes_of_state <= {shapes[name]}:
             raise AlignError(f"checkpoint {place}: holds other moments than this recipe trains")
     for name, parameter in parameters.items():
-        parameter.data.copy_(laid_out_as(parameter, weights[name]))
+        parameter.data.copy_(distribute_like(parameter, weights[name]))
         if name in states:
             # the step count too: a fused AdamW keeps it beside its parameter
             optimizer.state[parameter] = {
-                key: laid_out_as(parameter, value) for key, value in states[name].items()
+                key: distribute_like(parameter, value) for key, value in states[name].items()
             }

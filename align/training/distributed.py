@@ -1,4 +1,4 @@
-"""What processes tell one another: shares, sums, order, errors; DDP, and FSDP2."""
+"""Communication between processes: shares, sums, order, errors; DDP and FSDP2."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from align.types import AlignError, NonFiniteError, Rollout
 T = TypeVar("T")
 
 PATIENCE = timedelta(hours=6)
-"""How long processes wait for one another: while the main one tokenises a large data set."""
+"""Longest wait of processes for one another, such as while the main one tokenises a data set."""
 
 
 def check_trackers(trackers: Sequence[str]) -> None:
@@ -41,7 +41,7 @@ def check_trackers(trackers: Sequence[str]) -> None:
 
 
 def make_accelerator(trackers: Sequence[str], output_dir: str) -> Accelerator:
-    """Precision is not set here: `models.precision` is its one place."""
+    """Make the Accelerator; precision is left to `models.precision`."""
     check_trackers(trackers)
     accelerator = Accelerator(
         mixed_precision="no",
@@ -60,7 +60,7 @@ def make_accelerator(trackers: Sequence[str], output_dir: str) -> Accelerator:
 
 @atexit.register
 def _part() -> None:
-    """A process that exits with its group open may die of that group's threads, its work done."""
+    """Close the process group at exit: a process that exits with it open may crash."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -76,16 +76,16 @@ FSDP_NEEDS = {
 }
 
 _OUTLINES: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
-"""Sharded model -> the model that it was, its parameters without their values."""
+"""Sharded model -> its unsharded structure, parameters without values."""
 
 
 def is_sharded() -> bool:
-    """Whether the launcher asks for FSDP. Accelerate itself takes no notice of that on a CPU."""
+    """Tell whether the launcher asks for FSDP, which Accelerate itself ignores on a CPU."""
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
 def check_sharding(stage: str, *, shardable: bool = True, activation_offload: bool = False) -> None:
-    """Refuse FSDP where a stage samples, and those of its settings that would change something."""
+    """Refuse FSDP for a stage that samples, and those of its settings that have no effect here."""
     if not is_sharded():
         return
     if not shardable:
@@ -106,7 +106,9 @@ def check_sharding(stage: str, *, shardable: bool = True, activation_offload: bo
 
 
 def prepare(model: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """Ready to be trained, before its optimizer is made: wrapped by DDP, or sharded by FSDP2."""
+    """Make a model ready for training, before its optimizer: wrapped by DDP, or sharded by
+    FSDP2.
+    """
     if not is_sharded():
         return accelerator.prepare(model)
     if accelerator.num_processes > 1:
@@ -147,7 +149,7 @@ def _hollow(parameter: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
 
 
-def whole(model: nn.Module, accelerator: Accelerator) -> Any:
+def gather_full_model(model: nn.Module, accelerator: Accelerator) -> Any:
     """The trained model as one process would hold it; None in all processes but the main one.
 
     A sharded model is put together on the CPU, for which all processes are needed.
@@ -166,7 +168,7 @@ def whole(model: nn.Module, accelerator: Accelerator) -> Any:
 
 
 def own_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters by name as an optimizer holds them: of a sharded model, this process's."""
+    """Return the parameters by name as the optimizer holds them, this rank's shards if sharded."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()  # else those that the last forward pass put together are found
@@ -189,8 +191,8 @@ def whole_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def laid_out_as(parameter: Tensor, tensor: Tensor) -> Tensor:
-    """A whole tensor on the parameter's device, sharded as it is; a scalar stays whole."""
+def distribute_like(parameter: Tensor, tensor: Tensor) -> Tensor:
+    """Move a full tensor to the parameter's device and sharding; scalars are not sharded."""
     tensor = tensor.to(parameter.device)
     if not isinstance(parameter, DTensor) or tensor.ndim == 0:
         return tensor
@@ -198,23 +200,26 @@ def laid_out_as(parameter: Tensor, tensor: Tensor) -> Tensor:
 
 
 def clip_gradients(model: nn.Module, limit: float, accelerator: Accelerator) -> float:
-    """Scale the gradients down to a norm of at most ``limit``; their norm before that."""
+    """Scale gradients down to a norm of at most ``limit``; return their norm before that."""
     norm = accelerator.clip_grad_norm_(model.parameters(), limit)
     return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
 def rounds(own: int, model: nn.Module, accelerator: Accelerator) -> int:
-    """Microbatches to visit by a process that has ``own``: of a sharded model all visit as many."""
+    """Return the microbatches to visit of a rank that has ``own``; equal on all ranks if
+    sharded.
+    """
     return int(max_over_processes(own, accelerator)) if isinstance(model, FSDPModule) else own
 
 
-def in_step(
+def pad_iterations(
     items: Iterable[T], model: nn.Module, accelerator: Accelerator
 ) -> Iterator[tuple[T, float]]:
-    """The items, of which each process has one at least, with weight 1.
+    """Yield each local item with weight 1; a rank that runs out repeats its last item with weight
+    0.
 
-    A forward pass of a sharded model takes all processes, so there one that is done before the
-    others gets its last item again, with weight 0.
+    So all ranks of a sharded model run equally many forward passes. Each rank has at least one
+    item.
     """
     if not isinstance(model, FSDPModule):
         yield from ((item, 1.0) for item in items)
@@ -228,16 +233,13 @@ def in_step(
         item = item if following is None else following
 
 
-# ---------------------------------------------------------------- shares, sums and order
-
-
 def my_share(items: Sequence[T], accelerator: Accelerator) -> list[T]:
-    """Every world-size-th item, starting at this process's number."""
+    """Return every world-size-th item, starting at this rank's number."""
     return list(items[accelerator.process_index :: accelerator.num_processes])
 
 
 def sum_over_processes(numbers: Mapping[str, float], accelerator: Accelerator) -> dict[str, float]:
-    """Sums of the same keys on every process, float64."""
+    """Sum the values of each key over all ranks, float64; keys are equal on all."""
     if accelerator.num_processes == 1:
         return dict(numbers)
     values = torch.tensor(list(numbers.values()), dtype=torch.float64, device=accelerator.device)
@@ -246,12 +248,12 @@ def sum_over_processes(numbers: Mapping[str, float], accelerator: Accelerator) -
 
 
 def add_over_processes(part: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:
-    """The sum of every process's tensor of one shape: parts of a whole, zero where others' are."""
+    """Add every rank's tensor of one shape, such as parts that are zero elsewhere."""
     return part if accelerator.num_processes == 1 else accelerator.reduce(part, reduction="sum")
 
 
 def max_over_processes(number: float, accelerator: Accelerator) -> float:
-    """The largest that any process has."""
+    """Return the largest value of any rank."""
     if accelerator.num_processes == 1:
         return number
     value = torch.tensor([number], dtype=torch.float64, device=accelerator.device)
@@ -275,7 +277,7 @@ def raise_together(error: NonFiniteError | None, accelerator: Accelerator) -> No
 
 
 def gather_in_order(items: Sequence[T], accelerator: Accelerator) -> list[T]:
-    """Undo `my_share`: every process's items, in the order before they were shared out."""
+    """Undo `my_share`: gather all ranks' items in the original order."""
     if accelerator.num_processes == 1:
         return list(items)
     world = accelerator.num_processes
@@ -289,10 +291,10 @@ def gather_in_order(items: Sequence[T], accelerator: Accelerator) -> list[T]:
 def without_sync(
     accelerator: Accelerator, model: torch.nn.Module, *, last: bool
 ) -> AbstractContextManager[None]:
-    """Gradients are exchanged on the last microbatch of a step only.
+    """Exchange gradients on the last microbatch of a step only.
 
-    Those of a sharded model on each, unless speed goes before memory: until they are exchanged they
-    are held whole.
+    A sharded model exchanges them on each microbatch, unless the launcher prefers speed to memory,
+    since gradients are held in full until then.
     """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last or _saves_memory())
@@ -301,7 +303,7 @@ def without_sync(
 
 
 def gather_rollout(rollout: Rollout, samples_per_prompt: int, accelerator: Accelerator) -> Rollout:
-    """Every process's rows in the order of the prompts before they were shared out."""
+    """Gather all ranks' rows in the prompts' original order."""
     if accelerator.num_processes == 1:
         return rollout
     k = samples_per_prompt

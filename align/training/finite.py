@@ -1,5 +1,6 @@
-"""NaN and infinity: named, with the ids of what they came from on disk, and the run stopped or the
-step left out. A step that is no number never reaches the weights.
+"""Guard against NaN and inf: log the row ids, then stop the run or skip the step.
+
+A non-finite update is never applied.
 """
 
 from __future__ import annotations
@@ -14,17 +15,15 @@ from align.run.folder import Run
 from align.types import AlignError, NonFiniteError
 
 IN_A_ROW = 10
-"""Steps left out one after another that end a run all the same: it no longer learns."""
+"""Consecutive skipped steps that end a run: it no longer learns."""
 
 
 class FiniteGuard:
-    """Counts what was left out; ``on_nonfinite`` is the recipe's key."""
+    """Counter of skipped steps; ``on_nonfinite`` is the recipe's key."""
 
     def __init__(self, run: Run, *, on_nonfinite: str) -> None:
         self.run, self.skips = run, on_nonfinite == "skip"
-        # those of the run that is resumed count too
-        self.skipped = run.count(NONFINITE)
-        # a run that is resumed goes on counting
+        self.skipped = run.count(NONFINITE)  # a resumed run's earlier ones count too
         self.in_a_row = 0
 
     def accepts(
@@ -35,16 +34,16 @@ class FiniteGuard:
         *,
         learns: bool = True,
     ) -> bool:
-        """Whether all numbers are finite; if not, the step is written down, to be left out.
+        """Return True if all numbers are finite; otherwise log the step as skipped.
 
         Args:
-            step: The step or iteration that is being taken, from 1.
-            numbers: What must be finite, such as ``loss`` and ``gradient``.
+            step: The current step or iteration, from 1.
+            numbers: Numbers that must be finite, such as ``loss`` and ``gradient``.
             ids: Rows that they were computed from.
-            learns: Whether an optimizer step follows, which ends a row of steps left out.
+            learns: True if an optimizer step follows, which ends a series of skipped steps.
 
         Raises:
-            AlignError: ``on_nonfinite`` is stop, or too many steps in a row were left out.
+            AlignError: ``on_nonfinite`` is stop, or too many consecutive steps were skipped.
         """
         bad = [(what, value) for what, value in numbers.items() if not math.isfinite(value)]
         if bad:
@@ -55,10 +54,10 @@ class FiniteGuard:
         return not bad
 
     def leave_out(self, step: int, error: NonFiniteError, ids: Sequence[str]) -> None:
-        """Write down a step of which a part could not be computed on the rows ``ids``.
+        """Log a step as skipped, of which a part could not be computed on the rows ``ids``.
 
         Raises:
-            AlignError: As in `accepts`; what is wrong with the number has been found before.
+            AlignError: As in `accepts`.
         """
         limit = ", too large for float32," if math.isfinite(error.value) else ""
         value = f"{error.value}{limit}"

@@ -28,8 +28,8 @@ from align.models.policy import check_length
 from align.run.folder import Run
 from align.training.distributed import (
     clip_gradients,
-    in_step,
     my_share,
+    pad_iterations,
     rounds,
     sum_over_processes,
     without_sync,
@@ -42,8 +42,8 @@ from align.types import AlignError, TokenBatch, TokenGroup
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What a stage says of one microbatch.
+class StepOutput:
+    """Loss of one microbatch and the numbers to log.
 
     Attributes:
         loss: Scalar with a gradient, *summed* over the microbatch's units.
@@ -55,15 +55,15 @@ class Measured:
     sums: Mapping[str, tuple[float, float]]
 
 
-Measure = Callable[[TokenBatch, Sequence[int]], Measured]
-"""``measure(batch, members)``: sequences of ``batch`` are numbered over ``members``' groups in
+LossFn = Callable[[TokenBatch, Sequence[int]], StepOutput]
+"""Function ``(batch, members)``: sequences of ``batch`` are numbered over ``members``' groups in
 order; ``members`` are indices into the whole list of groups."""
 
 
 def train(
     model: torch.nn.Module,
     groups: Sequence[TokenGroup],
-    measure: Measure,
+    measure: LossFn,
     *,
     units: Callable[[TokenGroup], int],
     evaluate: Callable[[], dict[str, float]],
@@ -75,13 +75,13 @@ def train(
     seed: int,
     resume: bool,
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Train ``model`` in place; returns the held-out numbers before and after.
+    """Train ``model`` in place; return the held-out numbers before and after.
 
     Args:
-        model: By `distributed.prepare`; ``measure`` runs it.
-        units: What a group adds to the loss's denominator: counted tokens (SFT) or 1 (pairs).
+        model: From `distributed.prepare`; ``measure`` runs it.
+        units: Share of a group in the loss's denominator: counted tokens (SFT) or 1 (pairs).
         evaluate: Held-out numbers; called before the first step and after the last.
-        order: In which order an epoch goes through the groups.
+        order: Order in which an epoch visits the groups.
     """
     if not groups:
         raise AlignError("data: no training rows are left; see the dropped rows in manifest.json")
@@ -172,7 +172,7 @@ def train(
 
 
 def num_steps(num_groups: int, options: TrainOptions) -> int:
-    """Optimizer steps of a run; the last minibatch of an epoch may be short, none is dropped."""
+    """Count the optimizer steps of a run; the last minibatch of an epoch may be short."""
     if options.max_steps is not None:
         return options.max_steps
     steps = options.epochs * steps_per_epoch(num_groups, options)
@@ -188,7 +188,7 @@ def _step(
     optimizer: torch.optim.Optimizer,
     groups: Sequence[TokenGroup],
     members: Sequence[int],
-    measure: Measure,
+    measure: LossFn,
     units: Callable[[TokenGroup], int],
     microbatches: Microbatches,
     optim: OptimOptions,
@@ -197,7 +197,7 @@ def _step(
     reseed: Callable[[], None],
     accept: Callable[[Mapping[str, float], Sequence[str]], bool],
 ) -> dict[str, float]:
-    """One optimizer step over the minibatch ``members``, if its numbers are finite."""
+    """Take one optimizer step over the minibatch ``members``, if its numbers are finite."""
     started = time.monotonic()
     model.train()
     mine = my_share(members, accelerator)
@@ -247,12 +247,12 @@ def _step(
 def evaluate_groups(
     model: torch.nn.Module,
     groups: Sequence[TokenGroup],
-    measure: Measure,
+    measure: LossFn,
     *,
     tokens_per_microbatch: int,
     accelerator: Accelerator,
 ) -> dict[str, float]:
-    """Weighted means of ``measure``'s sums over all groups."""
+    """Average ``measure``'s sums over all groups, weighted."""
     if groups:
         check_length(accelerator.unwrap_model(model), longest_of(groups), "a held-out row has")
     model.eval()
@@ -268,7 +268,7 @@ def evaluate_groups(
             bar.advance(steps=len(members))
 
     with Progress(len(mine), "evaluate", unit="row", shown=accelerator.is_main_process) as bar:
-        for (batch, members), weight in in_step(batches(), model, accelerator):
+        for (batch, members), weight in pad_iterations(batches(), model, accelerator):
             _add(sums, measure(batch.to(accelerator.device), members).sums, weight)
     return _means(sum_over_processes(sums, accelerator))
 
@@ -283,7 +283,7 @@ def _add(
 
 
 def _means(sums: Mapping[str, float]) -> dict[str, float]:
-    """Sums over their weights; a sum without a weight stays a sum."""
+    """Divide sums by their weights; a sum without a weight is kept."""
     return {
         name: value / sums.get(f"{name}/weight", 1.0)
         for name, value in sums.items()
@@ -292,5 +292,5 @@ def _means(sums: Mapping[str, float]) -> dict[str, float]:
 
 
 def seed_step(seed: int, step: int) -> None:
-    """Python's, NumPy's and torch's random numbers of a step are a function of (seed, step)."""
+    """Seed Python, NumPy and torch as a function of (seed, step)."""
     set_seed((seed * 1_000_003 + step) % 2**31)

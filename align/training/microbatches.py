@@ -21,8 +21,10 @@ Visit = Callable[[TokenBatch, bool], None]
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Of a GPU, of page-locked memory (`models.offload`), or of torch's allocator for the CPU; the
-    last two raise a plain RuntimeError."""
+    """Recognise out-of-memory errors of a GPU, of page-locked memory, or of torch's CPU allocator.
+
+    The last two raise a plain RuntimeError.
+    """
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     said = ("DefaultCPUAllocator", "CUDA error: out of memory")
@@ -30,7 +32,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 class Microbatches:
-    """The budget of a run: ``tokens`` of one forward and backward, which only ever falls."""
+    """Token budget of one forward and backward; it only decreases during a run."""
 
     def __init__(self, tokens: int, *, num_processes: int) -> None:
         self.tokens = tokens
@@ -45,16 +47,16 @@ class Microbatches:
         rounds: Callable[[int], int] = int,
         idle: Visit | None = None,
     ) -> int:
-        """``visit(batch, is_last)`` every microbatch of the groups; the tokens that they had.
+        """Call ``visit(batch, is_last)`` for every microbatch of the groups; return their tokens.
 
         Args:
             visit: Forward and backward of one microbatch; gradients add up.
-            restart: Called before all of it is done again: forget gradients and sums.
+            restart: Called before everything is repeated: clear gradients and sums.
             rounds: Number of microbatches -> number of visits, which may be more: the others are
                 ``idle(batch, is_last)`` with a batch that was visited already.
 
         Raises:
-            AlignError: One group alone takes more memory than there is.
+            AlignError: One group alone needs more memory than there is.
         """
         while True:
             batches = pack(groups, tokens_per_microbatch=self.tokens)

@@ -12,7 +12,7 @@ from align.config.sections import OptimOptions
 def make_optimizer(
     model: torch.nn.Module, options: OptimOptions, *, lr: float | None = None
 ) -> torch.optim.AdamW:
-    """AdamW over what requires a gradient; no weight decay on norms and biases."""
+    """Make AdamW over trainable parameters; norms and biases have no weight decay."""
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": options.weight_decay},

@@ -37,10 +37,10 @@ from align.training.distributed import sum_over_processes
 from align.types import AlignError, Interrupted
 
 BETTER_WHEN_LOWER = {"loss": True, "accuracy": False, "score": False}
-"""Held-out numbers that may say which checkpoint is best."""
+"""Held-out numbers that may choose the best checkpoint."""
 
 HANGUP = getattr(signal, "SIGHUP", None)
-"""The terminal was closed; not on Windows."""
+"""Signal of a closed terminal; not on Windows."""
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, *([HANGUP] if HANGUP else []))
 
@@ -279,7 +279,7 @@ class Saver:
         return self._signal or (signal.SIGTERM if found else 0)
 
     def _on_any_rank(self, here: bool) -> bool:
-        """Whether it is true on any rank; all ranks have to ask."""
+        """Return True if ``here`` is True on any rank; all ranks must call it."""
         if self.accelerator.num_processes == 1:
             return here
         return bool(sum_over_processes({"here": float(here)}, self.accelerator)["here"])

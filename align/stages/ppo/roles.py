@@ -23,7 +23,7 @@ from align.models.lora import adapter_off
 from align.rewards import build_reward
 from align.rewards.model import ModelReward, reward_model_loader
 from align.stages.common import Session, require_same_vocabulary, same_vocabulary
-from align.stages.shared_base import Trunk
+from align.stages.shared_base import SharedBase
 from align.types import RewardSource, TokenBatch
 
 
@@ -42,7 +42,7 @@ class Roles:
 
 
 def load_roles(recipe: PPORecipe, session: Session) -> Roles:
-    """Load each role once; with LoRA all that start from the same weights stand on one trunk."""
+    """Load each role once; with LoRA, roles that start from the same weights share them."""
     device = session.accelerator.device
     actor = load_policy(
         recipe.model,
@@ -55,7 +55,7 @@ def load_roles(recipe: PPORecipe, session: Session) -> Roles:
         base_model=recipe.base_model,
     )
     weights = {"actor": weights_hash(actor.inner)}
-    trunk = None if recipe.lora is None else Trunk(actor)
+    base = None if recipe.lora is None else SharedBase(actor)
     load_apart = reward_model_loader(
         device,
         precision=recipe.precision,
@@ -66,11 +66,11 @@ def load_roles(recipe: PPORecipe, session: Session) -> Roles:
     )
 
     def load_reward(model: str) -> ModelReward:
-        scalar = trunk.reward_model(model) if trunk else None
+        scalar = base.reward_model(model) if base else None
         if scalar is None:
             source = load_apart(model)
-            if trunk:
-                trunk.apart[model] = source.model
+            if base:
+                base.apart[model] = source.model
         else:
             tokenizer = load_tokenizer(
                 model, trust_remote_code=recipe.trust_remote_code, base_model=recipe.base_model
@@ -82,21 +82,21 @@ def load_roles(recipe: PPORecipe, session: Session) -> Roles:
         return source
 
     reward = build_reward(recipe.reward, load_model=load_reward)
-    critic = _critic(recipe, session, trunk)
+    critic = _critic(recipe, session, base)
     actor.activation_offload = critic.activation_offload = recipe.activation_offload
     weights["critic"] = weights_hash(critic.inner)
     ref_logprobs = _reference(recipe, session, actor, weights)
-    if trunk:
+    if base:
         if "reference" not in weights:
-            trunk.roles.append("reference")
-        session.run.describe(one_trunk=trunk.roles)
-        for line in trunk.lines() if session.run.is_main else ():
+            base.roles.append("reference")
+        session.run.describe(one_trunk=base.roles)
+        for line in base.lines() if session.run.is_main else ():
             say(f"  {line}")
     return Roles(actor, critic, reward, ref_logprobs, weights)
 
 
-def _critic(recipe: PPORecipe, session: Session, trunk: Trunk | None) -> ScalarModel:
-    """From `critic.model`, else from the reward model, else from the actor's trunk.
+def _critic(recipe: PPORecipe, session: Session, base: SharedBase | None) -> ScalarModel:
+    """Load the critic from `critic.model`, else the reward model, else the actor's backbone.
 
     A critic reads the actor's tokens, so a reward model with another vocabulary cannot start one.
     A critic without a trained head starts at 0 everywhere.
@@ -112,8 +112,8 @@ def _critic(recipe: PPORecipe, session: Session, trunk: Trunk | None) -> ScalarM
                 start, weight = term.model, term.weight
                 break
     critic = None
-    if trunk and recipe.lora:
-        critic = trunk.critic(
+    if base and recipe.lora:
+        critic = base.critic(
             start, lora=recipe.lora, gradient_checkpointing=recipe.gradient_checkpointing
         )
     if critic is None:

@@ -30,7 +30,7 @@ from align.models.policy import check_length
 from align.rewards import check_functions, columns_of, warn_of_constant
 from align.rollout.engine import require_engine
 from align.rollout.experience import estimate_advantages, shaped_rewards
-from align.stages.common import Session, introduce, open_session, save_policy
+from align.stages.common import Session, describe_model, open_session, save_policy
 from align.stages.data import Split, load_data
 from align.stages.ppo.metrics import Clock, describe, sample_rows
 from align.stages.ppo.options import check_options
@@ -56,8 +56,8 @@ def run(recipe: PPORecipe) -> None:
     session.run.describe(
         start_weights=roles.weights,
         reward=roles.reward.name,
-        actor=introduce(roles.actor, session),
-        critic=introduce(roles.critic, session),
+        actor=describe_model(roles.actor, session),
+        critic=describe_model(roles.critic, session),
     )
     for split in (prompts, held_out):  # not when the longest is sampled, hours later
         needed = longest_of(split.groups) + recipe.generation.max_new_tokens
