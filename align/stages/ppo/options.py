@@ -1,4 +1,4 @@
-"""Which of PPO's options go together: what `align check` and the run itself refuse."""
+"""Refuse PPO options that do not fit together, in `align check` and in the run."""
 
 from __future__ import annotations
 
