@@ -62,7 +62,7 @@ def load(tiny: Path, tmp_path: Path, make_recipe: Any, cache: Path) -> Callable[
         tree |= {"data": {"train": train, "test_fraction": 0.2}}
         tree |= {"reward": {"metric": "chrf"}} if kind == "prompt" else {}
         recipe = make_recipe(KINDS[kind], tree, *overrides)
-        session = open_session(recipe, "test")
+        session = open_session(recipe, "sft")
         train, test = load_data(session, recipe.data, kind, seed=recipe.seed)  # type: ignore[arg-type]
         session.run.begin()
         return train, test, json.loads((session.run.folder / "manifest.json").read_text())
