@@ -57,6 +57,8 @@ def require_same(
         before, now = previous.get(key), manifest.get(key)
         if key == "recipe" and before is not None and _begins_to_skip(before, now):
             continue
+        if key == "data" and before and now:
+            now = _fields_of(before, now)
         if before is None or before == now:
             continue
         if key != "recipe" or first_change(before, now or {}):
@@ -64,6 +66,17 @@ def require_same(
                 f"resume: {folder}: {_difference(key, before, now)}; restore it, or "
                 "start anew with overwrite=true"
             )
+
+
+def _fields_of(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """Keep the fields of ``now``'s reports that ``before`` has: an older align wrote fewer."""
+    found = {}
+    for side, reports in now.items():
+        written = before.get(side, [])
+        fields = written[0].keys() if written else ()
+        kept = [{k: v for k, v in report.items() if k in fields} for report in reports]
+        found[side] = kept if written else reports
+    return found
 
 
 def _begins_to_skip(before: Mapping[str, Any], now: Any) -> bool:

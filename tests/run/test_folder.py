@@ -278,6 +278,29 @@ def report(sha256: str) -> SourceReport:
     return SourceReport(path="x.jsonl", sha256=sha256, rows_read=1, rows_kept=1, dropped={})
 
 
+@pytest.mark.parametrize("changed", [None, "sha256", "another file"])
+def test_a_run_of_an_older_align_goes_on_that_reported_less(
+    tmp_path: Path, changed: str | None
+) -> None:
+    """The fields that it wrote have to be the same, and no others."""
+    config = "optim: {lr: 0.1}"
+    run = open_run(tmp_path, config_yaml=config)
+    run.describe_data(train=(report("f00"),))
+    run.log(1, {"loss": 2.0})
+    tree = {k: v for k, v in manifest(tmp_path).items() if k not in ("checksum", "run")}
+    for name in ("unread", "first_dropped"):
+        del tree["data"]["train"][0][name]
+    (tmp_path / "manifest.json").write_text(json.dumps(tree))
+    run = open_run(tmp_path, config_yaml=config, resume="auto")
+    reports = [report("bad" if changed == "sha256" else "f00")]
+    run.describe_data(train=reports + reports[: changed == "another file"])
+    if changed is None:
+        run.resume()
+    else:
+        with pytest.raises(AlignError, match="a data file has changed"):
+            run.resume()
+
+
 @pytest.mark.parametrize(
     ("config", "sha256", "weights", "match"),
     [
