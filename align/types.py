@@ -148,13 +148,14 @@ class TokenGroup:
     """A prompt and its continuations: the unit that packing never splits.
 
     SFT has an empty prefix and one continuation, a preference pair has the prompt, chosen and
-    rejected (in this order), a PPO prompt has k responses.
+    rejected (in this order), a PPO prompt has k responses. ``index`` is its number in its data set.
     """
 
     prefix_ids: np.ndarray
     continuations: tuple[TokenSequence, ...]
     id: str = ""
     margin: float | None = None
+    index: int = -1
 
     @property
     def num_tokens(self) -> int:

@@ -168,7 +168,7 @@ def _read_beginning(source: DataSource, data: DataConfig, kind: Kind) -> tuple[S
     rows, counts = SourceRows(source), SourceCounts(source.path)
     examples: list[Any] = []
     options = {"kind": kind, "on_bad_row": data.on_bad_row, "seed": 0}
-    while counts.num_read < SAMPLED and (row := rows.next()) is not None:
+    while counts.num_read < SAMPLED and (row := next(rows, None)) is not None:
         examples += examples_of(row, source, counts, **options)  # type: ignore[arg-type]
     if counts.num_read < SAMPLED:
         require_some(counts, source, kind)

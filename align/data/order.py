@@ -31,11 +31,6 @@ def epoch_order(order: Order, lengths: Sequence[int] | np.ndarray, seed: int) ->
     return lambda epoch: np.random.default_rng([seed, epoch]).permutation(len(lengths))
 
 
-def as_it_comes(num_rows: int) -> EpochOrder:
-    """Of a stream, which has its own order and ends with the run."""
-    return lambda epoch: range(num_rows)
-
-
 def minibatches(
     num_rows: int, size: int, order: EpochOrder, *, start: int, stop: int
 ) -> Iterator[list[int]]:

@@ -9,13 +9,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from align.base.progress import say
 from align.config.sections import DataConfig, TrainOptions
+from align.data.batches import Batches, EpochBatches
 from align.data.formats.fields import Kind
 from align.data.formats.unread import not_read
 from align.data.held_out import refuse_shared
 from align.data.loader import SIDES, LoadedTokens, load
-from align.data.order import EpochOrder, as_it_comes, epoch_order
+from align.data.order import EpochOrder, epoch_order
+from align.data.stream import TokenStream
 from align.data.tokens.groups import PromptExamples
 from align.stages.common import Session
 from align.stages.streaming import HeldOut, open_stream
@@ -27,12 +31,17 @@ class Split:
     """Rows of one side of the split, tokenised; ``examples[i]`` made ``groups[i]``.
 
     ``examples`` are there for prompts only: nothing else is needed once it is tokens. ``order`` is
-    that in which an epoch goes through them.
+    that in which an epoch goes through them. What is streamed is in neither of them.
     """
 
     groups: Sequence[TokenGroup]
     examples: Sequence[PromptExample]
     order: EpochOrder
+    stream: TokenStream | None = None
+
+    def batches(self, size: int) -> Batches:
+        """Minibatches of ``size`` groups; of a stream as large as it was opened for."""
+        return self.stream or EpochBatches(self.groups, self.order, size)
 
 
 def load_data(
@@ -67,7 +76,7 @@ def load_data(
         "test_rows_trained_on": facts["shared"],
     }
     session.run.describe(**manifest)
-    _require_for_each_process(session, groups["train"], groups["test"])
+    _require_for_each_process(session, len(groups["train"]), len(groups["test"]))
     if session.run.is_main:
         every = [report for side in SIDES for report in reports[side]]
         unread = [name for report in every for name in report.unread]
@@ -102,18 +111,14 @@ def _streamed(
         parts = (tokens.facts[name]["test"] for name in ("reports", "rows", "dropped"))
         held_out = HeldOut(tokens.groups["test"], *parts)
     stream, test = open_stream(session, data, kind, seed, train, held_out)
-    _require_for_each_process(session, stream, test)
-    return (
-        Split(stream, (), as_it_comes(len(stream))),
-        Split(test, (), as_it_comes(len(test))),
-    )
+    _require_for_each_process(session, stream.num_rows, len(test))
+    in_order = epoch_order("given", np.arange(len(test)), seed)
+    return Split((), (), in_order, stream), Split(test, (), in_order)
 
 
-def _require_for_each_process(
-    session: Session, train: Sequence[TokenGroup], test: Sequence[TokenGroup]
-) -> None:
+def _require_for_each_process(session: Session, num_train: int, num_test: int) -> None:
     world = session.accelerator.num_processes
-    if min(len(train), len(test) or world) < world:
+    if min(num_train, num_test or world) < world:
         raise AlignError(f"data: {world} processes need at least as many rows on each side")
 
 

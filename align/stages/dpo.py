@@ -42,7 +42,7 @@ from align.training.distributed import prepare, shard
 from align.training.loop import LossFn, StepOutput, evaluate_groups, train
 from align.types import TokenBatch, TokenGroup
 
-Reference = Callable[[TokenBatch, Sequence[int]], Tensor]
+Reference = Callable[[TokenBatch, Sequence[TokenGroup]], Tensor]
 """Function to the reference log-probs of a batch's sequences, in the batch's order."""
 
 
@@ -68,10 +68,10 @@ def run(recipe: DPORecipe) -> None:
     del models, frozen  # a cached reference is not needed any more
 
     def measure_with(reference: Reference) -> LossFn:
-        def measure(batch: TokenBatch, members: Sequence[int]) -> StepOutput:
+        def measure(batch: TokenBatch, groups: Sequence[TokenGroup]) -> StepOutput:
             statistics = model(batch, statistics=recipe.dpo.wpo_weights)
             balance = router_loss(policy, batch)  # before the policy runs as its own reference
-            measured = _measure(recipe.dpo, statistics, reference(batch, members), batch)
+            measured = _measure(recipe.dpo, statistics, reference(batch, groups), batch)
             pairs = len(batch.sequences) / 2
             return add_router_loss(measured, balance, coef=aux_coef, units=pairs)
 
@@ -90,7 +90,7 @@ def run(recipe: DPORecipe) -> None:
 
     before, after = train(
         model,
-        train_groups,
+        train_data.batches(recipe.train.minibatch),
         measure_with(train_reference),
         units=lambda group: 1,
         evaluate=evaluate,
@@ -98,7 +98,6 @@ def run(recipe: DPORecipe) -> None:
         accelerator=session.accelerator,
         train=recipe.train,
         optim=recipe.optim,
-        order=train_data.order,
         seed=recipe.seed,
         resume=recipe.resume == "auto",
     )
@@ -183,10 +182,10 @@ def _reference(
 ) -> Reference:
     """Make the source of reference log-probs: disk, the adapter off, or a second model."""
     if not LOSSES[recipe.dpo.loss_type].reference:
-        return lambda batch, members: torch.zeros(len(batch.sequences), device=policy.device)
+        return lambda batch, groups: torch.zeros(len(batch.sequences), device=policy.device)
 
     @torch.no_grad()
-    def adapter_switched_off(batch: TokenBatch, members: Sequence[int]) -> Tensor:
+    def adapter_switched_off(batch: TokenBatch, groups: Sequence[TokenGroup]) -> Tensor:
         with adapter_off(policy.model):
             return sequence_sums(policy(batch).logprobs, batch)[0]
 
@@ -196,7 +195,7 @@ def _reference(
     reference = frozen or policy
 
     @torch.no_grad()
-    def online(batch: TokenBatch, members: Sequence[int]) -> Tensor:
+    def online(batch: TokenBatch, groups: Sequence[TokenGroup]) -> Tensor:
         return sequence_sums(reference(batch).logprobs, batch)[0]
 
     if recipe.dpo.reference == "online":

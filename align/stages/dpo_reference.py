@@ -23,7 +23,7 @@ from align.data.tokens.packing import WINDOW, pack, windows
 from align.models.load import fingerprint
 from align.models.policy import Policy, batch_sequences
 from align.training.distributed import gather_in_order, max_over_processes, my_share
-from align.types import TokenBatch
+from align.types import TokenBatch, TokenGroup
 
 
 class ReferenceCache:
@@ -39,7 +39,7 @@ class ReferenceCache:
         cls,
         reference: Policy,
         groups: TokenGroups,
-        logprobs_of: Callable[[TokenBatch, Sequence[int]], Tensor],
+        logprobs_of: Callable[[TokenBatch, Sequence[TokenGroup]], Tensor],
         *,
         folder: Path,
         tokens_per_microbatch: int,
@@ -64,7 +64,7 @@ class ReferenceCache:
                 part = [groups[i] for i in members]
                 found = np.zeros(sum(len(g.continuations) for g in part), dtype=np.float32)
                 for batch in pack(part, tokens_per_microbatch=tokens_per_microbatch):
-                    computed = logprobs_of(batch.to(reference.device), range(len(part)))
+                    computed = logprobs_of(batch.to(reference.device), part)
                     found[batch_sequences(batch)] = computed.cpu().numpy()
                     bar.advance(steps=0, tokens=batch.num_tokens)
                 parts.append(found)
@@ -77,11 +77,10 @@ class ReferenceCache:
                 save_tensors({"logprobs": torch.from_numpy(logprobs)}, path)
         return cls(groups, logprobs)
 
-    def lookup(self, batch: TokenBatch, members: Sequence[int]) -> Tensor:
-        """Return log-probs of a batch whose sequences are numbered over ``members``'
-        continuations.
-        """
-        mine = np.concatenate([np.arange(self._first[i], self._first[i + 1]) for i in members])
+    def lookup(self, batch: TokenBatch, groups: Sequence[TokenGroup]) -> Tensor:
+        """Return log-probs of a batch whose sequences are numbered over the groups' continuations."""
+        numbers = [group.index for group in groups]
+        mine = np.concatenate([np.arange(self._first[i], self._first[i + 1]) for i in numbers])
         found = self._logprobs[mine[batch_sequences(batch)]]
         return torch.from_numpy(found).to(batch.input_ids.device)
 

@@ -18,8 +18,7 @@ from torch import Tensor
 from align.base.files import write_whole
 from align.base.progress import change, say
 from align.config.keys import RewardModelConfig, RewardRecipe
-from align.data.stream import TokenStream, at_hand
-from align.data.subset import pick
+from align.data.batches import Batches
 from align.data.tokens.decode import decode_response
 from align.data.tokens.lengths import longer_wins
 from align.data.tokens.packing import pack, windows
@@ -35,10 +34,10 @@ from align.stages.common import (
     describe_model,
     open_session,
 )
-from align.stages.data import Split, load_data
+from align.stages.data import load_data
 from align.stages.router import add_router_loss, use_router_loss
 from align.training.distributed import gather_full_model, prepare
-from align.training.loop import LossFn, StepOutput, evaluate_groups, train
+from align.training.loop import StepOutput, evaluate_groups, train
 from align.types import AlignError, TokenBatch, TokenGroup, TokenSequence
 
 REFERENCE_PAIRS = 100
@@ -56,18 +55,13 @@ def run(recipe: RewardRecipe) -> None:
     model = prepare(scalar, session.accelerator)
     options = recipe.reward_model
 
-    def measure_of(groups: Sequence[TokenGroup]) -> LossFn:
-        measure = _measure(model, groups, options)
+    def measure(batch: TokenBatch, groups: Sequence[TokenGroup]) -> StepOutput:
+        measured = _measure(model, batch, groups, options)
+        pairs = len(batch.sequences) / 2
+        return add_router_loss(measured, router_loss(scalar, batch), coef=aux_coef, units=pairs)
 
-        def balanced(batch: TokenBatch, members: Sequence[int]) -> StepOutput:
-            measured = measure(batch, members)
-            pairs = len(batch.sequences) / 2
-            return add_router_loss(measured, router_loss(scalar, batch), coef=aux_coef, units=pairs)
-
-        return balanced
-
-    train_groups, test_groups = train_data.groups, test_data.groups
-    if options.use_margin and all(group.margin is None for group in at_hand(train_groups)):
+    batches, test_groups = train_data.batches(recipe.train.minibatch), test_data.groups
+    if options.use_margin and all(group.margin is None for group in batches.at_hand()):
         raise AlignError(
             "reward_model.use_margin: no training pair has a margin; name its column in "
             "data.columns.margin, or leave use_margin out"
@@ -79,29 +73,28 @@ def run(recipe: RewardRecipe) -> None:
         return evaluate_groups(
             model,
             test_groups,
-            measure_of(test_groups),
+            measure,
             tokens_per_microbatch=recipe.train.tokens_per_microbatch,
             accelerator=session.accelerator,
         )
 
     before, after = train(
         model,
-        train_groups,
-        measure_of(train_groups),
+        batches,
+        measure,
         units=lambda group: 1,
         evaluate=evaluate,
         run=session.run,
         accelerator=session.accelerator,
         train=recipe.train,
         optim=recipe.optim,
-        order=train_data.order,
         seed=recipe.seed,
         resume=recipe.resume == "auto",
     )
     trained = gather_full_model(model, session.accelerator)
     facts = {}
     if trained is not None:
-        facts = _finish(session, trained, train_data, test_data, recipe)
+        facts = _finish(session, trained, batches, test_groups, recipe)
     baseline = _accuracy_of_longer(test_groups, session)
     after, before = after | baseline, before | baseline
     session.run.finish(change(before, after), held_out=after, **facts)
@@ -140,30 +133,29 @@ def _add_pooling_layer(scalar: ScalarModel, recipe: RewardRecipe) -> None:
 
 
 def _measure(
-    model: torch.nn.Module, groups: Sequence[TokenGroup], options: RewardModelConfig
-) -> LossFn:
-    """Make the loss function over microbatches of these groups' pairs."""
-
-    def measure(batch: TokenBatch, members: Sequence[int]) -> StepOutput:
-        chosen, rejected, pairs = pair_scores(model(batch, at="last"), batch)
-        margin = _margins([groups[members[i]] for i in pairs]) if options.use_margin else None
-        losses = bradley_terry_loss(
-            chosen,
-            rejected,
-            margin=None if margin is None else margin.to(chosen.device),
-            center_coef=options.center_coef,
-        )
-        count, gap = float(len(pairs)), chosen - rejected
-        sums = {
-            "loss": (losses.sum().item(), count),
-            # a tie counts half, as in `align eval`
-            "accuracy": (((gap > 0).sum() + 0.5 * (gap == 0).sum()).item(), count),
-            "margin": (gap.sum().item(), count),
-            "score_mean": ((chosen + rejected).sum().item(), 2 * count),
-        }
-        return StepOutput(losses.sum(), sums)
-
-    return measure
+    model: torch.nn.Module,
+    batch: TokenBatch,
+    groups: Sequence[TokenGroup],
+    options: RewardModelConfig,
+) -> StepOutput:
+    """Compute the loss of a microbatch of these groups' pairs, and what is logged of it."""
+    chosen, rejected, pairs = pair_scores(model(batch, at="last"), batch)
+    margin = _margins([groups[i] for i in pairs]) if options.use_margin else None
+    losses = bradley_terry_loss(
+        chosen,
+        rejected,
+        margin=None if margin is None else margin.to(chosen.device),
+        center_coef=options.center_coef,
+    )
+    count, gap = float(len(pairs)), chosen - rejected
+    sums = {
+        "loss": (losses.sum().item(), count),
+        # a tie counts half, as in `align eval`
+        "accuracy": (((gap > 0).sum() + 0.5 * (gap == 0).sum()).item(), count),
+        "margin": (gap.sum().item(), count),
+        "score_mean": ((chosen + rejected).sum().item(), 2 * count),
+    }
+    return StepOutput(losses.sum(), sums)
 
 
 def pair_scores(scores: Tensor, batch: TokenBatch) -> tuple[Tensor, Tensor, list[int]]:
@@ -192,7 +184,11 @@ def _accuracy_of_longer(groups: Sequence[TokenGroup], session: Session) -> dict[
 
 
 def _finish(
-    session: Session, scalar: ScalarModel, train_data: Split, test_data: Split, recipe: RewardRecipe
+    session: Session,
+    scalar: ScalarModel,
+    batches: Batches,
+    test_groups: Sequence[TokenGroup],
+    recipe: RewardRecipe,
 ) -> dict[str, Any]:
     """Normalise the head, save the model, and write statistics of its scores.
 
@@ -202,7 +198,7 @@ def _finish(
     facts: dict[str, Any] = {}
     scalar.to(session.accelerator.device)
     budget = recipe.train.tokens_per_microbatch
-    reference = scores_of(scalar, _reference_pairs(train_data.groups, recipe.seed), budget)
+    reference = scores_of(scalar, batches.sample(REFERENCE_PAIRS, recipe.seed), budget)
     gain = 1.0
     if recipe.reward_model.normalize and reference.std() > 0:
         gain = 1.0 / float(reference.std())
@@ -214,8 +210,8 @@ def _finish(
         "std": float(reference.std() * gain),
         "scores": int(reference.size),
     }
-    if test_data.groups:
-        held_out = scores_of(scalar, test_data.groups, budget)
+    if test_groups:
+        held_out = scores_of(scalar, test_groups, budget)
         gaps = held_out[0::2] - held_out[1::2]
         from align.evaluation.agreement import accuracy  # imports sacrebleu and scipy
 
@@ -232,13 +228,6 @@ def _finish(
         extra_files={"reward_stats.json": json.dumps(stats, indent=2) + "\n"},
     )
     return facts
-
-
-def _reference_pairs(groups: Sequence[TokenGroup], seed: int) -> Sequence[TokenGroup]:
-    """Pick pairs by seed; of a stream the last ones, since others would have to be read again."""
-    if isinstance(groups, TokenStream):
-        return groups[-REFERENCE_PAIRS:]
-    return pick(groups, REFERENCE_PAIRS, seed)
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from align.stages.data import load_data
 from align.stages.router import add_router_loss, use_router_loss
 from align.training.distributed import prepare
 from align.training.loop import StepOutput, evaluate_groups, train
-from align.types import TokenBatch
+from align.types import TokenBatch, TokenGroup
 
 
 def run(recipe: SFTRecipe) -> None:
@@ -52,7 +52,7 @@ def run(recipe: SFTRecipe) -> None:
     )
     model = prepare(policy, session.accelerator)
 
-    def measure(batch: TokenBatch, members: Sequence[int]) -> StepOutput:
+    def measure(batch: TokenBatch, groups: Sequence[TokenGroup]) -> StepOutput:
         loss = nll_loss(model(batch).logprobs, denominator=1)
         balance = router_loss(policy, batch)
         count = float(batch.loss_mask.sum())
@@ -73,7 +73,7 @@ def run(recipe: SFTRecipe) -> None:
 
     before, after = train(
         model,
-        train_data.groups,
+        train_data.batches(recipe.train.minibatch),
         measure,
         units=lambda group: group.num_counted,
         evaluate=evaluate,
@@ -81,7 +81,6 @@ def run(recipe: SFTRecipe) -> None:
         accelerator=session.accelerator,
         train=recipe.train,
         optim=recipe.optim,
-        order=train_data.order,
         seed=recipe.seed,
         resume=recipe.resume == "auto",
     )

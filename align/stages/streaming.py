@@ -16,9 +16,8 @@ from align.data.examples import with_columns
 from align.data.formats.fields import Kind
 from align.data.formats.unread import not_read
 from align.data.sources import find_files, hash_of_given, name_of
-from align.data.stream import TokenStream
+from align.data.stream import TokenStream, Window, WindowReader
 from align.data.stream_counts import Counts
-from align.data.stream_windows import Window, WindowReader
 from align.data.subset import pick
 from align.run.folder import Run
 from align.stages.common import Session
@@ -63,7 +62,8 @@ def open_stream(
         on_bad_row=data.on_bad_row,
         loss_on=data.loss_on,
     )
-    stream = TokenStream(reader, train.max_steps * train.minibatch, behind=train.minibatch)
+    num_rows = train.max_steps * train.minibatch
+    stream = TokenStream(reader, size=train.minibatch, num_rows=num_rows)
     first = stream.windows()[0]
     if held_out is None:
         groups = pick(first.held_out, data.max_test_rows, seed)

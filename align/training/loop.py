@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -21,8 +22,7 @@ from torch import Tensor
 
 from align.base.progress import Progress
 from align.config.sections import OptimOptions, TrainOptions
-from align.data.order import EpochOrder, minibatches
-from align.data.stream import TokenStream, check_groups
+from align.data.batches import Batches
 from align.data.tokens.packing import longest_of, pack, windows
 from align.models.policy import check_length
 from align.run.folder import Run
@@ -55,14 +55,13 @@ class StepOutput:
     sums: Mapping[str, tuple[float, float]]
 
 
-LossFn = Callable[[TokenBatch, Sequence[int]], StepOutput]
-"""Function ``(batch, members)``: sequences of ``batch`` are numbered over ``members``' groups in
-order; ``members`` are indices into the whole list of groups."""
+LossFn = Callable[[TokenBatch, Sequence[TokenGroup]], StepOutput]
+"""Function ``(batch, groups)``: sequences of ``batch`` are numbered over the groups in order."""
 
 
 def train(
     model: torch.nn.Module,
-    groups: Sequence[TokenGroup],
+    batches: Batches,
     measure: LossFn,
     *,
     units: Callable[[TokenGroup], int],
@@ -71,7 +70,6 @@ def train(
     accelerator: Accelerator,
     train: TrainOptions,
     optim: OptimOptions,
-    order: EpochOrder,
     seed: int,
     resume: bool,
 ) -> tuple[dict[str, float], dict[str, float]]:
@@ -79,18 +77,18 @@ def train(
 
     Args:
         model: From `distributed.prepare`; ``measure`` runs it.
+        batches: At their beginning.
         units: Share of a group in the loss's denominator: counted tokens (SFT) or 1 (pairs).
         evaluate: Held-out numbers; called before the first step and after the last.
-        order: Order in which an epoch visits the groups.
     """
-    if not groups:
+    if not batches.num_rows:
         raise AlignError("data: no training rows are left; see the dropped rows in manifest.json")
 
     def must_fit(some: Sequence[TokenGroup]) -> None:
         check_length(accelerator.unwrap_model(model), longest_of(some), "a training row has")
 
-    check_groups(groups, must_fit)
-    shortest = min(train.minibatch, len(groups) % train.minibatch or train.minibatch)
+    batches.check(must_fit)
+    shortest = min(train.minibatch, batches.num_rows % train.minibatch or train.minibatch)
     if shortest < accelerator.num_processes:
         raise AlignError(
             f"train.minibatch: an epoch's last minibatch has {shortest} rows, too few for "
@@ -98,7 +96,7 @@ def train(
         )
     optimizer = make_optimizer(model, optim)
     peak = optimizer.param_groups[0]["lr"]
-    total, per_epoch = num_steps(len(groups), train), steps_per_epoch(len(groups), train)
+    total = num_steps(batches.num_rows, train)
     saver = Saver(
         run,
         accelerator,
@@ -107,9 +105,7 @@ def train(
         best_by=train.keep_best,
     )
     state = saver.resume(resume) or {"step": 0}
-    stream = groups if isinstance(groups, TokenStream) else None
-    if stream is not None and "stream" in state:
-        stream.go_to(state["stream"])
+    batches.load_state_dict(state.get("batches") or {"step": state["step"]})
     guard = FiniteGuard(run, on_nonfinite=train.on_nonfinite)
     guard.in_a_row = state.get("left_out_in_a_row", 0)
     microbatches = Microbatches(
@@ -128,7 +124,7 @@ def train(
             "before": before,
             "tokens_per_microbatch": microbatches.tokens,
             "left_out_in_a_row": guard.in_a_row,
-            **({} if stream is None else {"stream": stream.mark()}),
+            "batches": batches.state_dict(),
         }
 
     with saver, Progress(total, run.stage, shown=run.is_main) as bar:
@@ -136,13 +132,12 @@ def train(
         before = state["before"] if "before" in state else measured_now()
         saver.require_best("train.keep_best", before)
         saver.checkpoint_if_signalled(step, lasting())
-        for members in minibatches(len(groups), train.minibatch, order, start=step, stop=total):
+        for groups in islice(batches, total - step):
             lr = set_lr(optimizer, peak, step, total, optim)
             metrics = _step(
                 model,
                 optimizer,
                 groups,
-                members,
                 measure,
                 units,
                 microbatches,
@@ -155,8 +150,7 @@ def train(
             step += 1
             bar.advance(tokens=int(metrics["tokens"]), loss=metrics.get("loss", math.nan))
             if step % train.log_every == 0 or step == total:
-                epoch = step / per_epoch if stream is None else float(stream.epoch)
-                run.log(step, {**metrics, "lr": lr, "epoch": epoch})
+                run.log(step, {**metrics, "lr": lr, "epoch": batches.epoch})
             save = bool(train.save_every) and step % train.save_every == 0
             look = bool(train.eval_every) and step % train.eval_every == 0
             looked = step < total and (look or (save and train.keep_best))
@@ -175,19 +169,14 @@ def num_steps(num_groups: int, options: TrainOptions) -> int:
     """Count the optimizer steps of a run; the last minibatch of an epoch may be short."""
     if options.max_steps is not None:
         return options.max_steps
-    steps = options.epochs * steps_per_epoch(num_groups, options)
+    steps = options.epochs * math.ceil(num_groups / options.minibatch)
     return max(1, math.ceil(round(steps, 6)))  # 1.1 * 10 is above 11
-
-
-def steps_per_epoch(num_groups: int, options: TrainOptions) -> int:
-    return math.ceil(num_groups / options.minibatch)
 
 
 def _step(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     groups: Sequence[TokenGroup],
-    members: Sequence[int],
     measure: LossFn,
     units: Callable[[TokenGroup], int],
     microbatches: Microbatches,
@@ -197,13 +186,12 @@ def _step(
     reseed: Callable[[], None],
     accept: Callable[[Mapping[str, float], Sequence[str]], bool],
 ) -> dict[str, float]:
-    """Take one optimizer step over the minibatch ``members``, if its numbers are finite."""
+    """Take one optimizer step over a minibatch, if its numbers are finite."""
     started = time.monotonic()
     model.train()
-    mine = my_share(members, accelerator)
+    mine = my_share(groups, accelerator)
     # every process knows the whole minibatch, so the denominator needs no exchange
-    minibatch = {i: groups[i] for i in members}  # read once: a group is made when it is asked for
-    denominator = max(sum(units(minibatch[i]) for i in members), 1)
+    denominator = max(sum(map(units, groups)), 1)
     sums: dict[str, float] = {}
 
     def visit(batch: TokenBatch, last: bool, *, weight: float = 1.0) -> None:
@@ -221,7 +209,7 @@ def _step(
 
     reseed()
     tokens = microbatches.accumulate(
-        [minibatch[i] for i in mine],
+        mine,
         visit,
         restart,
         rounds=partial(rounds, model=model, accelerator=accelerator),
@@ -233,7 +221,7 @@ def _step(
     metrics = _means(sum_over_processes(sums, accelerator))
     metrics["grad_norm"] = norm
     must_be_finite = {"loss": metrics["loss"], "gradient": metrics["grad_norm"]}
-    if accept(must_be_finite, [minibatch[i].id for i in members]):
+    if accept(must_be_finite, [group.id for group in groups]):
         optimizer.step()
     else:
         metrics = {"tokens": metrics["tokens"]}
@@ -259,17 +247,17 @@ def evaluate_groups(
     mine = my_share(list(range(len(groups))), accelerator)
     sums: dict[str, float] = {}
 
-    def batches() -> Iterator[tuple[TokenBatch, Sequence[int]]]:
+    def batches() -> Iterator[tuple[TokenBatch, Sequence[TokenGroup]]]:
         for members in windows(mine):
             read = [groups[i] for i in members]
             for batch in pack(read, tokens_per_microbatch=tokens_per_microbatch):
-                yield batch, members
+                yield batch, read
                 bar.advance(steps=0, tokens=batch.num_tokens)
             bar.advance(steps=len(members))
 
     with Progress(len(mine), "evaluate", unit="row", shown=accelerator.is_main_process) as bar:
-        for (batch, members), weight in pad_iterations(batches(), model, accelerator):
-            _add(sums, measure(batch.to(accelerator.device), members).sums, weight)
+        for (batch, read), weight in in_step(batches(), model, accelerator):
+            _add(sums, measure(batch.to(accelerator.device), read).sums, weight)
     return _means(sum_over_processes(sums, accelerator))
 
 

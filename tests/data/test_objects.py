@@ -44,10 +44,10 @@ def test_a_stream_of_them_goes_on_where_it_was(kind: str, done: int) -> None:
     with given(MAKERS[kind]()) as path:
         rows = SourceRows(DataSource(path=path))
         for _ in range(done):
-            rows.next()
-        place = json.loads(json.dumps(rows.place()))
+            next(rows)
+        place = json.loads(json.dumps(rows.state_dict()))
         again = SourceRows(DataSource(path=path), place)
-        found = [row.where for row in iter(again.next, None)]  # type: ignore[attr-defined]
+        found = [row.where for row in again]
     assert found == [f"data[{n}]" for n in range(done, 9)]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from align.cli import main
-from align.data.order import Order, as_it_comes, epoch_order, minibatches, prompt_batch
+from align.data.order import Order, epoch_order, minibatches, prompt_batch
 
 LENGTHS = [5, 3, 9, 3, 1, 7, 2, 8, 6, 4]
 
@@ -106,9 +106,3 @@ def test_what_cannot_be_traced_is_one_line(
     (tmp_path / "manifest.json").write_text('{"stage": "generate", "seed": 0, "recipe": {}}')
     assert main(["data", "trace", str(tmp_path), "--step", "1"]) == 2
     assert "a run of generate has no steps" in capsys.readouterr().err
-
-
-def test_a_stream_is_gone_through_as_it_comes() -> None:
-    steps = list(minibatches(6, 2, as_it_comes(6), start=1, stop=3))
-    assert steps == [[2, 3], [4, 5]]
-    assert all(type(row) is int for row in steps[0])

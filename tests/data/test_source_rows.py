@@ -23,7 +23,7 @@ ROWS = [{"prompt": f"p{n}", "completion": "c" * n} for n in range(25)]
 
 def rest(rows: SourceRows) -> list[str]:
     """Where each row stands that is still to come."""
-    return [row.where for row in iter(rows.next, None)]  # type: ignore[attr-defined]
+    return [row.where for row in rows]
 
 
 def write_jsonl(path: Path) -> None:
@@ -68,8 +68,8 @@ def test_going_on_from_any_place_is_going_on(name: str, tmp_path: Path) -> None:
     for done in (0, 1, 3, 4, 7, 24, len(whole)):
         rows = SourceRows(source)
         for _ in range(done):
-            rows.next()
-        place = json.loads(json.dumps(rows.place()))
+            next(rows)
+        place = json.loads(json.dumps(rows.state_dict()))
         assert rest(SourceRows(source, place)) == whole[done:]
 
 
@@ -82,7 +82,7 @@ def test_a_folder_goes_on_in_the_file_where_it_was(
     rows = SourceRows(source)
     whole = [row.where for row in read_source(source)]
     for _ in range(60):  # 26 of a, 25 of b, 9 of c
-        rows.next()
+        next(rows)
     opened: list[str] = []
     original = read_source.__globals__["read_file"]
 
@@ -91,7 +91,7 @@ def test_a_folder_goes_on_in_the_file_where_it_was(
         return original(path)
 
     monkeypatch.setattr("align.data.sources.read_file", spying)
-    assert rest(SourceRows(source, rows.place())) == whole[60:]
+    assert rest(SourceRows(source, rows.state_dict())) == whole[60:]
     assert opened == ["c.csv", "d.parquet", "e.arrow"]
 
 
@@ -119,10 +119,10 @@ def test_a_hub_set_is_told_where_it_was(done: int, hub: list[dict[str, Any]]) ->
     source = DataSource(path="org/set", name="en")
     rows = SourceRows(source)
     for _ in range(done):
-        rows.next()
-    place = json.loads(json.dumps(rows.place()))
+        next(rows)
+    place = json.loads(json.dumps(rows.state_dict()))
     again = SourceRows(source, place)
-    found = list(iter(again.next, None))
+    found = list(again)
     assert [row.values["prompt"] for row in found] == [f"p{n}" for n in range(done, 25)]  # type: ignore[attr-defined]
     assert [row.where for row in found] == [f"org/set/train:row {n + 1}" for n in range(done, 25)]  # type: ignore[attr-defined]
     assert hub[-1] == {"path": "org/set", "name": "en", "split": "train", "streaming": True}
@@ -137,9 +137,9 @@ def test_a_hub_set_that_breaks_off_is_one_line(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("align.data.sources.require_on_the_hub", lambda *_: None)
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: Broken())
     rows = SourceRows(DataSource(path="org/set"))
-    assert isinstance(rows.next(), Row)
+    assert isinstance(next(rows), Row)
     with pytest.raises(AlignError, match=r"^org/set/train:row 2: cannot be read: gone away; "):
-        rows.next()
+        next(rows)
 
 
 @pytest.fixture
@@ -155,8 +155,7 @@ def three(tmp_path: Path) -> list[DataSource]:
 
 def words(rows: PassRows) -> list[str]:
     found = []
-    while (item := rows.next()) is not None:
-        number, row = item
+    for number, row in rows:
         assert not isinstance(row, BadRow)
         found.append(f"end of {number}" if row is None else row.values["prompt"])
     return found
@@ -174,6 +173,6 @@ def test_sources_take_turns_or_follow_one_another(
     for done in range(len(want) + 1):
         rows = PassRows(three, in_turns=in_turns)
         for _ in range(done):
-            rows.next()
-        place = json.loads(json.dumps(rows.place()))
-        assert words(PassRows(three, in_turns=in_turns, place=place)) == want[done:]
+            next(rows)
+        place = json.loads(json.dumps(rows.state_dict()))
+        assert words(PassRows(three, in_turns=in_turns, state=place)) == want[done:]

@@ -149,13 +149,13 @@ def test_a_stream_reads_the_slice_too_and_goes_on_in_it(tmp_path: Path) -> None:
     source = DataSource(path=str(tmp_path), split="train[2:-1]")
     rows = SourceRows(source)
     read, places = [], []
-    while (row := rows.next()) is not None:
+    for row in rows:
         read.append(row.where)
-        places.append(rows.place())
+        places.append(rows.state_dict())
     assert read == [row.where for row in read_source(source)]
     assert len(read) == 9
     for number, place in enumerate(places):
-        again = SourceRows(source, place).next()
+        again = next(SourceRows(source, place), None)
         assert (again.where if again else None) == (read[number + 1 :] or [None])[0]
 
 

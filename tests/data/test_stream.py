@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from align.config.sections import DataSource
+from align.data.batches import EpochBatches
 from align.data.examples import load_examples, split_by_prompt
-from align.data.stream import RECENT, TokenStream, at_hand, check_groups
-from align.data.stream_windows import WindowReader
+from align.data.order import epoch_order
+from align.data.stream import RECENT, TokenStream, WindowReader
 from align.data.tokens.chat import encode_examples
 from align.types import AlignError, TokenGroup
 
@@ -52,11 +54,8 @@ def make_reader(source: DataSource, plain: Any) -> MakeReader:
 
 
 def windows_of(reader: WindowReader, count: int) -> Iterator[Any]:
-    mark = reader.beginning()
     for _ in range(count):
-        window = reader.read(mark)
-        yield window
-        mark = window.next
+        yield reader.read()
 
 
 def lines(groups: Sequence[TokenGroup]) -> list[int]:
@@ -131,8 +130,9 @@ def test_any_window_is_read_from_its_mark_alone(make_reader: MakeReader) -> None
     options = {"test_fraction": 0.2, "max_tokens": 14, "on_bad_row": "skip"}
     found = list(windows_of(make_reader(**options), 9))
     for window in reversed(found):
-        mark = json.loads(json.dumps(window.mark))
-        again = make_reader(**options).read(mark)
+        reader = make_reader(**options)
+        reader.load_state_dict(json.loads(json.dumps(window.mark)))
+        again = reader.read()
         assert contents(again.groups) == contents(window.groups)
         assert again.next == window.next
         assert again.counts == window.counts
@@ -179,53 +179,59 @@ def test_sources_mix_by_weight_and_follow_one_another_when_given(
     assert lines(given.groups)[:4] == [1, 1, 2, 2]
 
 
-# ---------------------------------------------------------------- the groups of a run
+# ---------------------------------------------------------------- the minibatches of a run
 
 
 @pytest.fixture
 def make_stream(make_reader: MakeReader) -> Callable[..., TokenStream]:
-    def make(num_groups: int, *, behind: int = 4, **options: Any) -> TokenStream:
-        return TokenStream(make_reader(**options), num_groups, behind=behind)
+    def make(num_rows: int, *, minibatch: int = 4, **options: Any) -> TokenStream:
+        return TokenStream(make_reader(**options), size=minibatch, num_rows=num_rows)
 
     return make
 
 
-def test_a_stream_is_its_windows(
-    make_stream: Callable[..., TokenStream], make_reader: MakeReader
+@pytest.mark.parametrize("minibatch", [2, 4, 7, 150])
+def test_a_stream_is_its_windows_cut_into_minibatches(
+    minibatch: int, make_stream: Callable[..., TokenStream], make_reader: MakeReader
 ) -> None:
-    whole = [g for w in windows_of(make_reader(), 60) for g in w.groups]
-    stream = make_stream(50)
-    assert len(stream) == 50
-    assert contents(list(stream)) == contents(whole[:50])
-    assert stream.epoch == 2  # 23 rows a pass
-    assert contents(stream[-3:]) == contents(whole[47:50])
-    # far back and forth again
-    assert contents([stream[0], stream[49], stream[7]]) == contents([whole[i] for i in (0, 49, 7)])
-    # in the middle, where the next window is being read
-    stream = make_stream(400)
-    stream[220]
-    assert contents([stream[3], stream[220]]) == contents([whole[3], whole[220]])
-    for index in (400, -401):
-        with pytest.raises(IndexError):
-            stream[index]
+    whole = [g for w in windows_of(make_reader(), 70) for g in w.groups]
+    stream = make_stream(280, minibatch=minibatch)
+    for step in range(280 // minibatch):
+        assert stream.state_dict()["step"] == step
+        want = whole[step * minibatch : (step + 1) * minibatch]
+        assert contents(next(stream)) == contents(want)
+        assert stream.epoch == (step * minibatch + minibatch - 1) // NUM_ROWS
+        newest = whole[: (step + 1) * minibatch][-RECENT:]
+        assert contents(stream.sample(RECENT, 0)) == contents(newest)
 
 
-def test_going_on_from_a_mark_gives_the_same_groups(
+def test_going_on_from_a_state_gives_the_same_groups(
     make_stream: Callable[..., TokenStream],
 ) -> None:
     whole = make_stream(400)
-    every = [whole[i] for i in range(400)]
-    for step in (0, 1, 30, 90):
+    every = [next(whole) for _ in range(100)]
+    for step in (0, 1, 30, 90, 100):
         stopped = make_stream(400)
-        for i in range(4 * step):
-            stopped[i]
-        mark = json.loads(json.dumps(stopped.mark()))
+        for _ in range(step):
+            next(stopped)
+        state = json.loads(json.dumps(stopped.state_dict()))
+        assert state["mark"]["start"] <= max(4 * step - 1, 0)
         resumed = make_stream(400)
-        resumed.go_to(mark)
-        assert mark["start"] <= max(4 * step - 1, 0)
-        rest = [resumed[i] for i in range(4 * step, 400)]
-        assert contents(rest) == contents(every[4 * step :])
+        resumed.check(lambda groups: None)  # as a run does, which reads the first window
+        resumed.load_state_dict(state)
+        newest = [g for groups in every[:step] for g in groups][-RECENT:]
+        assert contents(resumed.sample(RECENT, 0)) == contents(newest)
+        rest = [next(resumed) for _ in range(step, 100)]
+        assert list(map(contents, rest)) == list(map(contents, every[step:]))
         assert resumed.epoch == whole.epoch
+
+
+def test_going_back_gives_the_same_groups(make_stream: Callable[..., TokenStream]) -> None:
+    """While a thread reads the window behind the newest one."""
+    stream = make_stream(400)
+    first = [next(stream) for _ in range(3)]
+    stream.load_state_dict({"step": 0, "mark": make_stream(4).state_dict()["mark"]})
+    assert [contents(next(stream)) for _ in range(3)] == [contents(groups) for groups in first]
 
 
 def test_few_windows_lie_in_memory_and_each_is_read_once(
@@ -234,34 +240,30 @@ def test_few_windows_lie_in_memory_and_each_is_read_once(
     read: list[int] = []
     original = WindowReader.read
 
-    def spying(self: WindowReader, mark: Any, **options: Any) -> Any:
-        read.append(mark["number"])
-        return original(self, mark, **options)
+    def spying(self: WindowReader, **options: Any) -> Any:
+        read.append(self.state_dict()["number"])
+        return original(self, **options)
 
     monkeypatch.setattr(WindowReader, "read", spying)
     stream = make_stream(1000, size=20)
     most = 0
-    for i in range(1000):
-        stream[i]
-        stream[max(i - 3, 0)]  # of the same minibatch
+    for _ in range(250):
+        next(stream)
         most = max(most, len(stream.windows()))
-        assert len(at_hand(stream)) <= RECENT + 2 * 20
+        assert len(stream.at_hand()) <= RECENT + 2 * 20
     assert most > 1
     assert read == list(range(len(read)))
     assert len(read) == 87  # 43 passes of two windows are 989 groups
 
 
-def test_every_window_is_visited_when_it_is_read(make_stream: Callable[..., TokenStream]) -> None:
+def test_every_window_is_checked_when_it_is_read(make_stream: Callable[..., TokenStream]) -> None:
     stream = make_stream(40)
     seen: list[int] = []
-    check_groups(stream, lambda groups: seen.append(len(groups)))
+    stream.check(lambda groups: seen.append(len(groups)))
     assert seen == [5]
-    for i in range(40):
-        stream[i]
+    for _ in range(10):
+        next(stream)
     assert seen == [5, 5, 5, 5, 3, 5, 5, 5, 5]
-    few: list[int] = []
-    check_groups(stream[:7], lambda groups: few.append(len(groups)))
-    assert few == [7]
 
 
 def test_a_bad_row_ends_the_run_when_its_window_is_reached(
@@ -270,17 +272,40 @@ def test_a_bad_row_ends_the_run_when_its_window_is_reached(
     with Path(source.path).open("a") as file:
         file.write("{\n")
     stream = make_stream(40)
-    for i in range(20):
-        stream[i]
+    for _ in range(5):
+        next(stream)
     with pytest.raises(AlignError, match=rf"rows.jsonl:{NUM_ROWS + 1}: row: malformed JSON"):
-        stream[20]
+        next(stream)
     # it does not become usable by asking again
     with pytest.raises(AlignError, match="malformed JSON"):
-        stream[20]
+        next(stream)
 
 
 def test_nothing_is_read_behind_the_last_group(make_stream: Callable[..., TokenStream]) -> None:
-    stream = make_stream(10)
-    assert len([stream[i] for i in range(10)]) == 10
+    stream = make_stream(10, minibatch=5)
+    assert len([next(stream) for _ in range(2)]) == 2
     assert all(thread.name != "align-stream" for thread in threading.enumerate())
     assert [w.stop for w in stream.windows()] == [5, 10]
+
+
+# ---------------------------------------------------------------- rows that are all there
+
+
+def test_batches_of_an_epoch_go_on_at_any_step() -> None:
+    groups = [TokenGroup(np.array([n], np.int32), (), id=str(n)) for n in range(10)]
+    order = epoch_order("shuffled", np.arange(10), 3)
+    batches = EpochBatches(groups, order, 4)
+    seen: list[int] = []
+    batches.check(lambda some: seen.append(len(some)))
+    assert (batches.num_rows, seen, batches.at_hand()) == (10, [10], groups)
+    found = [([g.id for g in next(batches)], batches.epoch, batches.state_dict()) for _ in range(7)]
+    assert [len(ids) for ids, *_ in found] == [4, 4, 2, 4, 4, 2, 4]  # the last may be short
+    for epoch in (found[:3], found[3:6]):
+        assert sorted(name for ids, *_ in epoch for name in ids) == sorted(map(str, range(10)))
+    assert found[0][0] != found[3][0]  # another order in every epoch
+    assert [epoch for _, epoch, _ in found[:4]] == [1 / 3, 2 / 3, 1, 4 / 3]
+    for step in (0, 2, 3, 6):
+        again = EpochBatches(groups, order, 4)
+        again.load_state_dict(found[step - 1][2] if step else {"step": 0})
+        assert [g.id for g in next(again)] == found[step][0]
+    assert len(batches.sample(3, 1)) == 3

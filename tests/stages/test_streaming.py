@@ -13,8 +13,7 @@ from align.cli import main
 from align.commands.check import check
 from align.config.keys import DPORecipe, RewardRecipe, SFTRecipe
 from align.data.readers.source_rows import SourceRows
-from align.data.stream import RECENT, TokenStream
-from align.data.stream_windows import WindowReader
+from align.data.stream import RECENT, TokenStream, WindowReader
 from align.stages import dpo, reward_model, sft
 from align.training import loop
 from align.types import AlignError
@@ -123,8 +122,8 @@ def test_a_resumed_run_is_the_whole_run(
     monkeypatch.setattr(
         WindowReader,
         "read",
-        lambda self, mark, **options: (
-            read.append(mark["number"]) or original(self, mark, **options)
+        lambda self, **options: (
+            read.append(self.state_dict()["number"]) or original(self, **options)
         ),
     )
     resumed = run_stage(stage, "cut", *options, "resume=auto")
@@ -204,22 +203,24 @@ def test_a_reward_is_normalised_on_the_newest_pairs(
     """The oldest ones would have to be read again."""
     assert reward_model.REFERENCE_PAIRS <= RECENT
     scored: list[list[str]] = []
-    streams: list[TokenStream] = []
-    original, init = reward_model.scores_of, TokenStream.__init__
+    trained: list[str] = []
+    original, following = reward_model.scores_of, TokenStream.__next__
 
     def spying(scalar: Any, groups: Any, budget: int) -> Any:
         scored.append([group.id for group in groups])
         return original(scalar, groups, budget)
 
-    def noting(self: TokenStream, *args: Any, **options: Any) -> None:
-        init(self, *args, **options)
-        streams.append(self)
+    def noting(self: TokenStream) -> Any:
+        groups = following(self)
+        trained.extend(group.id for group in groups)
+        return groups
 
     monkeypatch.setattr(reward_model, "scores_of", spying)
     monkeypatch.setattr(reward_model, "REFERENCE_PAIRS", 6)
-    monkeypatch.setattr(TokenStream, "__init__", noting)
+    monkeypatch.setattr(TokenStream, "__next__", noting)
     run_stage("rm", "run")
-    assert scored[0] == [streams[0][i].id for i in range(34, 40)]
+    assert len(trained) == 40
+    assert scored[0] == trained[-6:]
 
 
 def test_a_row_that_the_model_is_too_short_for_ends_the_run_at_its_window(
@@ -277,8 +278,8 @@ def test_check_reads_the_beginning_only(
     row = {"prompt": "red ", "completion": "cat"}
     path = write_rows("many.jsonl", [row] * 2500)
     read: list[int] = []
-    original = SourceRows.next
-    monkeypatch.setattr(SourceRows, "next", lambda self: read.append(1) or original(self))
+    original = SourceRows.__next__
+    monkeypatch.setattr(SourceRows, "__next__", lambda self: read.append(1) or original(self))
     tree = {"model": str(tiny), "output_dir": "o", "data": {"train": str(path), "streaming": True}}
     recipe = make_recipe(SFTRecipe, {**tree, "train": {"max_steps": 7}})
     lines = list(check("sft", recipe))

@@ -1,6 +1,6 @@
 """Rows of sources one after another, from any place on: what `stream.py` reads.
 
-Nothing is kept of a row that was handed out. A place is a few numbers, as JSON has them: to go back
+Nothing is kept of a row that was handed out. A state is a few numbers, as JSON has them: to go back
 to one, rows of files before it are read over again, and a streamed data set is told where it was.
 """
 
@@ -12,31 +12,30 @@ from typing import Any, TypeAlias
 from align.config.sections import DataSource
 from align.data.sources import BadRow, FilePart, Row, find_parts, open_stream, stream_rows
 
-Place: TypeAlias = dict[str, Any]
+State: TypeAlias = dict[str, Any]
 
 
-class SourceRows:
-    """The rows of one source, its files in order.
+class SourceRows(Iterator[Row | BadRow]):
+    """Iterate over the rows of one source, its files in order.
 
     Args:
-        place: Of `place`; None = the beginning.
+        state: From `state_dict`; None = the beginning.
     """
 
-    def __init__(self, source: DataSource, place: Mapping[str, Any] | None = None) -> None:
-        place = place or {}
+    def __init__(self, source: DataSource, state: Mapping[str, Any] | None = None) -> None:
+        state = state or {}
         # rows that were handed out of this file, of the data set
-        self._file, self._done = int(place.get("file", 0)), int(place.get("rows", 0))
-        self._source, self._state = source, place.get("state")
+        self._file, self._done = int(state.get("file", 0)), int(state.get("rows", 0))
+        self._source, self._state = source, state.get("state")
         self._dataset: Any = None
         parts = find_parts(source)
         self._rows = self._of_files(parts) if parts else self._of_set()
 
-    def next(self) -> Row | BadRow | None:
-        """None = there is no more."""
-        return next(self._rows, None)
+    def __next__(self) -> Row | BadRow:
+        return next(self._rows)
 
-    def place(self) -> Place:
-        """Where the next row stands."""
+    def state_dict(self) -> State:
+        """State before the next row."""
         if hasattr(self._dataset, "state_dict"):
             return {"rows": self._done, "state": self._dataset.state_dict()}
         if self._state is not None:  # not opened yet
@@ -59,13 +58,15 @@ class SourceRows:
             yield row
 
 
-class PassRows:
-    """One pass over the rows of several sources.
+class PassRows(Iterator[tuple[int, Row | BadRow | None]]):
+    """Iterate once over the rows of several sources, as (number of the source, row).
+
+    (number, None) says that a source has ended.
 
     Args:
         in_turns: A row of each source in turn as long as it has any; False = one source after
             another.
-        place: Of `place`; None = the beginning.
+        state: From `state_dict`; None = the beginning.
     """
 
     def __init__(
@@ -73,24 +74,23 @@ class PassRows:
         sources: Sequence[DataSource],
         *,
         in_turns: bool,
-        place: Mapping[str, Any] | None = None,
+        state: Mapping[str, Any] | None = None,
     ) -> None:
-        places = place["sources"] if place else [{}] * len(sources)
+        states = state["sources"] if state else [{}] * len(sources)
         self._in_turns = in_turns
-        self._turn = int(place["turn"]) if place else 0
+        self._turn = int(state["turn"]) if state else 0
         self._sources = [
             None if at is None else SourceRows(source, at)
-            for source, at in zip(sources, places, strict=True)
+            for source, at in zip(sources, states, strict=True)
         ]
 
-    def next(self) -> tuple[int, Row | BadRow | None] | None:
-        """(number of the source, row); (number, None) where it ends; None = all have ended."""
-        if not any(self._sources):
-            return None
+    def __next__(self) -> tuple[int, Row | BadRow | None]:
+        if not any(rows is not None for rows in self._sources):
+            raise StopIteration
         while True:
             number = self._turn % len(self._sources)
             rows = self._sources[number]
-            row = None if rows is None else rows.next()
+            row = None if rows is None else next(rows, None)
             if self._in_turns or row is None:
                 self._turn = number + 1
             if row is None and rows is not None:
@@ -98,7 +98,7 @@ class PassRows:
             if rows is not None:
                 return number, row
 
-    def place(self) -> Place:
-        """Where the next row stands."""
-        places = [None if rows is None else rows.place() for rows in self._sources]
-        return {"turn": self._turn, "sources": places}
+    def state_dict(self) -> State:
+        """State before the next row."""
+        states = [None if rows is None else rows.state_dict() for rows in self._sources]
+        return {"turn": self._turn, "sources": states}

@@ -101,7 +101,7 @@ class TokenGroups(Lazy[TokenGroup]):
             TokenSequence(piece, own) for piece, own in zip(pieces, masks, strict=bool(pieces))
         ]
         name, margin = row["id"][0].as_py(), row["margin"][0].as_py()
-        return TokenGroup(prefix, tuple(sequences), name, margin)
+        return TokenGroup(prefix, tuple(sequences), name, margin, index % len(self))
 
     def example(self, index: int) -> PromptExample:
         """The prompt that the group was made of."""
