@@ -35,7 +35,7 @@ class Batches(Protocol):
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on there; ``{"step": 0}`` is the beginning."""
+        """Go on there."""
         ...
 
     def check(self, check: Callable[[Sequence[TokenGroup]], None]) -> None:

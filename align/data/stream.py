@@ -78,8 +78,7 @@ class TokenStream(Iterator[list[TokenGroup]]):
         if self._ahead is not None:
             self._ahead.join()
         self._ahead, self._windows, self._step = None, [], int(state["step"])
-        if "mark" in state:
-            self._reader.load_state_dict(state["mark"])
+        self._reader.load_state_dict(state["mark"])
 
     def check(self, check: Callable[[Sequence[TokenGroup]], None]) -> None:
         """``check`` every window's groups: those at hand now, others when they are read."""

@@ -105,7 +105,9 @@ def train(
         best_by=train.keep_best,
     )
     state = saver.resume(resume) or {"step": 0}
-    batches.load_state_dict(state.get("batches") or {"step": state["step"]})
+    if state["step"]:  # version 0.1 kept a stream's mark alone
+        old = {"step": state["step"], "mark": state.get("stream")}
+        batches.load_state_dict(state.get("batches", old))
     guard = FiniteGuard(run, on_nonfinite=train.on_nonfinite)
     guard.in_a_row = state.get("left_out_in_a_row", 0)
     microbatches = Microbatches(
