@@ -7,6 +7,7 @@ large data set never lie in memory.
 from __future__ import annotations
 
 import json
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -81,31 +82,37 @@ class TokenGroups(Lazy[TokenGroup]):
         from datasets import Dataset
 
         self.dataset = Dataset.from_file(str(path))
-        if self.dataset.data.schema != SCHEMA:
-            raise ValueError(f"{path}: other columns than expected")
         self._table = self.dataset.data
+        if self._table.schema != SCHEMA:
+            raise ValueError(f"{path}: other columns than expected")
+        # a row is found in its batch: the data set's own indexing takes three times as long
+        batches = self._table.to_batches()
+        self._batches = [dict(zip(SCHEMA.names, b.columns, strict=True)) for b in batches]
+        self._starts = np.cumsum([0, *(batch.num_rows for batch in batches)]).tolist()
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return int(self._starts[-1])
 
     def _item(self, index: int) -> TokenGroup:
-        row = self._row(index)
-        every, lengths = _values(row["tokens"]), _values(row["lengths"])
+        batch, row = self._find(index)
+        every, lengths = _values(batch["tokens"], row), _values(batch["lengths"], row)
         stops = np.cumsum(lengths)
         prefix, *pieces = np.split(every, stops[:-1])
         counted = np.ones(len(every) - len(prefix), dtype=bool)
-        if row["mask"].null_count == 0:
-            counted = row["mask"].flatten().to_numpy(zero_copy_only=False)
+        mask = batch["mask"][row]
+        if mask.is_valid:
+            counted = mask.values.to_numpy(zero_copy_only=False)
         masks = np.split(counted, stops[1:-1] - stops[0])
         sequences = [
             TokenSequence(piece, own) for piece, own in zip(pieces, masks, strict=bool(pieces))
         ]
-        name, margin = row["id"][0].as_py(), row["margin"][0].as_py()
+        name, margin = batch["id"][row].as_py(), batch["margin"][row].as_py()
         return TokenGroup(prefix, tuple(sequences), name, margin, index % len(self))
 
     def example(self, index: int) -> PromptExample:
         """The prompt that the group was made of."""
-        return restored(PromptExample, json.loads(self._row(index)["example"][0].as_py()))
+        batch, row = self._find(index)
+        return restored(PromptExample, json.loads(batch["example"][row].as_py()))
 
     def num_continuations(self) -> np.ndarray:
         """Continuations of each group, int64."""
@@ -124,17 +131,19 @@ class TokenGroups(Lazy[TokenGroup]):
         """Add all token ids, and where each sequence ends, to a hash."""
         for name in ("lengths", "tokens"):
             for chunk in self._table.column(name).chunks:
-                digest.update(_values(chunk).data)
+                digest.update(chunk.flatten().to_numpy().data)
 
     def longest_sequence(self) -> int:
         """Tokens of the longest prefix with its longest continuation."""
         return compute.max(self._table.column("longest")).as_py() or 0
 
-    def _row(self, index: int) -> dict[str, Any]:
+    def _find(self, index: int) -> tuple[dict[str, Any], int]:
+        """(columns of the batch that a group is in, its row there)."""
         if not -len(self) <= index < len(self):
             raise IndexError(index)
-        (row,) = self._table.fast_slice(index % len(self), 1).to_batches()
-        return dict(zip(SCHEMA.names, row.columns, strict=True))
+        index %= len(self)
+        number = bisect_right(self._starts, index) - 1
+        return self._batches[number], index - self._starts[number]
 
     def _num_values(self, name: str) -> np.ndarray:
         counts = compute.list_value_length(self._table.column(name))
@@ -171,6 +180,7 @@ def open_entry(folder: Path, sides: Iterable[str]) -> tuple[dict[str, Any], dict
     return facts, files
 
 
-def _values(lists: pa.Array) -> np.ndarray:
-    """All values of a list column, without a copy."""
-    return lists.flatten().to_numpy(zero_copy_only=True)
+def _values(column: Any, row: int) -> np.ndarray:
+    """One row of a list column, without a copy."""
+    start, stop = column.offsets[row].as_py(), column.offsets[row + 1].as_py()
+    return column.values.to_numpy(zero_copy_only=True)[start:stop]
