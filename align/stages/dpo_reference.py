@@ -78,7 +78,7 @@ class ReferenceCache:
         return cls(groups, logprobs)
 
     def lookup(self, batch: TokenBatch, groups: Sequence[TokenGroup]) -> Tensor:
-        """Return log-probs of a batch; its sequences are numbered over the groups' continuations."""
+        """Return a batch's log-probs; its sequences are numbered over the groups' answers."""
         numbers = [group.index for group in groups]
         mine = np.concatenate([np.arange(self._first[i], self._first[i + 1]) for i in numbers])
         found = self._logprobs[mine[batch_sequences(batch)]]
