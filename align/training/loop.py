@@ -29,7 +29,6 @@ from align.run.folder import Run
 from align.training.distributed import (
     clip_gradients,
     my_share,
-    pad_iterations,
     rounds,
     sum_over_processes,
     without_sync,
@@ -258,7 +257,7 @@ def evaluate_groups(
             bar.advance(steps=len(members))
 
     with Progress(len(mine), "evaluate", unit="row", shown=accelerator.is_main_process) as bar:
-        for (batch, read), weight in in_step(batches(), model, accelerator):
+        for (batch, read), weight in pad_iterations(batches(), model, accelerator):
             _add(sums, measure(batch.to(accelerator.device), read).sums, weight)
     return _means(sum_over_processes(sums, accelerator))
 
