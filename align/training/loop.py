@@ -29,6 +29,7 @@ from align.run.folder import Run
 from align.training.distributed import (
     clip_gradients,
     my_share,
+    pad_iterations,
     rounds,
     sum_over_processes,
     without_sync,
