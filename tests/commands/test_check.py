@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 from align import cli
 from align.commands import check as checking
@@ -49,16 +52,19 @@ TRUNK = 256 * 64 + 3 * LAYER + 64
 
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A folder without the weights that its config asks for: check must not need them."""
+    """A folder with a model whose weights are whole; check compares their names, and reads none."""
     monkeypatch.chdir(tmp_path)
     return save_config("models/small")
 
 
 def save_config(folder: str, **options: Any) -> str:
-    LlamaConfig(**SHAPE, **options).save_pretrained(folder)
+    config = LlamaConfig(**SHAPE, **options)
+    of_labels = "LlamaForSequenceClassification" in options.get("architectures", ())
+    made = (LlamaForSequenceClassification if of_labels else LlamaForCausalLM)(config)
+    made.save_pretrained(folder)
+    LlamaConfig(**SHAPE, **options).save_pretrained(folder)  # which class it was is not said
     raw = Tokenizer(BPE({letter: i for i, letter in enumerate("abcp0123456789")}, []))
     PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>").save_pretrained(folder)
-    save_file({"nothing": torch.zeros(1)}, Path(folder, "model.safetensors"))
     return folder
 
 
