@@ -25,7 +25,7 @@ from align.config.keys import (
 from align.config.sections import DataConfig
 
 Reason: TypeAlias = Callable[[Any], str]
-"""Why a key has no effect in a recipe; "" if it has."""
+"""Say why a key has no effect in a recipe; "" if it has one."""
 
 
 def check_effects(recipe: Any, *, but: Collection[str] = ()) -> None:

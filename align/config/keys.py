@@ -208,7 +208,7 @@ class PPORecipe(CommonRecipe):
 
 @dataclass(frozen=True, kw_only=True)
 class PairsConfig:
-    """How scored samples of one prompt become preference pairs."""
+    """Choice of preference pairs from scored samples of one prompt."""
 
     # best_worst = one pair per prompt; all = every pair that differs enough; threshold = every
     # response at or above `threshold` against every one below it

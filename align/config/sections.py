@@ -101,7 +101,7 @@ class VLLMOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationOptions:
-    """How responses are sampled."""
+    """Sampling of responses."""
 
     # longest response, its end token included
     max_new_tokens: Annotated[int, Range("[1, 100000000]"), Unit("tokens")] = 128
@@ -181,7 +181,7 @@ class LoopOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions(LoopOptions):
-    """How often the optimizer steps, on how much, and what is written when."""
+    """Number and size of optimizer steps, and what is written when."""
 
     # passes over the data
     epochs: Annotated[float, Range("(0, 100000]"), Unit("epochs")] = 1.0
