@@ -75,7 +75,7 @@ NO_NUMBERS = {
         *("generate", "rm", "ppo", "dpo", "eval", "seed", "resume", "overwrite", "policy"),
         *("fixed", "refresh"),
     },
-    "training/loop.py": {"model", "before", "gradient", "left_out_in_a_row", "stream"},
+    "training/loop.py": {"model", "before", "gradient", "left_out_in_a_row", "batches"},
     "run/folder.py": {
         *("stage", "run", "status", "seed", "command", "started", "versions", "hardware"),
         "recipe",
@@ -102,16 +102,16 @@ def string_keys(tree: ast.AST) -> set[str]:
 def written_keys(writer: str) -> set[str]:
     """Keys of a file as they are logged.
 
-    What `measure` gives is logged in training, and with `eval_` in front on held-out rows; what
-    `evaluate` adds is logged with `eval_` in front only.
+    What a loss function measures is logged in training, and with `eval_` in front on held-out rows;
+    what `evaluate` and `held_out_perplexity` add is logged with `eval_` in front only.
     """
     tree = ast.parse((ROOT / "align" / writer).read_text(encoding="utf-8"))
     held_out: set[str] = set()
     functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
     for node in functions if writer.startswith("stages/") else []:
-        if node.name in ("measure", "_measure", "evaluate"):
+        if node.name in ("loss_fn", "_loss", "evaluate", "held_out_perplexity"):
             held_out |= {f"eval_{key}" for key in string_keys(node)}
-            node.body = node.body if node.name in ("measure", "_measure") else []
+            node.body = node.body if node.name in ("loss_fn", "_loss") else []
     return (string_keys(tree) - NO_NUMBERS.get(writer, set())) | held_out
 
 

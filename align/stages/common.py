@@ -5,13 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from transformers import PreTrainedTokenizerBase
 
 from align.base.progress import say
 from align.config.keys import CommonRecipe
@@ -32,16 +30,8 @@ from align.training.distributed import (
     is_sharded,
     make_accelerator,
 )
+from align.training.session import Session
 from align.types import AlignError
-
-
-@dataclass(frozen=True)
-class Session:
-    """An open stage: its accelerator, run folder and tokenizer."""
-
-    accelerator: Accelerator
-    run: Run
-    tokenizer: PreTrainedTokenizerBase
 
 
 def open_session(recipe: CommonRecipe, stage: str) -> Session:

@@ -39,7 +39,8 @@ from align.stages.dpo_options import check_options
 from align.stages.dpo_reference import ReferenceCache
 from align.stages.router import add_router_loss, use_router_loss
 from align.training.distributed import prepare, shard
-from align.training.loop import LossFn, StepOutput, evaluate_groups, train
+from align.training.loop import train
+from align.training.objective import LossFn, Objective, StepOutput
 from align.types import TokenBatch, TokenGroup
 
 Reference = Callable[[TokenBatch, Sequence[TokenGroup]], Tensor]
@@ -67,40 +68,19 @@ def run(recipe: DPORecipe) -> None:
         shard(frozen, session.accelerator)
     del models, frozen  # a cached reference is not needed any more
 
-    def measure_with(reference: Reference) -> LossFn:
-        def measure(batch: TokenBatch, groups: Sequence[TokenGroup]) -> StepOutput:
+    def loss_with(reference: Reference) -> LossFn:
+        def loss_fn(batch: TokenBatch, groups: Sequence[TokenGroup]) -> StepOutput:
             statistics = model(batch, statistics=recipe.dpo.wpo_weights)
             balance = router_loss(policy, batch)  # before the policy runs as its own reference
-            measured = _measure(recipe.dpo, statistics, reference(batch, groups), batch)
+            output = _loss(recipe.dpo, statistics, reference(batch, groups), batch)
             pairs = len(batch.sequences) / 2
-            return add_router_loss(measured, balance, coef=aux_coef, units=pairs)
+            return add_router_loss(output, balance, coef=aux_coef, units=pairs)
 
-        return measure
+        return loss_fn
 
-    def evaluate() -> dict[str, float]:
-        if not test_groups:
-            return {}
-        return evaluate_groups(
-            model,
-            test_groups,
-            measure_with(test_reference),
-            tokens_per_microbatch=recipe.train.tokens_per_microbatch,
-            accelerator=session.accelerator,
-        )
-
-    before, after = train(
-        model,
-        train_data.batches(recipe.train.minibatch),
-        measure_with(train_reference),
-        units=lambda group: 1,
-        evaluate=evaluate,
-        run=session.run,
-        accelerator=session.accelerator,
-        train=recipe.train,
-        optim=recipe.optim,
-        seed=recipe.seed,
-        resume=recipe.resume == "auto",
-    )
+    data = (train_data.batches(recipe.train.minibatch), test_groups)
+    objective = Objective(loss_with(train_reference), loss_with(test_reference))
+    before, after = train(model, data, objective, session, recipe)
     save_policy(model, session)
     session.run.finish(change(before, after), held_out=after)
 
@@ -122,10 +102,10 @@ def _load(recipe: DPORecipe, session: Session) -> Policy:
     return policy
 
 
-def _measure(
+def _loss(
     options: DPOConfig, statistics: TokenStatistics, ref_logprobs: Tensor, batch: TokenBatch
 ) -> StepOutput:
-    """Compute losses of one microbatch's pairs; sequences are chosen, rejected, chosen, ..."""
+    """Compute the loss of one microbatch, whose sequences are chosen, rejected, chosen, ..."""
     logprobs, lengths = sequence_sums(statistics.logprobs, batch)
     losses = dpo_loss(
         logprobs[0::2],

@@ -37,7 +37,8 @@ from align.stages.common import (
 from align.stages.data import load_data
 from align.stages.router import add_router_loss, use_router_loss
 from align.training.distributed import gather_full_model, prepare
-from align.training.loop import StepOutput, evaluate_groups, train
+from align.training.loop import train
+from align.training.objective import Objective, StepOutput
 from align.types import AlignError, TokenBatch, TokenGroup, TokenSequence
 
 REFERENCE_PAIRS = 100
@@ -55,10 +56,10 @@ def run(recipe: RewardRecipe) -> None:
     model = prepare(scalar, session.accelerator)
     options = recipe.reward_model
 
-    def measure(batch: TokenBatch, groups: Sequence[TokenGroup]) -> StepOutput:
-        measured = _measure(model, batch, groups, options)
+    def loss_fn(batch: TokenBatch, groups: Sequence[TokenGroup]) -> StepOutput:
+        output = _loss(model, batch, groups, options)
         pairs = len(batch.sequences) / 2
-        return add_router_loss(measured, router_loss(scalar, batch), coef=aux_coef, units=pairs)
+        return add_router_loss(output, router_loss(scalar, batch), coef=aux_coef, units=pairs)
 
     batches, test_groups = train_data.batches(recipe.train.minibatch), test_data.groups
     if options.use_margin and all(group.margin is None for group in batches.at_hand()):
@@ -67,30 +68,7 @@ def run(recipe: RewardRecipe) -> None:
             "data.columns.margin, or leave use_margin out"
         )
 
-    def evaluate() -> dict[str, float]:
-        if not test_groups:
-            return {}
-        return evaluate_groups(
-            model,
-            test_groups,
-            measure,
-            tokens_per_microbatch=recipe.train.tokens_per_microbatch,
-            accelerator=session.accelerator,
-        )
-
-    before, after = train(
-        model,
-        batches,
-        measure,
-        units=lambda group: 1,
-        evaluate=evaluate,
-        run=session.run,
-        accelerator=session.accelerator,
-        train=recipe.train,
-        optim=recipe.optim,
-        seed=recipe.seed,
-        resume=recipe.resume == "auto",
-    )
+    before, after = train(model, (batches, test_groups), Objective(loss_fn), session, recipe)
     trained = gather_full_model(model, session.accelerator)
     facts = {}
     if trained is not None:
@@ -132,13 +110,13 @@ def _add_pooling_layer(scalar: ScalarModel, recipe: RewardRecipe) -> None:
     settle_backend(scalar, recipe.attention)  # try the longer model like a loaded one
 
 
-def _measure(
+def _loss(
     model: torch.nn.Module,
     batch: TokenBatch,
     groups: Sequence[TokenGroup],
     options: RewardModelConfig,
 ) -> StepOutput:
-    """Compute the loss of a microbatch of these groups' pairs, and what is logged of it."""
+    """Compute the loss and the metrics of a microbatch of pairs."""
     chosen, rejected, pairs = pair_scores(model(batch, at="last"), batch)
     margin = _margins([groups[i] for i in pairs]) if options.use_margin else None
     losses = bradley_terry_loss(

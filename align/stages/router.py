@@ -8,7 +8,7 @@ from align.base.progress import say
 from align.models.policy import Packed
 from align.models.router import collect_router_logits, has_router
 from align.stages.common import Session
-from align.training.loop import StepOutput
+from align.training.objective import StepOutput
 
 
 def use_router_loss(model: Packed, coef: float, session: Session) -> None:
@@ -28,13 +28,13 @@ def use_router_loss(model: Packed, coef: float, session: Session) -> None:
 
 
 def add_router_loss(
-    measured: StepOutput, loss: Tensor | None, *, coef: float, units: float
+    output: StepOutput, loss: Tensor | None, *, coef: float, units: float
 ) -> StepOutput:
     """Add the load-balancing loss of a microbatch, weighted by its ``units``.
 
     ``loss`` is logged without it.
     """
     if loss is None:
-        return measured
-    sums = {**measured.sums, "router_loss": (loss.item() * units, units)}
-    return StepOutput(measured.loss + coef * units * loss, sums)
+        return output
+    sums = {**output.sums, "router_loss": (loss.item() * units, units)}
+    return StepOutput(output.loss + coef * units * loss, sums)

@@ -7,7 +7,7 @@ accumulation and the number of processes change nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from align.base.progress import change
 from align.config.keys import SFTRecipe
@@ -23,7 +23,8 @@ from align.stages.common import (
 from align.stages.data import load_data
 from align.stages.router import add_router_loss, use_router_loss
 from align.training.distributed import prepare
-from align.training.loop import StepOutput, evaluate_groups, train
+from align.training.loop import train
+from align.training.objective import Objective, StepOutput
 from align.types import TokenBatch, TokenGroup
 
 
@@ -52,37 +53,22 @@ def run(recipe: SFTRecipe) -> None:
     )
     model = prepare(policy, session.accelerator)
 
-    def measure(batch: TokenBatch, groups: Sequence[TokenGroup]) -> StepOutput:
+    def loss_fn(batch: TokenBatch, groups: Sequence[TokenGroup]) -> StepOutput:
         loss = nll_loss(model(batch).logprobs, denominator=1)
         balance = router_loss(policy, batch)
         count = float(batch.loss_mask.sum())
-        measured = StepOutput(loss, {"loss": (loss.item(), count)})
-        return add_router_loss(measured, balance, coef=aux_coef, units=count)
+        output = StepOutput(loss, {"loss": (loss.item(), count)})
+        return add_router_loss(output, balance, coef=aux_coef, units=count)
 
-    def evaluate() -> dict[str, float]:
-        if not test_data.groups:
-            return {}
-        found = evaluate_groups(
-            model,
-            test_data.groups,
-            measure,
-            tokens_per_microbatch=recipe.train.tokens_per_microbatch,
-            accelerator=session.accelerator,
-        )
-        return {**found, "perplexity": math.exp(min(found["loss"], 700.0))}
-
-    before, after = train(
-        model,
-        train_data.batches(recipe.train.minibatch),
-        measure,
-        units=lambda group: group.num_counted,
-        evaluate=evaluate,
-        run=session.run,
-        accelerator=session.accelerator,
-        train=recipe.train,
-        optim=recipe.optim,
-        seed=recipe.seed,
-        resume=recipe.resume == "auto",
+    data = (train_data.batches(recipe.train.minibatch), test_data.groups)
+    objective = Objective(
+        loss_fn, num_units=lambda group: group.num_counted, derive=held_out_perplexity
     )
+    before, after = train(model, data, objective, session, recipe)
     save_policy(model, session)
     session.run.finish(change(before, after), held_out=after)
+
+
+def held_out_perplexity(found: Mapping[str, float]) -> dict[str, float]:
+    """Return exp(loss), of a finite number whatever the loss."""
+    return {"perplexity": math.exp(min(found["loss"], 700.0))}

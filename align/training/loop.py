@@ -1,31 +1,28 @@
-"""The one loop of SFT, reward model and DPO: minibatches, microbatches, one optimizer step each.
+"""The training loop of SFT, reward model and DPO: minibatches, microbatches, one step each.
 
 The loss of a step is a sum over all counted units of the *global* minibatch divided by their
-number, however it is cut into microbatches and spread over processes: accumulation changes no
-result. PPO has a loop of its own in ``stages/ppo/run.py``.
+number, however it is cut into microbatches and spread over ranks: accumulation changes no result.
+PPO has a loop of its own in ``stages/ppo/run.py``.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import Tensor
 
 from align.base.progress import Progress
 from align.config.sections import OptimOptions, TrainOptions
 from align.data.batches import Batches
 from align.data.tokens.packing import longest_of, pack, windows
 from align.models.policy import check_length
-from align.run.folder import Run
 from align.training.distributed import (
     clip_gradients,
     my_share,
@@ -36,51 +33,48 @@ from align.training.distributed import (
 )
 from align.training.finite import FiniteGuard
 from align.training.microbatches import Microbatches
+from align.training.objective import LossFn, Objective, add_sums, means
 from align.training.optim import make_optimizer, set_lr
 from align.training.saver import Saver
+from align.training.session import Session
 from align.types import AlignError, TokenBatch, TokenGroup
 
 
-@dataclass(frozen=True)
-class StepOutput:
-    """Loss of one microbatch and the numbers to log.
+class TrainingRecipe(Protocol):
+    """The keys of a stage's recipe that the loop reads."""
 
-    Attributes:
-        loss: Scalar with a gradient, *summed* over the microbatch's units.
-        sums: Name -> (sum, weight): logged as the weighted mean over the whole step; ``loss``
-            with the stage's units as its weight.
-    """
-
-    loss: Tensor
-    sums: Mapping[str, tuple[float, float]]
-
-
-LossFn = Callable[[TokenBatch, Sequence[TokenGroup]], StepOutput]
-"""Function ``(batch, groups)``: sequences of ``batch`` are numbered over the groups in order."""
+    @property
+    def train(self) -> TrainOptions: ...
+    @property
+    def optim(self) -> OptimOptions: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def resume(self) -> str: ...
 
 
 def train(
     model: torch.nn.Module,
-    batches: Batches,
-    measure: LossFn,
-    *,
-    units: Callable[[TokenGroup], int],
-    evaluate: Callable[[], dict[str, float]],
-    run: Run,
-    accelerator: Accelerator,
-    train: TrainOptions,
-    optim: OptimOptions,
-    seed: int,
-    resume: bool,
+    data: tuple[Batches, Sequence[TokenGroup]],
+    objective: Objective,
+    session: Session,
+    recipe: TrainingRecipe,
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Train ``model`` in place; return the held-out numbers before and after.
+    """Train ``model`` in place; returns the held-out numbers before and after.
 
     Args:
-        model: From `distributed.prepare`; ``measure`` runs it.
-        batches: At their beginning.
-        units: Share of a group in the loss's denominator: counted tokens (SFT) or 1 (pairs).
-        evaluate: Held-out numbers; called before the first step and after the last.
+        model: The model as `distributed.prepare` returned it.
+        data: Training minibatches, at their beginning, and held-out groups.
     """
+    batches, held_out = data
+    require_minibatches(model, batches, recipe.train, session.accelerator)
+    return Trainer(model, batches, held_out, objective, session, recipe).run()
+
+
+def require_minibatches(
+    model: torch.nn.Module, batches: Batches, options: TrainOptions, accelerator: Accelerator
+) -> None:
+    """Refuse rows that are too long for the model, and minibatches with fewer rows than ranks."""
     if not batches.num_rows:
         raise AlignError("data: no training rows are left; see the dropped rows in manifest.json")
 
@@ -88,161 +82,195 @@ def train(
         check_length(accelerator.unwrap_model(model), longest_of(some), "a training row has")
 
     batches.check(must_fit)
-    shortest = min(train.minibatch, batches.num_rows % train.minibatch or train.minibatch)
+    shortest = min(options.minibatch, batches.num_rows % options.minibatch or options.minibatch)
     if shortest < accelerator.num_processes:
         raise AlignError(
             f"train.minibatch: an epoch's last minibatch has {shortest} rows, too few for "
             f"{accelerator.num_processes} processes; change it"
         )
-    optimizer = make_optimizer(model, optim)
-    peak = optimizer.param_groups[0]["lr"]
-    total = num_steps(batches.num_rows, train)
-    saver = Saver(
-        run,
-        accelerator,
-        {"model": (accelerator.unwrap_model(model), optimizer)},
-        keep=train.keep_checkpoints,
-        best_by=train.keep_best,
-    )
-    state = saver.resume(resume) or {"step": 0}
-    if state["step"]:  # version 0.1 kept a stream's mark alone
-        old = {"step": state["step"], "mark": state.get("stream")}
-        batches.load_state_dict(state.get("batches", old))
-    guard = FiniteGuard(run, on_nonfinite=train.on_nonfinite)
-    guard.in_a_row = state.get("left_out_in_a_row", 0)
-    microbatches = Microbatches(
-        state.get("tokens_per_microbatch", train.tokens_per_microbatch),
-        num_processes=accelerator.num_processes,
-    )
-    step = state["step"]
 
-    def measured_now() -> dict[str, float]:
-        found = evaluate()
-        run.log(step, {f"eval_{k}": v for k, v in found.items()})
+
+class Trainer:
+    """The loop over optimizer steps, and the state that goes from one step to the next."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        batches: Batches,
+        held_out: Sequence[TokenGroup],
+        objective: Objective,
+        session: Session,
+        recipe: TrainingRecipe,
+    ) -> None:
+        self.model, self.batches, self.held_out = model, batches, held_out
+        self.objective, self.session, self.recipe = objective, session, recipe
+        self.accelerator, self.options = session.accelerator, recipe.train
+        self.optimizer = make_optimizer(model, recipe.optim)
+        self.peak_lr = self.optimizer.param_groups[0]["lr"]
+        self.total = num_steps(batches.num_rows, recipe.train)
+        self.saver = Saver(
+            session.run,
+            session.accelerator,
+            {"model": (session.accelerator.unwrap_model(model), self.optimizer)},
+            keep=recipe.train.keep_checkpoints,
+            best_by=recipe.train.keep_best,
+        )
+        self.microbatches = Microbatches(
+            recipe.train.tokens_per_microbatch, num_processes=session.accelerator.num_processes
+        )
+        self.step = 0  # optimizer steps done
+        self.before: dict[str, float] | None = None  # held-out numbers before the first step
+
+    def run(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Take all steps; returns the held-out numbers before and after."""
+        run = self.session.run
+        state = self.saver.resume(self.recipe.resume == "auto")
+        # made after `resume`, so that it counts what the resumed run skipped
+        self.guard = FiniteGuard(run, on_nonfinite=self.options.on_nonfinite)
+        self.load_state_dict(state or {"step": 0})
+        with self.saver, Progress(self.total, run.stage, shown=run.is_main) as bar:
+            bar.advance(steps=self.step)
+            if self.before is None:
+                self.before = self.evaluate_and_log()
+            self.saver.require_best("train.keep_best", self.before)
+            self.saver.checkpoint_if_signalled(self.step, self.state_dict())
+            for groups in islice(self.batches, self.total - self.step):
+                metrics = self.take_step(groups)
+                bar.advance(tokens=int(metrics["tokens"]), loss=metrics.get("loss", math.nan))
+                self.checkpoint()
+            after = self.evaluate_and_log()
+            if self.saver.take_best(after):
+                after = self.evaluate()
+        return self.before, after
+
+    def take_step(self, groups: Sequence[TokenGroup]) -> dict[str, float]:
+        """Take one optimizer step on a minibatch, unless a number is not finite; logs metrics."""
+        started = time.monotonic()
+        lr = set_lr(self.optimizer, self.peak_lr, self.step, self.total, self.recipe.optim)
+        metrics = self.accumulate(groups)
+        must_be_finite = {"loss": metrics["loss"], "gradient": metrics["grad_norm"]}
+        if self.guard.accepts(self.step + 1, must_be_finite, [group.id for group in groups]):
+            self.optimizer.step()
+        else:
+            metrics = {"tokens": metrics["tokens"]}
+        self.optimizer.zero_grad(set_to_none=True)
+        metrics["tokens_per_microbatch"] = float(self.microbatches.tokens)
+        metrics["tokens_per_second"] = metrics["tokens"] / max(time.monotonic() - started, 1e-9)
+        metrics |= self.guard.metrics()
+        self.step += 1
+        if self.step % self.options.log_every == 0 or self.step == self.total:
+            self.session.run.log(self.step, {**metrics, "lr": lr, "epoch": self.batches.epoch})
+        return metrics
+
+    def accumulate(self, groups: Sequence[TokenGroup]) -> dict[str, float]:
+        """Add up a minibatch's gradients over microbatches and clip them; returns its metrics."""
+        model, accelerator = self.model, self.accelerator
+        model.train()
+        mine = my_share(groups, accelerator)
+        # every rank knows the whole minibatch, so the denominator needs no exchange
+        denominator = max(sum(map(self.objective.num_units, groups)), 1)
+        sums: dict[str, float] = {}
+
+        def visit(batch: TokenBatch, last: bool, *, weight: float = 1.0) -> None:
+            with without_sync(accelerator, model, last=last):
+                output = self.objective.loss_fn(batch.to(accelerator.device), mine)
+                # an average over ranks follows; the denominator is already global
+                scale = weight * accelerator.num_processes / denominator
+                accelerator.backward(output.loss * scale)
+            add_sums(sums, output.sums, weight)
+
+        def restart() -> None:
+            sums.clear()
+            self.optimizer.zero_grad(set_to_none=True)
+            seed_step(self.recipe.seed, self.step)
+
+        seed_step(self.recipe.seed, self.step)
+        tokens = self.microbatches.accumulate(
+            mine,
+            visit,
+            restart,
+            rounds=partial(rounds, model=model, accelerator=accelerator),
+            idle=partial(visit, weight=0.0),
+        )
+        add_sums(sums, {"tokens": (float(tokens), 0.0)})
+        norm = clip_gradients(model, self.recipe.optim.max_grad_norm, accelerator)
+        # sums over all ranks: every one of them takes the step, or none
+        return means(sum_over_processes(sums, accelerator)) | {"grad_norm": norm}
+
+    def checkpoint(self) -> None:
+        """Evaluate held-out groups and save, where each is due after this step.
+
+        Raises:
+            Interrupted: A signal has come; a checkpoint is saved.
+        """
+        options, is_last = self.options, self.step == self.total
+        save = bool(options.save_every) and self.step % options.save_every == 0
+        evaluate = bool(options.eval_every) and self.step % options.eval_every == 0
+        evaluate = evaluate or (save and options.keep_best is not None)
+        # after the last step `run` evaluates in any case
+        found = self.evaluate_and_log() if evaluate and not is_last else None
+        if save:
+            self.saver.save(self.step, self.state_dict(), found)
+        if not is_last:
+            self.saver.checkpoint_if_signalled(self.step, self.state_dict())
+
+    def evaluate_and_log(self) -> dict[str, float]:
+        """Log what `evaluate` returns."""
+        found = self.evaluate()
+        self.session.run.log(self.step, {f"eval_{name}": value for name, value in found.items()})
         return found
 
-    def lasting() -> dict[str, Any]:
+    def evaluate(self) -> dict[str, float]:
+        """Measure the held-out groups; {} where there are none."""
+        if not self.held_out:
+            return {}
+        loss_fn = self.objective.held_out_loss_fn or self.objective.loss_fn
+        found = evaluate_groups(
+            self.model,
+            self.held_out,
+            loss_fn,
+            tokens_per_microbatch=self.options.tokens_per_microbatch,
+            accelerator=self.accelerator,
+        )
+        return found | self.objective.derive(found)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint holds beside weights, moments and the step, as JSON values."""
         return {
-            "before": before,
-            "tokens_per_microbatch": microbatches.tokens,
-            "left_out_in_a_row": guard.in_a_row,
-            "batches": batches.state_dict(),
+            "before": self.before,
+            "tokens_per_microbatch": self.microbatches.tokens,
+            "left_out_in_a_row": self.guard.in_a_row,
+            "batches": self.batches.state_dict(),
         }
 
-    with saver, Progress(total, run.stage, shown=run.is_main) as bar:
-        bar.advance(steps=step)
-        before = state["before"] if "before" in state else measured_now()
-        saver.require_best("train.keep_best", before)
-        saver.checkpoint_if_signalled(step, lasting())
-        for groups in islice(batches, total - step):
-            lr = set_lr(optimizer, peak, step, total, optim)
-            metrics = _step(
-                model,
-                optimizer,
-                groups,
-                measure,
-                units,
-                microbatches,
-                optim,
-                accelerator,
-                reseed=partial(seed_step, seed, step),
-                accept=partial(guard.accepts, step + 1),
-            )
-            metrics |= guard.metrics()
-            step += 1
-            bar.advance(tokens=int(metrics["tokens"]), loss=metrics.get("loss", math.nan))
-            if step % train.log_every == 0 or step == total:
-                run.log(step, {**metrics, "lr": lr, "epoch": batches.epoch})
-            save = bool(train.save_every) and step % train.save_every == 0
-            look = bool(train.eval_every) and step % train.eval_every == 0
-            looked = step < total and (look or (save and train.keep_best))
-            held_out = measured_now() if looked else None
-            if save:
-                saver.save(step, lasting(), held_out)
-            if step < total:
-                saver.checkpoint_if_signalled(step, lasting())
-        after = measured_now()
-        if saver.take_best(after):
-            after = evaluate()
-    return before, after
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore `state_dict` and the step."""
+        self.step, self.before = state["step"], state.get("before")
+        if self.step:  # version 0.1 kept a stream's mark alone
+            old = {"step": self.step, "mark": state.get("stream")}
+            self.batches.load_state_dict(state.get("batches", old))
+        self.guard.in_a_row = state.get("left_out_in_a_row", 0)
+        self.microbatches.tokens = state.get("tokens_per_microbatch", self.microbatches.tokens)
 
 
 def num_steps(num_groups: int, options: TrainOptions) -> int:
-    """Count the optimizer steps of a run; the last minibatch of an epoch may be short."""
+    """Count the optimizer steps of a run; an epoch's last minibatch may be short."""
     if options.max_steps is not None:
         return options.max_steps
     steps = options.epochs * math.ceil(num_groups / options.minibatch)
     return max(1, math.ceil(round(steps, 6)))  # 1.1 * 10 is above 11
 
 
-def _step(
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    groups: Sequence[TokenGroup],
-    measure: LossFn,
-    units: Callable[[TokenGroup], int],
-    microbatches: Microbatches,
-    optim: OptimOptions,
-    accelerator: Accelerator,
-    *,
-    reseed: Callable[[], None],
-    accept: Callable[[Mapping[str, float], Sequence[str]], bool],
-) -> dict[str, float]:
-    """Take one optimizer step over a minibatch, if its numbers are finite."""
-    started = time.monotonic()
-    model.train()
-    mine = my_share(groups, accelerator)
-    # every process knows the whole minibatch, so the denominator needs no exchange
-    denominator = max(sum(map(units, groups)), 1)
-    sums: dict[str, float] = {}
-
-    def visit(batch: TokenBatch, last: bool, *, weight: float = 1.0) -> None:
-        with without_sync(accelerator, model, last=last):
-            measured = measure(batch.to(accelerator.device), mine)
-            # an average over processes follows; the denominator is already global
-            scale = weight * accelerator.num_processes / denominator
-            accelerator.backward(measured.loss * scale)
-        _add(sums, measured.sums, weight)
-
-    def restart() -> None:
-        sums.clear()
-        optimizer.zero_grad(set_to_none=True)
-        reseed()
-
-    reseed()
-    tokens = microbatches.accumulate(
-        mine,
-        visit,
-        restart,
-        rounds=partial(rounds, model=model, accelerator=accelerator),
-        idle=partial(visit, weight=0.0),
-    )
-    _add(sums, {"tokens": (float(tokens), 0.0)})
-    norm = clip_gradients(model, optim.max_grad_norm, accelerator)
-    # of all processes: every one of them takes the step, or none
-    metrics = _means(sum_over_processes(sums, accelerator))
-    metrics["grad_norm"] = norm
-    must_be_finite = {"loss": metrics["loss"], "gradient": metrics["grad_norm"]}
-    if accept(must_be_finite, [group.id for group in groups]):
-        optimizer.step()
-    else:
-        metrics = {"tokens": metrics["tokens"]}
-    optimizer.zero_grad(set_to_none=True)
-    metrics["tokens_per_microbatch"] = float(microbatches.tokens)
-    metrics["tokens_per_second"] = metrics["tokens"] / max(time.monotonic() - started, 1e-9)
-    return metrics
-
-
 @torch.no_grad()
 def evaluate_groups(
     model: torch.nn.Module,
     groups: Sequence[TokenGroup],
-    measure: LossFn,
+    loss_fn: LossFn,
     *,
     tokens_per_microbatch: int,
     accelerator: Accelerator,
 ) -> dict[str, float]:
-    """Average ``measure``'s sums over all groups, weighted."""
+    """Return the weighted means of the loss function's sums over all groups."""
     if groups:
         check_length(accelerator.unwrap_model(model), longest_of(groups), "a held-out row has")
     model.eval()
@@ -259,28 +287,10 @@ def evaluate_groups(
 
     with Progress(len(mine), "evaluate", unit="row", shown=accelerator.is_main_process) as bar:
         for (batch, read), weight in pad_iterations(batches(), model, accelerator):
-            _add(sums, measure(batch.to(accelerator.device), read).sums, weight)
-    return _means(sum_over_processes(sums, accelerator))
-
-
-def _add(
-    sums: dict[str, float], more: Mapping[str, tuple[float, float]], times: float = 1.0
-) -> None:
-    for name, (value, weight) in more.items():
-        sums[name] = sums.get(name, 0.0) + times * value
-        if weight:
-            sums[f"{name}/weight"] = sums.get(f"{name}/weight", 0.0) + times * weight
-
-
-def _means(sums: Mapping[str, float]) -> dict[str, float]:
-    """Divide sums by their weights; a sum without a weight is kept."""
-    return {
-        name: value / sums.get(f"{name}/weight", 1.0)
-        for name, value in sums.items()
-        if not name.endswith("/weight")
-    }
+            add_sums(sums, loss_fn(batch.to(accelerator.device), read).sums, weight)
+    return means(sum_over_processes(sums, accelerator))
 
 
 def seed_step(seed: int, step: int) -> None:
-    """Seed Python, NumPy and torch as a function of (seed, step)."""
+    """Seed Python's, NumPy's and torch's generators as a function of (seed, step)."""
     set_seed((seed * 1_000_003 + step) % 2**31)

@@ -66,7 +66,7 @@ def test_a_sweep_is_resumed_where_it_died(
     from align.training import loop
 
     # two steps of the first point, one of the second
-    with stop_at(loop, "_step", 4):
+    with stop_at(loop.Trainer, "take_step", 4):
         args = cli._parser().parse_args(arguments)
         args.run(args)
     first, second = (tmp_path / "sweep" / f"dpo.beta={b}" for b in ("0.1", "0.5"))
@@ -75,8 +75,9 @@ def test_a_sweep_is_resumed_where_it_died(
     assert (second / "checkpoints" / "step-1").is_dir()
 
     steps = []
-    original = loop._step
-    monkeypatch.setattr(loop, "_step", lambda *a, **k: steps.append(1) or original(*a, **k))
+    original = loop.Trainer.take_step
+    counted = lambda *a: steps.append(1) or original(*a)  # noqa: E731
+    monkeypatch.setattr(loop.Trainer, "take_step", counted)
     assert cli.main(arguments) == 0
     assert len(steps) == 1  # the first point is not run again, the second goes on
     assert "done already" in capsys.readouterr().out

@@ -380,6 +380,6 @@ def test_resumed_run_is_the_whole_run(
 ) -> None:
     options = [*options, "train.save_every=2"]
     whole = run_dpo("whole", *options)
-    with stop_at(loop, "_step", 4):
+    with stop_at(loop.Trainer, "take_step", 4):
         run_dpo("cut", *options)
     assert_same_weights(whole / "model", run_dpo("cut", *options, "resume=auto") / "model")

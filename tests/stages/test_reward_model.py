@@ -263,7 +263,7 @@ def test_resumed_run_is_the_whole_run(
     """The new head included, which is drawn at random."""
     options = ("train.save_every=2", lora)
     whole = run_rm("whole", *options)
-    with stop_at(loop, "_step", 5):
+    with stop_at(loop.Trainer, "take_step", 5):
         run_rm("cut", *options)
     resumed = run_rm("cut", *options, "resume=auto")
     assert_same_weights(whole / "model", resumed / "model")

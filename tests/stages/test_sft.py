@@ -175,7 +175,7 @@ def test_resumed_run_is_the_whole_run(
 ) -> None:
     options = ("train.save_every=2", "train.eval_every=3", "lora=null")
     whole = run_sft("whole", *options)
-    with stop_at(loop, "_step", 6):
+    with stop_at(loop.Trainer, "take_step", 6):
         run_sft("cut", *options)
     # the fifth step is lost: the newest checkpoint is of the fourth
     assert [row["step"] for row in read_jsonl(whole.parent / "cut" / "metrics.jsonl")][-1] == 5
@@ -195,7 +195,7 @@ def test_resumed_lora_run_is_the_whole_run(
     """With dropout on the adapters: its random numbers have to be drawn again alike."""
     options = ("train.save_every=2", "lora.r=4", "lora.dropout=0.3")
     whole = run_sft("whole", *options)
-    with stop_at(loop, "_step", 4):
+    with stop_at(loop.Trainer, "take_step", 4):
         run_sft("cut", *options)
     assert_same_weights(whole / "model", run_sft("cut", *options, "resume=auto") / "model")
 
@@ -216,7 +216,7 @@ def test_a_save_that_fails_leaves_the_one_before_it(
 def test_another_run_is_not_gone_on_with(
     run_sft: RunSFT, stop_at: Callable[..., Any], write_rows: Callable[..., Path]
 ) -> None:
-    with stop_at(loop, "_step", 4):
+    with stop_at(loop.Trainer, "take_step", 4):
         run_sft("run", "train.save_every=2")
     with pytest.raises(AlignError, match=r"optim.lr was 0.01 and is now 0.02"):
         run_sft("run", "resume=auto", "optim.lr=0.02")
@@ -229,7 +229,7 @@ def test_resume_without_a_checkpoint_starts_again(
     run_sft: RunSFT, stop_at: Callable[..., Any], assert_same_weights: Callable[..., None]
 ) -> None:
     whole = run_sft("whole")
-    with stop_at(loop, "_step", 3):
+    with stop_at(loop.Trainer, "take_step", 3):
         run_sft("cut")
     assert_same_weights(whole / "model", run_sft("cut", "resume=auto") / "model")
 

@@ -115,7 +115,7 @@ def test_a_resumed_run_is_the_whole_run(
     monkeypatch.setattr(reward_model, "REFERENCE_PAIRS", 4)
     options = ("train.save_every=4", "train.eval_every=4")
     whole = run_stage(stage, "whole", *options)
-    with stop_at(loop, "_step", 10):
+    with stop_at(loop.Trainer, "take_step", 10):
         run_stage(stage, "cut", *options)
     read: list[int] = []
     original = WindowReader.read
