@@ -82,7 +82,8 @@ def test_where_more_than_one_reading_is_possible_none_is_taken(columns: tuple[st
     ("verdict", "best"),
     [
         *((word, "x") for word in ("a", "A", "model_a", "Model A", "response_a", "assistant_a")),
-        *((word, "y") for word in ("b", " B ", "model_b", "response_b")),
+        *((word, "x") for word in ("model-a", "left", "First", "first response")),
+        *((word, "y") for word in ("b", " B ", "model_b", "response_b", "right", "second")),
     ],
 )
 def test_the_verdict_names_a_side(verdict: str, best: str) -> None:
@@ -94,7 +95,7 @@ def test_the_verdict_names_a_side(verdict: str, best: str) -> None:
     ("names", "first", "second"),
     [
         (("response_0", "response_1"), (0, "0", 0.0, "response_0", "a"), (1, "1", 1.0, "B")),
-        (("answer_1", "answer_2"), (1, "1", 1.0, "answer_1"), (2, "2", 2.0, "answer_2")),
+        (("answer_1", "answer_2"), (1, "1", 1.0, "answer_1", "left"), (2, "2", 2.0, "answer_2")),
     ],
 )
 def test_a_number_names_the_column_that_has_it(names, first, second) -> None:
@@ -103,12 +104,51 @@ def test_a_number_names_the_column_that_has_it(names, first, second) -> None:
     assert [won({**row, "label": value}) for value in second] == [("y", "x")] * len(second)
 
 
-@pytest.mark.parametrize("value", [0, 1, "1", 2, -1, True, "good", "a b", "gpt-4", ["a"], 0.5])
+NUMBERS: list[Any] = [0, 1, "1", 2, -1, 0.5, "-1", "+1", "1.0"]
+WORDS: list[Any] = [True, "good", "a b", "gpt-4", ["a"], "-a", "a>b", "a is worse", "not a", "tie?"]
+
+
+@pytest.mark.parametrize("value", [*NUMBERS, *WORDS, "a" * 500])
 def test_a_verdict_that_could_mean_either_is_refused(value: Any) -> None:
     line = refusal({"prompt": "q", "response_a": "x", "response_b": "y", "winner": value})
-    assert line.startswith(f"f:7: winner: not one of a, b, tie; it is {value!r}")
-    is_whole = value in (0, 1, "1", 2, -1) and value is not True
-    assert line.endswith(": which of the answers a number means is not said") is is_whole
+    assert line.startswith(f"f:7: winner: not one of a, b, tie; it is {value!r:.40}")
+    hint = ": which of the answers a number means is not said; write a, b or tie there"
+    assert line.endswith(hint) is (value in NUMBERS and value is not True)
+
+
+@pytest.mark.parametrize(
+    ("names", "good", "bad"),
+    [
+        (("response_0", "response_1"), 1, -1),
+        (("response_0", "response_1"), 1, "-1"),
+        (("response_0", "response_1"), 1, "1.0"),
+        (("response_0", "response_1"), 1, 0.5),
+        (("response_0", "response_1"), "response_1", "response_2"),
+        (("response_1", "response_2"), 1, 0),  # counted from 0
+        (("response_1", "response_2"), 2, 0.0),
+        (("response_1", "response_2"), "1", "-1"),
+        (("response_1", "response_2"), 1, 5),  # a scale
+    ],
+)
+def test_a_number_that_no_column_has_refuses_the_file(tmp_path: Path, names, good, bad) -> None:
+    """The other half of the rows would be read the wrong way round."""
+    row = {"prompt": "q", names[0]: "x", names[1]: "y"}
+    rows = [{**row, "label": good}, {**row, "label": bad}]
+    source = DataSource(path=write(tmp_path / "d.jsonl", rows))
+    line = f"d.jsonl:2: label: not one of .*{names[0]}, {names[1]} or tie there, or .*winner=NAME"
+    for on_bad_row in ("stop", "skip"):
+        with pytest.raises(AlignError, match=line):
+            load_examples([source], kind="preference", on_bad_row=on_bad_row)
+        options: dict[str, Any] = {"kind": "preference", "on_bad_row": on_bad_row, "seed": 0}
+        counts = SourceCounts(source.path)
+        assert examples_of(Row(rows[0], "d.jsonl:1"), source, counts, **options)
+        with pytest.raises(AlignError, match=line):
+            examples_of(Row(rows[1], "d.jsonl:2"), source, counts, **options)
+    with pytest.raises(AlignError, match=line):
+        read_judgements([source.path])
+    better = DataSource(path=write(tmp_path / "e.jsonl", [{**r, "winner": "b"} for r in rows]))
+    (first, _) = load_examples([better], kind="preference").examples
+    assert first.chosen == "y"
 
 
 def test_prompts_and_answers_may_be_turns_or_whole_conversations() -> None:
@@ -127,7 +167,7 @@ def test_a_bad_answer_is_told_under_its_own_name() -> None:
     assert refusal({**row, "winner": None}).startswith("f:7: winner: null; give it a value")
 
 
-TIES = ("tie", "tie (bothbad)", "both bad", "Tie", "draw", "neither")
+TIES = ("tie", "tie (bothbad)", "both_bad", "Tie", "draw", "neither")
 
 
 def test_ties_are_counted_and_end_nothing(tmp_path: Path, capsys) -> None:

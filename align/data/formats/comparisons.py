@@ -1,8 +1,10 @@
 """Two answers side by side and which of them won: ``response_a``, ``response_b``, ``winner``.
 
 The columns of an arena's votes have many names. They are read where only one reading is possible:
-one pair of columns, and a verdict that names a side or a tie. A number says which side is meant
-only beside columns with numbers (``response_0``).
+one pair of columns, and a verdict whose whole text names a side or a tie. A number says which side
+is meant only where it is a number of the columns (``response_0``). Any other number beside such
+columns shows that the numbers count otherwise (from 0, -1 and 1, on a scale), so the rows before it
+would be misread too: it refuses the whole file, whether or not bad rows are skipped.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from functools import lru_cache
 from typing import Literal, TypeAlias
 
 from align.data.formats.fields import Fields
+from align.data.readers.rows import Ambiguous
 
 Side: TypeAlias = Literal["a", "b", "tie"]
 
@@ -28,7 +31,13 @@ VERDICTS = (
     "label",
 )  # fmt: skip
 """Names of the column that says who won; the first that is there counts."""
-_TIES = frozenset(("tie", "ties", "draw", "equal", "same", "both", "neither", "bothbad"))
+_TIES = frozenset((
+    "tie", "ties", "tied", "draw", "equal", "same", "both", "neither",
+    "bothbad", "bothgood", "tie(bothbad)", "tie(bothgood)",
+))  # fmt: skip
+_PLACES = (("a", "left", "first"), ("b", "right", "second"))
+_LONGEST_VERDICT = 64
+"""Characters; a longer text names no side."""
 
 
 @dataclass(frozen=True)
@@ -85,21 +94,60 @@ def verdict_of(fields: Fields, found: Comparison) -> Side:
     """Who won.
 
     Raises:
+        Ambiguous: A number that is none of the numbers of the columns.
         BadRow: The verdict is neither side nor a tie.
     """
     value = fields.get(found.verdict)
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # a column of numbers in which one is missing
     is_word = isinstance(value, str | int) and not isinstance(value, bool)
-    said = [word for word in _words(str(value)) if word not in _TEXTS | _WHOSE] if is_word else []
-    if said and said[0] in _TIES:
+    said = _joined(str(value)) if is_word else ""
+    if said in _TIES:
         return "tie"
-    a, b = found.sides
-    if said in ([a], ["a"]):
+    if said in _names_of(found.sides[0], 0):
         return "a"
-    if said in ([b], ["b"]):
+    if said in _names_of(found.sides[1], 1):
         return "b"
-    hint = f"it is {value!r:.40}"
-    if is_word and str(value).strip().lstrip("-").isdigit():
-        hint += ": which of the answers a number means is not said"
-    return fields.bad(found.verdict, f"not one of {a}, {b}, tie", hint)
+    a, b = found.sides
+    reason, hint = f"not one of {a}, {b}, tie", f"it is {value!r:.40}"
+    if not _is_number(value, said):
+        fields.bad(found.verdict, reason, hint)
+    hint += ": which of the answers a number means is not said"
+    if a.isdigit():
+        advice = (
+            f"{hint}; write {found.a}, {found.b} or tie there, or name a column that says it: "
+            "data.columns.winner=NAME (data.on_bad_row=skip does not help: the other numbers may "
+            "mean the other answer)"
+        )
+        raise Ambiguous(fields.where, found.verdict, reason, advice)
+    return fields.bad(found.verdict, reason, f"{hint}; write {a}, {b} or tie there")
+
+
+def _joined(text: str) -> str:
+    """Text in lower case without white space and underscores, and without hyphens in words."""
+    if len(text) > _LONGEST_VERDICT:
+        return ""
+    return re.sub(r"[\s_]+|(?<=\w)-(?=\w)", "", text.lower())
+
+
+@lru_cache(maxsize=8)
+def _names_of(side: str, number: int) -> frozenset[str]:
+    """All names of a side as `_joined` gives them: ``a``, ``modela``, ``responsea``, ``first``."""
+    nouns = ("", *_TEXTS | _WHOSE)
+    sides = {side, *_PLACES[number]}
+    return frozenset(
+        name
+        for this in sides
+        for one in nouns
+        for other in nouns
+        for name in (one + other + this, one + this + other, this + one + other)
+    )
+
+
+def _is_number(value: object, said: str) -> bool:
+    """Whether a verdict is a number, or a number behind a noun: ``2``, ``-1``, ``response_3``."""
+    if isinstance(value, int | float):
+        return not isinstance(value, bool)
+    for noun in _TEXTS | _WHOSE:
+        said = said.removeprefix(noun).removesuffix(noun)
+    return any(map(str.isdigit, said)) and not any(map(str.isalpha, said))

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from align.data.formats.columns import RANK, is_judgement
 from align.data.formats.fields import NEEDED, Kind
 from align.data.formats.naming import KIND_NAMES, flags, other_kind, overrides
-from align.data.readers.rows import LeftOut
+from align.data.readers.rows import Ambiguous, LeftOut
 from align.data.sources import BadRow
+from align.types import AlignError
 
 NUM_SHOWN = 5
 """Bad rows that a report tells in full."""
@@ -27,6 +28,13 @@ class BadRows:
     first: list[str] = field(default_factory=list)
 
     def add(self, row: BadRow) -> None:
+        """Count a row.
+
+        Raises:
+            AlignError: It is `Ambiguous`, whether or not bad rows are skipped.
+        """
+        if isinstance(row, Ambiguous):
+            raise AlignError(str(row))
         reason = f"{row.field}: {row.reason}"
         self.reasons[reason] += 1
         if isinstance(row, LeftOut):

@@ -31,6 +31,10 @@ class LeftOut(BadRow):
     """A row that is as it should be and gives no example, a tie: counted, and no reason to stop."""
 
 
+class Ambiguous(BadRow):
+    """A row that shows that others of its file may be misread: skipping it alone is no way out."""
+
+
 TIE = "a tie, which prefers neither"
 """Reason of rows that are left out."""
 
