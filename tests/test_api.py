@@ -105,6 +105,55 @@ def test_a_model_object_trains_as_its_folder_does(
     assert [f"{path}" for path in saved.parent.iterdir()] == [other.manifest["recipe"]["model"]]
 
 
+@pytest.mark.parametrize("name", ["given/mine/precious.txt", "given/notes.txt", "given"])
+def test_what_the_user_has_put_there_is_never_removed(
+    tiny: Path, tmp_path: Path, demonstrations: Rows, name: str
+) -> None:
+    mine = tmp_path / "run" / name
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    keys = short(tiny, tmp_path / "run", data=demonstrations)
+    held = "/".join(name.split("/")[:2])
+    with pytest.raises(align.AlignError, match=rf"output_dir: .*run holds {held}, but no run"):
+        align.sft(**keys)
+    align.sft(**keys, overwrite=True)
+    assert mine.read_text() == "mine"
+    model, tokenizer = _objects(tiny)
+    objects = {**keys, "model": model, "tokenizer": tokenizer, "overwrite": True}
+    if name == "given":
+        with pytest.raises(align.AlignError, match=r"^output_dir: .*given: File exists"):
+            align.sft(**objects)
+    else:
+        align.sft(**objects)
+        align.sft(**keys, overwrite=True)  # removes the model of the run that it replaces
+        assert len([*(tmp_path / "run" / "given").iterdir()]) == 1
+    assert mine.read_text() == "mine"
+
+
+def test_a_model_that_the_recipe_names_is_kept(
+    tiny: Path, tmp_path: Path, demonstrations: Rows
+) -> None:
+    model, tokenizer = _objects(tiny)
+    folder = tmp_path / "run"
+    first = align.sft(**short(model, folder, data=demonstrations), tokenizer=tokenizer)
+    saved = Path(first.manifest["recipe"]["model"])
+    alias = tmp_path / "alias"
+    alias.symlink_to(saved)
+    again = align.sft(folder / "config.yaml", data=demonstrations, overwrite=True)
+    assert again.manifest["recipe"]["model"] == str(saved)
+    assert again.manifest["given"]["model"] == first.manifest["given"]["model"]
+    align.sft(**short(alias, folder, data=demonstrations, overwrite=True))
+    assert (saved / "model.safetensors").is_file()
+    align.sft(**short(tiny, folder, data=demonstrations, overwrite=True))
+    assert not saved.parent.exists()
+
+
+def _objects(folder: Path) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+
+
 class _Odd:
     pass
 

@@ -34,6 +34,7 @@ def call(command: str, recipe: Any, keys: Mapping[str, Any], tokenizer: Any) -> 
         built = _load(STAGES[command], recipe, keys, given)
         threads.choose_wait_policy(load, os.environ)
         folder = Path(built.output_dir)
+        given.claim(folder, built)
         written = given.save(folder)
         try:
             with _kept_process(), _told(command, given):
@@ -41,7 +42,7 @@ def call(command: str, recipe: Any, keys: Mapping[str, Any], tokenizer: Any) -> 
         except BaseException:
             given.discard(folder, written)
             raise
-        given.keep_own(folder)
+        given.remove_unused(folder)
     gc.collect()  # the next run of a notebook needs the memory of this one's models
     return result_of(folder)
 

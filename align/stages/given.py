@@ -9,23 +9,28 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from align.base.files import Unreadable, load_json, reason
 from align.config.sections import DataSource
 from align.data.readers.objects import given
+from align.run.files import MANIFEST, REPLACED, remove
 from align.types import AlignError
 
 FOLDER = "given"
 """In a run's folder, holds the models that were given as objects."""
 PLACE = "<output_dir>"
 """Placeholder for the run's folder until the recipe is read."""
+SAVED = re.compile(rf"\b{FOLDER}/([\w-]+-[0-9a-f]{{12}})\b")
+"""Name of a saved model in a manifest's line about it."""
 SOURCES = ("data", "data.train", "data.test", "preferences.train", "preferences.test")
 """Keys whose values are sources of rows."""
 SOURCE_KEYS = {f.name for f in fields(DataSource)}
@@ -44,6 +49,7 @@ class Given:
         self.facts: dict[str, str] = {}
         self._open = ExitStack()
         self._models: dict[str, Any] = {}
+        self._unused: list[str] = []
 
     def __enter__(self) -> Given:
         return self
@@ -172,27 +178,86 @@ class Given:
                 written.append(folder / path)
         return written
 
+    def claim(self, folder: Path, recipe: Any) -> None:
+        """Find the models that an earlier run of ``folder`` was given; keep those in ``recipe``.
+
+        Raises:
+            AlignError: The folder holds no run, but something under the name that models get.
+        """
+        manifests = [folder / MANIFEST, folder / REPLACED / MANIFEST]
+        held = [path for path in manifests if path.is_file()]
+        place = folder / FOLDER
+        inside = [f"{FOLDER}/{found.name}" for found in place.glob("*")]
+        if os.path.lexists(place) and not place.is_dir():
+            inside = [FOLDER]
+        foreign = sorted(set(inside) - self._models.keys())
+        if foreign and not held and not getattr(recipe, "overwrite", False):
+            raise AlignError(
+                f"output_dir: {folder} holds {foreign[0]}, but no run (manifest.json); name "
+                "another output_dir, or add overwrite=True to run beside it"
+            )
+        named = [os.path.realpath(text) for text in _strings(asdict(recipe))]
+        for path in held:
+            for key, line in _facts(path).items():
+                match = SAVED.search(line)
+                if match and any(match[1] in text for text in named):
+                    self.facts.setdefault(key, line)
+                elif match:
+                    self._unused.append(match[0])
+
     def discard(self, folder: Path, written: Sequence[Path]) -> None:
         """Remove models of a run that was refused: what its folder holds is not about them."""
-        manifest = folder / "manifest.json"
+        manifest = folder / MANIFEST
         text = manifest.read_text("utf-8", "replace") if manifest.is_file() else ""
         for path in written:
             if path.name not in text:
                 shutil.rmtree(path)
-        with suppress(OSError):  # not empty: something of another run is there
-            (folder / FOLDER).rmdir()
+        self._remove_empty(folder, written)
 
-    def keep_own(self, folder: Path) -> None:
-        """Remove models that an earlier run in ``folder`` was given."""
-        for place in (folder / FOLDER).glob("*"):
-            if f"{FOLDER}/{place.name}" not in self._models:
-                shutil.rmtree(place)
+    def remove_unused(self, folder: Path) -> None:
+        """Remove models that an earlier run was given, by its manifest, and this one does not use.
+
+        Nothing else in the folder is touched: it may be the user's.
+        """
+        for path in set(self._unused) - self._models.keys():
+            with suppress(OSError):  # the run is done; what stays takes room and does no harm
+                remove(folder / path)
+        self._remove_empty(folder, self._unused)
+
+    def _remove_empty(self, folder: Path, removed: Sequence[Any]) -> None:
+        if removed:
+            with suppress(OSError):  # not empty: something of another run is there
+                (folder / FOLDER).rmdir()
+
+
+def _facts(manifest: Path) -> dict[str, str]:
+    """Lines about the objects of the run of a manifest; none if it cannot be read."""
+    try:
+        found = load_json(manifest)
+    except Unreadable:
+        return {}
+    facts = found.get("given") if isinstance(found, dict) else None
+    return {k: v for k, v in facts.items() if isinstance(v, str)} if isinstance(facts, dict) else {}
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """All texts in a recipe's values."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for one in value:
+            yield from _strings(one)
+    elif isinstance(value, str):
+        yield value
 
 
 def _save_model(place: Path, model: Any, tokenizer: Any) -> None:
     """Save beside, then rename: a run that is killed leaves no half of it."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(dir=place.parent, prefix=".saving-"))
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(dir=place.parent, prefix=".saving-"))
+    except OSError as error:
+        raise AlignError(f"output_dir: {place.parent}: {reason(error)}") from error
     try:
         model.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
