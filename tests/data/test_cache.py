@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -250,15 +251,32 @@ def test_the_first_bad_row_stops_and_a_chunk_of_bad_rows_does_not(
         run(range(8))
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_two_runs_of_one_process_keep_their_own_rows(
+    processes: int, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Threads take turns as these do; what is in the wrong entry would stay there."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    monkeypatch.setattr("align.data.tokens.tokenise.CHUNK", 3)
+
+    def run(name: str) -> Iterator[Any]:
+        rows = [replace(pair, id=f"{name}:{n}") for n, pair in enumerate(pairs(9))]
+        return batches_of(tokenizer, rows, Tally(), num_processes=processes, **OPTIONS)
+
+    one, other = run("one"), run("other")
+    made = [[b.column("id").to_pylist() for b in both] for both in zip(one, other, strict=True)]
+    for side, name in enumerate(("one", "other")):
+        assert [id for ids in made for id in ids[side]] == [f"{name}:{n}" for n in range(9)]
+
+
 def _same(start: int) -> int:
     return start
 
 
-def test_processes_do_not_run_ahead_of_what_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenise, "_chunk", _same)
+def test_processes_do_not_run_ahead_of_what_is_written() -> None:
     started: list[int] = []
     probe = (started.append(n) or n for n in range(40))
-    done = tokenise._over(probe, 2)
+    done = tokenise._over(_same, probe, 2)
     for number in range(40):
         assert next(done) == number
         assert len(started) <= number + 5
@@ -284,17 +302,15 @@ def _no_waiting() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_no_waiting")
-def test_a_process_that_is_killed_ends_the_run_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenise, "_chunk", _killed_at_3)
+def test_a_process_that_is_killed_ends_the_run_in_one_line() -> None:
     with pytest.raises(AlignError, match=r"^data: one of the .* killed, .*memory.*; free") as got:
-        list(tokenise._over(range(40), 2))
+        list(tokenise._over(_killed_at_3, range(40), 2))
     assert "\n" not in str(got.value)
     assert multiprocessing.active_children() == []
 
 
 @pytest.mark.usefixtures("_no_waiting")
 def test_a_process_that_cannot_be_started_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenise, "_chunk", _same)
     fork, calls = os.fork, []
 
     def failing() -> int:
@@ -305,7 +321,7 @@ def test_a_process_that_cannot_be_started_is_one_line(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(os, "fork", failing)
     with pytest.raises(AlignError, match=r"cannot be started: Cannot allocate memory; free"):
-        list(tokenise._over(range(40), 2))
+        list(tokenise._over(_same, range(40), 2))
     for child in multiprocessing.active_children():  # the first: it would wait for work for ever
         child.join(20)
         assert not child.is_alive()
@@ -317,8 +333,7 @@ from align.data.tokens import tokenise
 def wait(start):
     sys.stdout.write(f"{os.getpid()}\\n"); sys.stdout.flush()
     time.sleep(600)
-tokenise._chunk = wait
-list(tokenise._over(range(2), 2))
+list(tokenise._over(wait, range(2), 2))
 """
 
 

@@ -7,12 +7,13 @@ import os
 import signal
 import sys
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from functools import partial
 from threading import Thread
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import pyarrow as pa
 
@@ -21,6 +22,8 @@ from align.data.tokens.chat import Encoded, Example, encode_some, require_usable
 from align.data.tokens.groups import to_batches
 from align.data.tokens.text_ids import Tokenizer
 from align.types import AlignError, PromptExample
+
+T = TypeVar("T")
 
 MANY = 5_000
 """Rows from which on starting processes pays."""
@@ -38,9 +41,8 @@ class Tally:
     first_dropped: str = ""
 
 
-_work: tuple[Tokenizer, Sequence[Example], dict[str, Any]]
-"""What a forked process finds in its copy of this one's memory: nothing is sent to it, and examples
-on disk it reads itself."""
+Chunk: TypeAlias = tuple[list[pa.RecordBatch], int, Encoded]
+"""Arrow batches of some rows, their tokens, and which rows they are of."""
 
 
 def batches_of(
@@ -61,10 +63,10 @@ def batches_of(
         AlignError: The first bad row under ``on_bad_row=stop``, whichever process meets it; no
             usable row at all; or a process that cannot be started, or was killed.
     """
-    global _work
-    _work = (tokenizer, examples, options)
+    encode = partial(_chunk, tokenizer, examples, options)
     starts = range(0, len(examples), CHUNK)
-    for batches, tokens, found in _over(starts, num_processes or _processes(len(examples))):
+    processes = num_processes or _processes(len(examples))
+    for batches, tokens, found in _over(encode, starts, processes):
         tally.rows += len(set(found.owners))
         tally.groups += len(found.owners)
         tally.tokens += tokens
@@ -81,15 +83,18 @@ def _processes(rows: int) -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _over(starts: Iterable[int], processes: int) -> Iterator[Any]:
+def _over(encode: Callable[[int], T], starts: Iterable[int], processes: int) -> Iterator[T]:
+    """Yield what ``encode`` makes of each start, in their order."""
     if processes == 1:
-        yield from map(_chunk, starts)
+        yield from map(encode, starts)
         return
     others = multiprocessing.active_children()
     fork = multiprocessing.get_context("fork")
-    pool = ProcessPoolExecutor(processes, fork, initializer=_begin_worker)
+    # a forked process has its arguments in its copy of this one's memory: nothing is sent to it,
+    # and examples on disk it reads itself
+    pool = ProcessPoolExecutor(processes, fork, initializer=_begin_worker, initargs=(encode,))
     # a few at a time: what is done and not yet written lies in memory
-    running: deque[Future[Any]] = deque()
+    running: deque[Future[T]] = deque()
     try:
         for start in starts:
             running.append(_submit(pool, start, others))
@@ -108,7 +113,7 @@ def _over(starts: Iterable[int], processes: int) -> Iterator[Any]:
 
 def _submit(pool: ProcessPoolExecutor, start: int, others: Sequence[Any]) -> Future[Any]:
     try:
-        return pool.submit(_chunk, start)
+        return pool.submit(_in_worker, start)
     except OSError as error:
         # those that were forked before it failed would wait for work, and Python's end for them
         for child in multiprocessing.active_children():
@@ -119,8 +124,14 @@ def _submit(pool: ProcessPoolExecutor, start: int, others: Sequence[Any]) -> Fut
         ) from error
 
 
-def _begin_worker() -> None:
+_encode: Callable[[int], Any]
+"""Set in forked processes alone, each of which belongs to one call of `batches_of`."""
+
+
+def _begin_worker(encode: Callable[[int], Any]) -> None:
     """Ctrl-C is the parent's matter, and a parent that was killed leaves nobody behind."""
+    global _encode
+    _encode = encode
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     Thread(target=_end_with_parent, daemon=True).start()
@@ -133,8 +144,13 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _chunk(start: int) -> tuple[list[pa.RecordBatch], int, Encoded]:
-    tokenizer, examples, options = _work
+def _in_worker(start: int) -> Any:
+    return _encode(start)
+
+
+def _chunk(
+    tokenizer: Tokenizer, examples: Sequence[Example], options: Mapping[str, Any], start: int
+) -> Chunk:
     rows = examples[start : start + CHUNK]
     found = encode_some(tokenizer, rows, **options)
     prompts = [e if isinstance(e, PromptExample) else None for e in (rows[i] for i in found.owners)]
