@@ -75,7 +75,7 @@ NO_NUMBERS = {
         *("generate", "rm", "ppo", "dpo", "eval", "seed", "resume", "overwrite", "policy"),
         *("fixed", "refresh"),
     },
-    "training/loop.py": {"model", "before", "gradient", "left_out_in_a_row", "batches"},
+    "training/loop.py": {"model", "before", "gradient", "left_out_in_a_row", "batches", "mark"},
     "run/folder.py": {
         *("stage", "run", "status", "seed", "command", "started", "versions", "hardware"),
         "recipe",
