@@ -148,6 +148,31 @@ def test_a_model_that_the_recipe_names_is_kept(
     assert not saved.parent.exists()
 
 
+def test_a_model_is_saved_anew_when_anything_of_it_changes(tiny: Path) -> None:
+    from align.stages.given import Given
+
+    model, tokenizer = _objects(tiny)
+
+    def key() -> str:
+        with Given(tokenizer) as given:
+            return str(dict(given.flat(SFTRecipe, {"model": model}))["model"])
+
+    keys = [key()]
+    tokenizer(["red", "red cat"], padding=True, truncation=True, max_length=4)
+    assert key() == keys[0]  # nothing that is saved
+    model.generation_config.eos_token_id = 5
+    keys.append(key())
+    tokenizer.eos_token = "."
+    keys.append(key())
+    tokenizer.padding_side = "left" if tokenizer.padding_side == "right" else "right"
+    keys.append(key())
+    tokenizer.add_special_tokens({"cls_token": "<s>"})
+    keys.append(key())
+    next(model.parameters()).data[0, 0] += 1
+    keys.append(key())
+    assert len(set(keys)) == len(keys)
+
+
 def _objects(folder: Path) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -8,6 +8,7 @@ a model on disk holds for it and a run can be resumed. A function is named by it
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -142,10 +143,7 @@ class Given:
                 f"{key}: is a {_kind(model)} without its tokenizer; give tokenizer=... beside it, "
                 "or the model's folder or hub id instead"
             )
-        from align.models.load import fingerprint
-
-        tokens = repr((sorted(self.tokenizer.get_vocab().items()), self.tokenizer.chat_template))
-        content = hashlib.sha256((fingerprint(model) + tokens).encode()).hexdigest()[:12]
+        content = _content_of(model, self.tokenizer)[:12]
         path = f"{FOLDER}/{key.replace('.', '_')}-{content}"
         self._models[path] = model
         self.facts[key] = f"{_kind(model)}, saved in {path} and loaded from there"
@@ -249,6 +247,22 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(one)
     elif isinstance(value, str):
         yield value
+
+
+def _content_of(model: Any, tokenizer: Any) -> str:
+    """Hash what `_save_model` writes: weights, configurations, and all of the tokenizer."""
+    from align.data.tokens.cache import tokenizer_hash
+    from align.models.load import fingerprint
+
+    generation = getattr(model, "generation_config", None)
+    parts = [
+        fingerprint(model),
+        generation.to_dict() if generation is not None else None,
+        tokenizer_hash(tokenizer),
+        tokenizer.special_tokens_map,
+        [tokenizer.padding_side, tokenizer.truncation_side, tokenizer.model_max_length],
+    ]
+    return hashlib.sha256(json.dumps(parts, default=str, sort_keys=True).encode()).hexdigest()
 
 
 def _save_model(place: Path, model: Any, tokenizer: Any) -> None:

@@ -51,7 +51,10 @@ def cache_folder() -> Path:
 def tokenizer_hash(tokenizer: Tokenizer) -> str:
     """Of all that a tokenizer does: its vocabulary and rules, special tokens, chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
+    if backend is None:
+        rules: Any = sorted(tokenizer.get_vocab().items())
+    else:  # without what its last call has set
+        rules = {**json.loads(backend.to_str()), "padding": None, "truncation": None}
     options = {k: str(v) for k, v in sorted(tokenizer.init_kwargs.items()) if k != "name_or_path"}
     parts = [type(tokenizer).__name__, rules, options, tokenizer.chat_template]
     special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
