@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -29,6 +29,7 @@ from align.training.distributed import distribute_like, own_parameters, whole_te
 from align.types import AlignError
 
 Trained = Mapping[str, tuple[torch.nn.Module, torch.optim.Optimizer]]
+Shape = tuple[int, ...]
 
 STATE = "state.json"
 
@@ -89,8 +90,7 @@ def load_checkpoint(place: Path, trained: Trained) -> dict[str, Any]:
     """Put weights and moments back, exactly; returns the saved state with its ``step``."""
     try:
         for role, (model, optimizer) in trained.items():
-            weights = load_file(place / f"{role}.safetensors")
-            moments = load_file(place / f"{role}.optimizer.safetensors")
+            weights, moments = (load_file(place / file) for file in _names(role))
             _restore(model, optimizer, weights, moments, place)
         return _read_state(place)
     except UNREADABLE as error:
@@ -99,23 +99,20 @@ def load_checkpoint(place: Path, trained: Trained) -> dict[str, Any]:
         raise _unreadable(place, error) from error
 
 
-def damage(
-    place: Path, roles: Iterable[str], *, run: str | None = None, compare: bool = True
-) -> str:
+def damage(place: Path, trained: Trained, *, run: str | None = None, compare: bool = True) -> str:
     """Say why a run cannot resume from a checkpoint; an empty string where it can.
 
     Args:
+        trained: Models and optimizers of the run; none of their values is read.
         run: Id of the run that the checkpoint must belong to; an older checkpoint names none.
         compare: Whether to compare files with their sums and the run with ``run``. One rank of
             several does that, the others look at headers, sizes and the state.
     """
     if _position(place)[1:] > (0,):
         return f"checkpoint {place}: an older align saved it in the middle of a PPO iteration"
-    names = [f"{role}{end}.safetensors" for role in roles for end in ("", ".optimizer")]
+    names = [file for role in trained for file in _names(role)]
     try:
-        for name in names:
-            with named(name), safe_open(place / name, framework="pt"):
-                pass
+        headers = {name: _read_shapes(place / name) for name in names}
         state = _read_state(place)
         if compare:
             if state.get("run") not in (None, run):
@@ -124,6 +121,42 @@ def damage(
                 raise Unreadable(f"{SUMS} is missing")
     except UNREADABLE as error:
         return f"checkpoint {place}: cannot be read: {error}"
+    for role, (model, optimizer) in trained.items():
+        weights, moments = (headers[file] for file in _names(role))
+        other = _difference(_trained_parameters(model, optimizer), weights, moments)
+        if other:
+            return f"checkpoint {place}: {other}"
+    return ""
+
+
+def _names(role: str) -> tuple[str, str]:
+    """Name the files of a role's weights and moments."""
+    return f"{role}.safetensors", f"{role}.optimizer.safetensors"
+
+
+def _read_shapes(path: Path) -> dict[str, Shape]:
+    """Read the names and shapes of a file's tensors, not their values."""
+    with named(path.name), safe_open(path, framework="pt") as file:
+        keys = file.keys()
+        return {key: tuple(file.get_slice(key).get_shape()) for key in keys}
+
+
+def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, Shape]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _difference(
+    parameters: Mapping[str, torch.Tensor],
+    weights: Mapping[str, Shape],
+    moments: Mapping[str, Shape],
+) -> str:
+    """Compare a checkpoint's tensors with what the run trains; an empty string if they agree."""
+    shapes = _shapes(parameters)
+    if shapes != weights:
+        return "holds other parameters than this recipe trains"
+    for key, shape in moments.items():
+        if shape not in ((), shapes.get(key.rpartition("/")[0])):  # a step count has no dimension
+            return "holds other moments than this recipe trains"
     return ""
 
 
@@ -148,8 +181,8 @@ def size_of(trained: Trained) -> int:
     """Estimate the bytes of a checkpoint: weights and two moments of what is trained."""
     sizes = [
         p.numel() * p.element_size()
-        for model, _ in trained.values()
-        for p in _trained_parameters(model).values()
+        for model, optimizer in trained.values()
+        for p in _trained_parameters(model, optimizer).values()
     ]
     return 3 * sum(sizes)
 
@@ -201,12 +234,21 @@ def _unreadable(place: Path, error: Exception) -> AlignError:
 def _files(trained: Trained) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
     """Yield file names and contents, one at a time, so that a large model is not held twice."""
     for role, (model, optimizer) in trained.items():
-        yield f"{role}.safetensors", whole_tensors(_trained_parameters(model))
-        yield f"{role}.optimizer.safetensors", whole_tensors(_moments(model, optimizer))
+        weights, moments = _names(role)
+        yield weights, whole_tensors(_trained_parameters(model, optimizer))
+        yield moments, whole_tensors(_moments(model, optimizer))
 
 
-def _trained_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    return {name: p for name, p in own_parameters(model).items() if p.requires_grad}
+def _trained_parameters(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer
+) -> dict[str, torch.nn.Parameter]:
+    """Return what the optimizer steps, by name.
+
+    ``requires_grad`` does not tell: it is switched for a while where a reference is read through
+    an adapter that is off, or weights are cast once, and a signal may come meanwhile.
+    """
+    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return {name: p for name, p in own_parameters(model).items() if id(p) in stepped}
 
 
 def _moments(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -230,18 +272,14 @@ def _restore(
     moments: Mapping[str, torch.Tensor],
     place: Path,
 ) -> None:
-    parameters = _trained_parameters(model)
-    shapes = {name: p.shape for name, p in parameters.items()}
-    if shapes != {name: w.shape for name, w in weights.items()}:
-        raise AlignError(f"checkpoint {place}: holds other parameters than this recipe trains")
+    parameters = _trained_parameters(model, optimizer)
+    other = _difference(parameters, _shapes(weights), _shapes(moments))
+    if other:
+        raise AlignError(f"checkpoint {place}: {other}")
     states: dict[str, dict[str, torch.Tensor]] = {}
     for key, moment in moments.items():
         owner, _, name = key.rpartition("/")
         states.setdefault(owner, {})[name] = moment
-    for name, state in states.items():
-        shapes_of_state = {value.shape for value in state.values() if value.ndim}
-        if name not in shapes or not shapes_of_state <= {shapes[name]}:
-            raise AlignError(f"checkpoint {place}: holds other moments than this recipe trains")
     for name, parameter in parameters.items():
         parameter.data.copy_(distribute_like(parameter, weights[name]))
         if name in states:

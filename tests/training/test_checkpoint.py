@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from align.base import checksums, folders
 from align.base.checksums import load_tensors, save_tensors
@@ -67,6 +68,26 @@ def test_only_what_is_trained_is_saved(tmp_path: Path) -> None:
     load_checkpoint(tmp_path / "step-1", {"model": other})
     assert torch.equal(other[0][1].weight, pair[0][1].weight)
     assert not torch.equal(other[0][0].bias, frozen)
+
+
+def test_a_switched_requires_grad_changes_nothing(tmp_path: Path) -> None:
+    """A signal may come while an adapter is off, or while frozen weights are cast once."""
+    pair = {"model": made(0)}
+    step(pair["model"], 10)
+    size = module.size_of(pair)
+    for number, flag in enumerate((False, True), start=1):
+        model = pair["model"][0]
+        flags = [p.requires_grad for p in model.parameters()]
+        model.requires_grad_(flag)
+        place = save_checkpoint(tmp_path, number, pair, {}, keep=2)
+        assert module.size_of(pair) == size
+        assert set(load_file(place / "model.safetensors")) == {"0.weight", "1.weight", "1.bias"}
+        for parameter, was in zip(model.parameters(), flags, strict=True):
+            parameter.requires_grad_(was)
+        assert module.damage(place, pair) == ""
+        other = {"model": made(5)}
+        load_checkpoint(place, other)
+        assert torch.equal(other["model"][0][0].weight, model[0].weight)
 
 
 def test_the_newest_are_kept_by_number(tmp_path: Path) -> None:
@@ -156,10 +177,12 @@ def test_files_are_hashed_at_the_same_time(tmp_path: Path, monkeypatch: pytest.M
     pair = made(0)
     step(pair, 10)
     place = save_checkpoint(tmp_path, 1, {"actor": pair}, {"run": "a"}, keep=1)
-    assert module.damage(place, ["actor"], run="a") == ""
+    assert module.damage(place, {"actor": pair}, run="a") == ""
     weights = place / "actor.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\xff")
-    assert "actor.safetensors: its content has changed" in module.damage(place, ["actor"], run="a")
+    assert "actor.safetensors: its content has changed" in module.damage(
+        place, {"actor": pair}, run="a"
+    )
 
 
 def test_the_best_is_kept_whatever_its_age(tmp_path: Path) -> None:
@@ -226,8 +249,23 @@ def test_other_models_are_refused(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, 1, {"model": made(0)}, {}, keep=1)
     model = torch.nn.Linear(3, 1)
     optimizer = torch.optim.AdamW(model.parameters())
-    with pytest.raises(AlignError, match="holds other parameters than this recipe trains"):
+    said = "holds other parameters than this recipe trains"
+    with pytest.raises(AlignError, match=said):
         load_checkpoint(tmp_path / "step-1", {"model": (model, optimizer)})
+    assert said in module.damage(tmp_path / "step-1", {"model": (model, optimizer)})
+
+
+def test_moments_of_another_shape_are_refused(tmp_path: Path) -> None:
+    pair = {"model": made(0)}
+    step(pair["model"], 10)
+    place = save_checkpoint(tmp_path, 1, pair, {}, keep=1)
+    file = place / "model.optimizer.safetensors"
+    moments = load_file(file)
+    save_file({**moments, "1.bias/exp_avg": torch.zeros(2)}, file)
+    said = "holds other moments than this recipe trains"
+    assert said in module.damage(place, pair, compare=False)
+    with pytest.raises(AlignError, match=said):
+        load_checkpoint(place, pair)
 
 
 def test_a_broken_file_is_one_line(tmp_path: Path) -> None:
@@ -247,13 +285,13 @@ def test_damage_is_told_without_loading(tmp_path: Path, file: str, harm: str) ->
     pair = made(0)
     step(pair, 10)
     place = save_checkpoint(tmp_path, 1, {"actor": pair}, {}, keep=1)
-    assert module.damage(place, ["actor"]) == ""
+    assert module.damage(place, {"actor": pair}) == ""
     whole = (place / file).read_bytes()
     if harm == "gone":
         (place / file).unlink()
     else:
         (place / file).write_bytes(whole[: len(whole) - 1] if harm == "cut" else b"")
-    found = module.damage(place, ["actor"])
+    found = module.damage(place, {"actor": pair})
     assert found.startswith(f"checkpoint {place}: cannot be read: ")
 
 
@@ -278,11 +316,11 @@ def test_one_flipped_bit_is_named(tmp_path: Path, file: str, at: float) -> None:
     pair = made(0)
     step(pair, 10)
     place = save_checkpoint(tmp_path, 1, {"actor": pair}, {"run": "abc"}, keep=1)
-    assert module.damage(place, ["actor"], run="abc") == ""
+    assert module.damage(place, {"actor": pair}, run="abc") == ""
     whole = bytearray((place / file).read_bytes())
     whole[int(at * len(whole))] ^= 1
     (place / file).write_bytes(whole)
-    found = module.damage(place, ["actor"], run="abc")
+    found = module.damage(place, {"actor": pair}, run="abc")
     assert found.startswith(f"checkpoint {place}: cannot be read: ")
     assert file in found or file == "SHA256SUMS"
 
@@ -308,32 +346,35 @@ def test_files_of_two_checkpoints_are_not_mixed(tmp_path: Path) -> None:
         save_checkpoint(tmp_path, number, {"actor": pair}, {"run": "abc"}, keep=2)
     name = "actor.optimizer.safetensors"
     (tmp_path / "step-1" / name).replace(tmp_path / "step-2" / name)
-    found = module.damage(tmp_path / "step-2", ["actor"], run="abc")
+    found = module.damage(tmp_path / "step-2", {"actor": pair}, run="abc")
     assert f"{name}: its content has changed" in found
 
 
 def test_a_checkpoint_of_another_run_is_named(tmp_path: Path) -> None:
-    place = save_checkpoint(tmp_path, 1, {"actor": made(0)}, {"run": "abc"}, keep=1)
-    found = module.damage(place, ["actor"], run="def")
+    pair = {"actor": made(0)}
+    place = save_checkpoint(tmp_path, 1, pair, {"run": "abc"}, keep=1)
+    found = module.damage(place, pair, run="def")
     assert found == f"checkpoint {place}: is of another run (abc, not def)"
-    assert module.damage(place, ["actor"], run="def", compare=False) == ""
+    assert module.damage(place, pair, run="def", compare=False) == ""
 
 
 def test_an_older_checkpoint_has_no_sums_and_no_run(tmp_path: Path) -> None:
-    place = save_checkpoint(tmp_path, 1, {"actor": made(0)}, {}, keep=1)
+    pair = {"actor": made(0)}
+    place = save_checkpoint(tmp_path, 1, pair, {}, keep=1)
     (place / "SHA256SUMS").unlink()
-    assert module.damage(place, ["actor"], run=None) == ""
-    assert module.damage(place, ["actor"], run="abc") == ""
-    newer = save_checkpoint(tmp_path, 2, {"actor": made(0)}, {"run": "abc"}, keep=1)
+    assert module.damage(place, pair, run=None) == ""
+    assert module.damage(place, pair, run="abc") == ""
+    newer = save_checkpoint(tmp_path, 2, pair, {"run": "abc"}, keep=1)
     (newer / "SHA256SUMS").unlink()
-    assert "SHA256SUMS is missing" in module.damage(newer, ["actor"], run="abc")
+    assert "SHA256SUMS is missing" in module.damage(newer, pair, run="abc")
 
 
 @pytest.mark.parametrize("text", ["[1]", "null", "NaN", "", "[" * 100_000])
 def test_a_state_that_is_no_object_is_one_line(tmp_path: Path, text: str) -> None:
-    place = save_checkpoint(tmp_path, 1, {"actor": made(0)}, {}, keep=1)
+    pair = {"actor": made(0)}
+    place = save_checkpoint(tmp_path, 1, pair, {}, keep=1)
     (place / "state.json").write_text(text)
-    assert "cannot be read: state.json: " in module.damage(place, ["actor"])
+    assert "cannot be read: state.json: " in module.damage(place, pair)
 
 
 def test_the_sums_are_those_of_sha256sum(tmp_path: Path) -> None:

@@ -53,6 +53,21 @@ def test_a_refusal_of_one_process_ends_all(
     assert told == [False, is_main]
 
 
+def test_other_tensors_are_passed_over_for_an_older_whole_checkpoint(
+    open_saver: Any, tmp_path: Path
+) -> None:
+    saver: Saver = open_saver()
+    saver.save(1, {"n": 1})
+    other = torch.nn.Linear(1, 1, bias=False)
+    wrong = {"model": (other, torch.optim.AdamW(other.parameters()))}
+    save_checkpoint(tmp_path / "checkpoints", 2, wrong, {"run": "a"}, keep=9)
+    state = saver.resume(wanted=True)
+    assert state is not None
+    assert (state["step"], state["n"]) == (1, 1)
+    held = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert held == ["damaged-step-2", "step-1"]
+
+
 @pytest.fixture
 def open_saver(tmp_path: Path) -> Any:
     """``open_saver(processes)`` with a model of one weight, in a folder of its own."""
@@ -60,8 +75,10 @@ def open_saver(tmp_path: Path) -> Any:
     def make(processes: int = 1) -> Saver:
         model = torch.nn.Linear(1, 1)
         run: Any = SimpleNamespace(
-            is_main=True, folder=tmp_path, id="a", stage="ppo", marks=dict, keep=lambda: None
-        )
+            is_main=True, folder=tmp_path, id="a", stage="ppo", marks=dict, keep=lambda: None,
+            previous_id="a", require_unfinished=lambda: None, require_rows=lambda *a: None,
+            resume=lambda: None, rewind=lambda state: None,
+        )  # fmt: skip
         accelerator: Any = SimpleNamespace(num_processes=processes, wait_for_everyone=lambda: None)
         trained = {"model": (model, torch.optim.AdamW(model.parameters()))}
         return Saver(run, accelerator, trained, keep=9, best_by=None)
