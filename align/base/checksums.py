@@ -23,22 +23,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from align.base.files import Unreadable, fsync, load_text, move_into_place, parse_object
+from align.base.hashing import sha256_of
 
 SUMS = "SHA256SUMS"
-CHUNK = 1 << 20
 HASHERS = 8
 """Files hashed in parallel; ``hashlib`` releases the GIL."""
-
-
-def sha256_of(path: Path, size: int | None = None) -> Any:
-    """Hash a file, or its first ``size`` bytes; the hash can be updated further."""
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK))
-    left = os.path.getsize(path) if size is None else size
-    with open(path, "rb") as file:
-        while left > 0 and (count := file.readinto(buffer[: min(CHUNK, left)])):
-            digest.update(buffer[:count])
-            left -= count
-    return digest
 
 
 @contextmanager

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from align.base.checksums import sha256_of
 from align.base.files import fsync, writing
+from align.base.hashing import sha256_of
 from align.types import AlignError
 
 Marks = Mapping[str, Any]

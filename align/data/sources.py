@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import gzip
-import hashlib
 import re
 import zlib
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ from itertools import count, islice
 from pathlib import Path
 from typing import IO, Any, cast
 
+from align.base.hashing import sha256_of
 from align.base.how_to_make import how_to_make
 from align.base.hub import require_on_the_hub
 from align.base.suggest import suggest_path
@@ -282,11 +282,7 @@ def content_of(source: DataSource) -> list[tuple[str, str]]:
 
 
 def file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        for block in iter(lambda: stream.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()
+    return str(sha256_of(path).hexdigest())
 
 
 def _what_there_is(path: Path) -> str:

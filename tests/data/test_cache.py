@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import multiprocessing
 import os
 import signal
@@ -134,7 +135,7 @@ def test_prompts_come_back_as_they_were(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- an entry is whole or not there
 
 
-@pytest.mark.parametrize("damage", ["cut", "gone", "facts", "other"])
+@pytest.mark.parametrize("damage", ["cut", "gone", "facts", "other", "bit", "no sums"])
 def test_a_damaged_entry_is_not_read(damage: str, tmp_path: Path) -> None:
     file_of(tmp_path, [pair(n, 3, 4) for n in range(5)])
     file, facts = tmp_path / "entry0" / "train.arrow", tmp_path / "entry0" / "facts.json"
@@ -144,8 +145,16 @@ def test_a_damaged_entry_is_not_read(damage: str, tmp_path: Path) -> None:
         file.unlink()
     elif damage == "facts":
         facts.write_text("{")
+    elif damage == "bit":  # of a token: the file is as long and as Arrow wants it
+        content = bytearray(file.read_bytes())
+        place = content.index(np.array([3, 3, 3], np.int32).tobytes())
+        content[place] ^= 4
+        file.write_bytes(content)
+        assert TokenGroups(file)[3].continuations[0].input_ids.tolist() == [7, 3, 3]
     else:
-        facts.write_text('{"groups": {"train": 4}}')
+        was = json.loads(facts.read_text())
+        change = {"groups": {"train": 4}} if damage == "other" else {"sha256": {}}
+        facts.write_text(json.dumps({**was, **change}))
     with pytest.raises(Damaged):
         open_entry(tmp_path / "entry0", ["train"])
 

@@ -170,18 +170,23 @@ def test_a_bad_row_stops_every_time(
     assert not list(cache.glob("*"))
 
 
+@pytest.mark.parametrize("damage", ["cut", "bit"])
 def test_a_damaged_entry_is_made_again_and_said(
-    load: Callable[..., Any], pairs: Path, reads: list[str], cache: Path, capsys: Any
+    damage: str, load: Callable[..., Any], pairs: Path, reads: list[str], cache: Path, capsys: Any
 ) -> None:
     want = [g.id for g in load("preference", pairs, SKIP)[0].groups]
     (entry,) = cache.iterdir()
     file = entry / "train.arrow"
-    file.write_bytes(file.read_bytes()[:100])
+    whole = file.read_bytes()
+    middle = len(whole) // 2
+    changed = bytes([*whole[:middle], whole[middle] ^ 1, *whole[middle + 1 :]])
+    file.write_bytes(whole[:100] if damage == "cut" else changed)
     capsys.readouterr()
     assert [g.id for g in load("preference", pairs, SKIP)[0].groups] == want
     assert len(reads) == 2
     said = [line for line in capsys.readouterr().out.splitlines() if "so it is made again" in line]
     assert len(said) == 1
+    assert file.read_bytes() == whole
     load("preference", pairs, SKIP)
     assert len(reads) == 2
 

@@ -24,6 +24,7 @@ from typing import Any
 import pyarrow as pa
 
 from align import types
+from align.base.hashing import sha256_of
 from align.base.locks import waiting_for
 from align.data.tokens.text_ids import Tokenizer
 from align.types import AlignError
@@ -111,6 +112,8 @@ def write_arrow(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]
 def new_entry(folder: Path, facts: dict[str, Any]) -> Iterator[Path]:
     """Yield a folder to fill, and put it in the entry's place with the ``facts`` of that time.
 
+    The sums of its Arrow files are added to the facts.
+
     What is written beside it is removed. Another run may have put its own entry there meanwhile: it
     holds the same, so it stays.
 
@@ -127,10 +130,16 @@ def new_entry(folder: Path, facts: dict[str, Any]) -> Iterator[Path]:
     try:
         yield partial
         with writing_cache():
-            (partial / FACTS).write_text(json.dumps(facts), encoding="utf-8")
+            found = {**facts, "sha256": sums_of(sorted(partial.glob("*.arrow")))}
+            (partial / FACTS).write_text(json.dumps(found), encoding="utf-8")
             _put_in_place(partial, folder)
     finally:
         shutil.rmtree(outer, ignore_errors=True)
+
+
+def sums_of(files: Iterable[Path]) -> dict[str, str]:
+    """SHA-256 sums of files by name."""
+    return {file.name: sha256_of(file).hexdigest() for file in files}
 
 
 def remove_damaged(folder: Path, open_whole: Callable[[], object]) -> None:

@@ -20,7 +20,7 @@ from pyarrow import compute
 from align.base.files import BROKEN, load_json, reason
 from align.data.records import restored
 from align.data.subset import Lazy
-from align.data.tokens.cache import FACTS, Damaged
+from align.data.tokens.cache import FACTS, Damaged, sums_of
 from align.types import PromptExample, TokenGroup, TokenSequence
 
 PER_BATCH = 1024
@@ -167,11 +167,15 @@ def open_entry(folder: Path, sides: Iterable[str]) -> tuple[dict[str, Any], dict
     """(facts, groups by side) of an entry of the token cache.
 
     Raises:
-        Damaged: Something is missing, cut short or is no Arrow file.
+        Damaged: Something is missing, cut short, changed or is no Arrow file.
     """
+    paths = {side: folder / f"{side}.arrow" for side in sides}
     try:
         facts = load_json(folder / FACTS)
-        files = {side: TokenGroups(folder / f"{side}.arrow") for side in sides}
+        for name, found in sums_of(paths.values()).items():
+            if found != facts["sha256"][name]:
+                raise Damaged(f"{name}: its content has changed since it was saved (sha256)")
+        files = {side: TokenGroups(path) for side, path in paths.items()}
         counts = {side: len(groups) for side, groups in files.items()}
         if counts != facts["groups"]:
             raise Damaged(f"{counts} groups, not {facts['groups']}")
