@@ -573,7 +573,7 @@ def test_a_best_checkpoint_that_is_damaged_does_not_cost_the_run(
 ) -> None:
     original = Saver.take_best
 
-    def take_best(saver: Saver, last: Any) -> bool:
+    def take_best(saver: Saver, last: Any) -> Any:
         (path,) = saver.folder.glob(f"step-{int(saver.best['step'])}/model.safetensors")
         content = bytearray(path.read_bytes())
         content[-1] ^= 1

@@ -131,16 +131,17 @@ class Trainer:
         with self.saver, Progress(self.total, run.stage, shown=run.is_main) as bar:
             bar.advance(steps=self.step)
             if self.before is None:
-                self.before = self.evaluate_and_log()
+                self.before = self.evaluate_and_log(None)
             self.saver.require_best("train.keep_best", self.before)
             self.saver.checkpoint_if_signalled(self.step, self.state_dict())
+            if state and state.get("evaluation_due"):
+                self.checkpoint()
             for groups in islice(self.batches, self.total - self.step):
                 metrics = self.take_step(groups)
                 bar.advance(tokens=int(metrics["tokens"]), loss=metrics.get("loss", math.nan))
                 self.checkpoint()
-            after = self.evaluate_and_log()
-            if self.saver.take_best(after):
-                after = self.evaluate()
+            after = self.evaluate_and_log(self.state_dict())
+            after = self.saver.take_best(after)
         return self.before, after
 
     def take_step(self, groups: Sequence[TokenGroup]) -> dict[str, float]:
@@ -203,20 +204,25 @@ class Trainer:
         Raises:
             Interrupted: A signal has come; a checkpoint is saved.
         """
-        options, is_last = self.options, self.step == self.total
+        options, due = self.options, {"evaluation_due": True}
         save = bool(options.save_every) and self.step % options.save_every == 0
         evaluate = bool(options.eval_every) and self.step % options.eval_every == 0
         evaluate = evaluate or (save and options.keep_best is not None)
         # after the last step `run` evaluates in any case
-        found = self.evaluate_and_log() if evaluate and not is_last else None
+        evaluate = evaluate and self.step < self.total
+        found = self.evaluate_and_log(self.state_dict() | due) if evaluate else None
         if save:
             self.saver.save(self.step, self.state_dict(), found)
-        if not is_last:
-            self.saver.checkpoint_if_signalled(self.step, self.state_dict())
+        self.saver.checkpoint_if_signalled(self.step, self.state_dict())
 
-    def evaluate_and_log(self) -> dict[str, float]:
-        """Log what `evaluate` returns."""
-        found = self.evaluate()
+    def evaluate_and_log(self, state: Mapping[str, Any] | None) -> dict[str, float]:
+        """Log what `evaluate` returns.
+
+        Args:
+            state: What to save if a signal comes meanwhile; the evaluation is then done again.
+        """
+        with self.saver.interruptible(self.step, state):
+            found = self.evaluate()
         self.session.run.log(self.step, {f"eval_{name}": value for name, value in found.items()})
         return found
 

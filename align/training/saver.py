@@ -1,9 +1,9 @@
 """Save checkpoints, resume from the newest whole one, and answer signals with a checkpoint.
 
 SIGTERM, SIGHUP (the terminal was closed) and Ctrl-C are noted and answered between two steps: the
-run saves a checkpoint and exits. A block that changes no state, such as PPO's sampling, is
-interrupted at once (`interruptible`). A second signal exits at once, without saving. A checkpoint
-is restored exactly or refused.
+run saves a checkpoint and exits. A block that changes no state, such as PPO's sampling or an
+evaluation, is interrupted at once (`interruptible`). A second signal exits at once, without saving.
+A checkpoint is restored exactly or refused.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class _Abandoned(Interrupted):
     `Saver.__exit__` turns it into a checkpoint.
     """
 
-    def __init__(self, number: int, step: int, state: Mapping[str, Any]) -> None:
+    def __init__(self, number: int, step: int, state: Mapping[str, Any] | None) -> None:
         super().__init__(number, "interrupted")
         self.step, self.state = step, state
 
@@ -77,11 +77,11 @@ class Saver:
         self.run, self.accelerator, self.trained = run, accelerator, trained
         self.keep, self.best_by = keep, best_by
         self.folder = run.folder / "checkpoints"
-        # {"step": of the best checkpoint, "value": its held-out number}
-        self.best: dict[str, float] | None = None
+        # {"step": of the best checkpoint, "value": its held-out number, "held_out": all of them}
+        self.best: dict[str, Any] | None = None
         self._signal = 0
         # step and state to save if a signal comes now; None where it is only noted
-        self._unchanged: tuple[int, Mapping[str, Any]] | None = None
+        self._unchanged: tuple[int, Mapping[str, Any] | None] | None = None
         self._handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Saver:
@@ -119,7 +119,7 @@ class Saver:
         self._abandon_block()
 
     @contextmanager
-    def interruptible(self, step: int, state: Mapping[str, Any]) -> Iterator[None]:
+    def interruptible(self, step: int, state: Mapping[str, Any] | None) -> Iterator[None]:
         """Let a signal end a block that changes nothing of what a checkpoint holds.
 
         One process leaves the block at once; several finish it, because each waits for the others.
@@ -127,7 +127,7 @@ class Saver:
 
         Args:
             step: Steps done before the block.
-            state: As for `save`.
+            state: As for `save`; None before the first step, where nothing is to be saved.
 
         Raises:
             Interrupted: A signal came; the checkpoint is saved.
@@ -233,7 +233,8 @@ class Saver:
     ) -> None:
         """Save a checkpoint of the state after ``step``, where ``held_out`` was measured."""
         if self.best_by and held_out and self._beats(held_out[self.best_by]):
-            self.best = {"step": step, "value": held_out[self.best_by]}
+            value = held_out[self.best_by]
+            self.best = {"step": step, "value": value, "held_out": dict(held_out)}
         self._write(step, state)
         self.accelerator.wait_for_everyone()
 
@@ -244,12 +245,12 @@ class Saver:
             Interrupted: A signal has come.
         """
         number = self._agreed_signal()
-        if number and step == 0:
-            raise Interrupted(number, "interrupted before the first step; nothing was to save")
         if number:
-            self._save_and_exit(number, step, state)
+            self._save_and_exit(number, step, state if step else None)
 
-    def _save_and_exit(self, number: int, step: int, state: Mapping[str, Any]) -> NoReturn:
+    def _save_and_exit(self, number: int, step: int, state: Mapping[str, Any] | None) -> NoReturn:
+        if state is None:
+            raise Interrupted(number, "interrupted before the first step; nothing was to save")
         if [place.name for place in checkpoints(self.folder)[-1:]] != [f"step-{step}"]:
             self._write(step, state)
         self.accelerator.wait_for_everyone()
@@ -295,24 +296,32 @@ class Saver:
                 + (f"there is {there}" if there else "hold some out: data.test or test_fraction")
             )
 
-    def take_best(self, last: Mapping[str, float]) -> bool:
-        """Load the best checkpoint's weights, if a better one than the end was saved."""
+    def take_best(self, last: Mapping[str, float]) -> dict[str, float]:
+        """Load the best checkpoint's weights, if a better one than the end was saved.
+
+        Args:
+            last: Held-out numbers of the end.
+
+        Returns:
+            Held-out numbers of the weights that are kept.
+        """
         if not self.best_by or self.best is None or self._beats(last.get(self.best_by, math.nan)):
-            return False
+            return dict(last)
         step, value = int(self.best["step"]), self.best["value"]
         place = self.folder / f"step-{step}"
         problem = self._damage(place, self.run.id)
         if self._on_any_rank(bool(problem)):  # the weights of the end are whole, and hours of work
             if self.run.is_main:
                 warn(f"the best {problem or place}; the model of the last step is saved instead")
-            return False
+            return dict(last)
         load_checkpoint(place, self.trained)
-        self.run.describe(best=self.best)
+        self.run.describe(best={"step": step, "value": value})
         if self.run.is_main:
             end = last.get(self.best_by)
             told = "not measured" if end is None else f"{end:.4g}"
             say(f"  kept step {step}: held-out {self.best_by} {value:.4g} there, {told} at the end")
-        return True
+        # an older align saved the one number only
+        return dict(self.best.get("held_out", {self.best_by: value}))
 
     def _beats(self, value: float) -> bool:
         if not math.isfinite(value):

@@ -105,12 +105,14 @@ class PPO:
         start = 0 if state is None else state["step"]
         with self.saver, Progress(total, "ppo", shown=self.run.is_main) as bar:
             if state is None:
-                self.before = self.evaluate_and_log(0)
+                self.before = self.evaluate_and_log(0, None)
             else:
                 self.load_state_dict(state)
             self.saver.require_best("train.keep_best", self.before)
             self.saver.checkpoint_if_signalled(start, self.state_dict())
             bar.advance(steps=start)
+            if state is not None and state.get("evaluation_due"):
+                self.checkpoint(start)
             for iteration in range(start, total):
                 metrics = self.iterate(iteration)
                 bar.advance(
@@ -118,9 +120,8 @@ class PPO:
                     score=metrics.get("score_mean", math.nan),
                     kl=metrics.get("kl", math.nan),
                 )
-            after = self.evaluate_and_log(total)
-            if self.saver.take_best(after):
-                after = self.evaluate(total)
+            after = self.evaluate_and_log(total, self.state_dict())
+            after = self.saver.take_best(after)
         return self.before, after
 
     def iterate(self, iteration: int) -> dict[str, float]:
@@ -200,31 +201,37 @@ class PPO:
         Raises:
             Interrupted: A signal has come; a checkpoint is saved.
         """
-        recipe = self.recipe
+        recipe, due = self.recipe, {"evaluation_due": True}
         save = bool(recipe.train.save_every) and step % recipe.train.save_every == 0
         evaluate = bool(recipe.train.eval_every) and step % recipe.train.eval_every == 0
         evaluate = evaluate or (save and recipe.train.keep_best is not None)
         # after the last iteration `train` evaluates in any case
-        found = self.evaluate_and_log(step) if evaluate and step < recipe.ppo.iterations else None
+        evaluate = evaluate and step < recipe.ppo.iterations
+        found = self.evaluate_and_log(step, self.state_dict() | due) if evaluate else None
         if save:
             self.saver.save(step, self.state_dict(), found)
         self.saver.checkpoint_if_signalled(step, self.state_dict())
 
-    def evaluate_and_log(self, step: int) -> dict[str, float]:
-        """Log what `evaluate` returns."""
-        found = self.evaluate(step)
+    def evaluate_and_log(self, step: int, state: Mapping[str, Any] | None) -> dict[str, float]:
+        """Log what `evaluate` returns; its arguments are the same."""
+        found = self.evaluate(step, state)
         self.run.log(step, {f"eval_{name}": value for name, value in found.items()})
         return found
 
-    def evaluate(self, step: int) -> dict[str, float]:
+    def evaluate(self, step: int, state: Mapping[str, Any] | None) -> dict[str, float]:
         """Measure score, KL and length of samples on held-out prompts, at the training temperature.
 
         Returns {} where no prompt is held out, or where a non-finite number is to be skipped.
+
+        Args:
+            step: Iterations done.
+            state: What to save if a signal comes meanwhile; the evaluation is then done again.
         """
         if not self.held_out.groups:
             return {}
         try:
-            return self.worker.evaluate(self.held_out)
+            with self.saver.interruptible(step, state):
+                return self.worker.evaluate(self.held_out)
         except NonFiniteError as error:
             self.skip(step, error, self.held_out.examples)
             return {}
