@@ -334,6 +334,33 @@ def test_a_run_of_given_rows_is_resumed_with_the_same_rows_alone(
     assert align.sft(**keys).manifest["status"] == "done"
 
 
+def test_an_iterable_data_set_is_gone_through_once(
+    tiny: Path, tmp_path: Path, demonstrations: Rows
+) -> None:
+    import datasets
+
+    passes: list[int] = []
+
+    def rows() -> Any:
+        passes.append(1)
+        yield from ({**row, "completion": "red" * len(passes)} for row in demonstrations)
+
+    data = {"train": datasets.IterableDataset.from_generator(rows), "test_fraction": 0.2}
+    run = align.sft(**short(tiny, tmp_path / "run", data=data))
+    assert len(passes) == 1
+    named = [{**row, "completion": "red"} for row in demonstrations]
+    same = align.sft(**short(tiny, tmp_path / "same", data={"train": named, "test_fraction": 0.2}))
+    assert run.held_out == same.held_out
+    bad = datasets.IterableDataset.from_generator(_broken)
+    with pytest.raises(align.AlignError, match=r"^data\[0\]: cannot be read: .*broken"):
+        align.sft(**short(tiny, tmp_path / "bad", data=bad))
+
+
+def _broken() -> Any:
+    raise ValueError("broken\nsource")
+    yield {}
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_bad_rows_are_left_out_and_counted_by_reason(
     tiny: Path, tmp_path: Path, demonstrations: Rows, streaming: bool

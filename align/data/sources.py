@@ -26,7 +26,7 @@ from align.config.sections import DataSource
 from align.data.readers.arrow_files import read_arrow, read_parquet
 from align.data.readers.csv_files import read_csv
 from align.data.readers.json_files import read_json, read_lines
-from align.data.readers.objects import hash_of, is_given, open_given, read_given
+from align.data.readers.objects import hash_of, is_given, open_given, open_whole, read_given
 from align.data.readers.rows import (
     BadRow,
     Row,
@@ -218,14 +218,16 @@ def hash_of_given(source: DataSource, *, streamed: bool = False) -> str | None:
 
     Rows of an unknown number are not gone through twice where they are ``streamed``.
     """
-    rows = open_given(source) if is_given(source) else None
-    return None if rows is None or (streamed and not hasattr(rows, "__len__")) else hash_of(rows)
+    if not is_given(source):
+        return None
+    rows = open_given(source) if streamed else open_whole(source)
+    return None if streamed and not hasattr(rows, "__len__") else hash_of(rows, source)
 
 
 def read_set(source: DataSource) -> Iterator[Row | BadRow]:
     """Rows of a data set that has no local files: from the hub, its cache, or memory."""
     if is_given(source):
-        return read_given(open_given(source), source)
+        return read_given(open_whole(source), source)
     return numbered(map(bounded, _load_hub(source)), name_of(source))
 
 
@@ -275,7 +277,7 @@ def _load_hub(source: DataSource, **options: Any) -> Any:
 def content_of(source: DataSource) -> list[tuple[str, str]]:
     """(name, hash of the content) of every file of a source, or of the data set that it is."""
     if is_given(source):
-        return [(name_of(source), hash_of(open_given(source)))]
+        return [(name_of(source), hash_of(open_whole(source), source))]
     files = [(str(file), file_sha256(file)) for file in find_files(source)]
     # `datasets` keeps a hash of what it has loaded
     return files or [(name_of(source), str(_load_hub(source)._fingerprint))]

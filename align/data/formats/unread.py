@@ -12,6 +12,8 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from datetime import date, time, timedelta
+from decimal import Decimal
 from typing import Any, TypeVar
 
 from align.data.formats.fields import Fields
@@ -196,7 +198,7 @@ def with_extras(example: Read, fields: Fields) -> Read:
     """A prompt with the row's unread columns, as JSON has them, for rewards."""
     if not isinstance(example, PromptExample):
         return example
-    # dates and decimals as text; bytes say nothing to a reward
+    # bytes say nothing to a reward
     kept = {k: v for k, v in _untouched(fields).items() if not isinstance(v, bytes)}
     named = {*fields.used, *fields.renamed, *fields.renamed.values()}
     kept |= dict.fromkeys(sorted(fields.null - named))
@@ -204,5 +206,20 @@ def with_extras(example: Read, fields: Fields) -> Read:
         kept[TOOLS] = example.prompt[0][TOOLS]
     if not kept:
         return example
-    changed: dict[str, Any] = {"extra": json.loads(json.dumps(kept, default=str))}
+    changed: dict[str, Any] = {"extra": {k: _as_json(fields, k, v) for k, v in kept.items()}}
     return replace(example, **changed)
+
+
+def _as_json(fields: Fields, name: str, value: Any) -> Any:
+    """A column's value as JSON has it, dates and decimals as text.
+
+    Raises:
+        BadRow: It is an object, such as an image, whose text would say nothing.
+    """
+
+    def as_text(inner: Any) -> str:
+        if not isinstance(inner, date | time | timedelta | Decimal | bytes):
+            fields.bad(name, f"is a {type(inner).__name__}", _REMOVE)
+        return str(inner)
+
+    return json.loads(json.dumps(value, default=as_text))

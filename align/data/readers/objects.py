@@ -11,17 +11,30 @@ Row 3 is called ``data[3]`` in messages, ids and reports.
 from __future__ import annotations
 
 import hashlib
-import json
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 from align.config.sections import DataSource
 from align.data.readers.rows import BadRow, Row, bounded, object_row, one_line, too_long
+from align.data.readers.values import NotPlainError, from_line, plain, to_line
 from align.types import AlignError
 
-_GIVEN: dict[str, Any] = {}
+
+@dataclass
+class _Given:
+    """Rows of one name; ``written`` has those of a split that are gone through once."""
+
+    rows: Any
+    written: dict[str, _Written] = field(default_factory=dict)
+    folders: ExitStack = field(default_factory=ExitStack)
+
+
+_GIVEN: dict[str, _Given] = {}
 """Path of a recipe -> the rows that were given for it."""
 
 BATCH = 1000
@@ -52,9 +65,10 @@ def given(rows: Any, name: str = "data") -> Iterator[str]:
             f"{name}: is of type {type(rows).__name__}; wanted a path, a list of dicts, or a data "
             "set of Hugging Face datasets"
         )
-    _GIVEN[path] = rows
+    _GIVEN[path] = _Given(rows)
     try:
-        yield path
+        with _GIVEN[path].folders:
+            yield path
     finally:
         del _GIVEN[path]
 
@@ -75,8 +89,12 @@ def is_given(source: DataSource) -> bool:
 
 
 def open_given(source: DataSource) -> Any:
-    """The rows of a source, of its split where there are several; as Python values, not tensors."""
-    rows, name = _GIVEN[source.path], source.path[1:-1]
+    """The rows of a source, of its split where there are several.
+
+    Tensors of a format of ``datasets`` become Python values again; a transform of the user's own,
+    and a choice of columns, decide what the rows are and stay.
+    """
+    rows, name = _GIVEN[source.path].rows, source.path[1:-1]
     if isinstance(rows, Mapping):
         if source.split not in rows:
             raise AlignError(f"{name}: has no split {source.split}; it has {', '.join(rows)}")
@@ -86,47 +104,133 @@ def open_given(source: DataSource) -> Any:
             f"{name}: split={source.split}: these rows are in memory and have no splits; give the "
             "part that is meant"
         )
-    return rows.with_format(None) if hasattr(rows, "with_format") else rows
+    if not hasattr(rows, "with_format") or _is_transformed(rows):
+        return rows
+    own = getattr(rows, "format", None)  # an IterableDataset has none
+    if own and not own["output_all_columns"] and set(own["columns"]) != set(rows.column_names):
+        rows = rows.select_columns(own["columns"])
+    return rows.with_format(None)
+
+
+def _is_transformed(rows: Any) -> bool:
+    """Whether a ``Dataset`` has a transform of the user's, which may be another at each reading."""
+    own = getattr(rows, "format", None) if hasattr(rows, "with_format") else None
+    return bool(own) and own["type"] == "custom"
+
+
+def open_whole(source: DataSource) -> Any:
+    """The rows of `open_given`, the same in each reading: what may change is read once, to disk."""
+    rows, of_source = open_given(source), _GIVEN[source.path]
+    if isinstance(rows, Sequence) or (hasattr(rows, "select") and not _is_transformed(rows)):
+        return rows
+    if source.split not in of_source.written:
+        of_source.written[source.split] = _write(rows, source, of_source.folders)
+    return of_source.written[source.split]
+
+
+@dataclass(frozen=True)
+class _Written:
+    """Rows in a temporary file, and the hash of what stands there."""
+
+    path: Path
+    sha256: str
+    name: str
+
+    def __iter__(self) -> Iterator[Row | BadRow]:
+        with self.path.open("rb") as lines:
+            for number, line in enumerate(lines):
+                where = f"{self.name}[{number}]"
+                value = from_line(line)
+                yield BadRow(where, *value) if isinstance(value, list) else Row(value, where)
+
+
+def _write(rows: Any, source: DataSource, folders: ExitStack) -> _Written:
+    """Go through rows once; their file is removed with ``folders``."""
+    digest = hashlib.sha256()
+    try:
+        folder = folders.enter_context(tempfile.TemporaryDirectory(prefix="align-rows-"))
+        path = Path(folder) / "rows.jsonl"
+        with path.open("wb") as file:
+            for line in _lines(rows, source):
+                digest.update(line)
+                file.write(line)
+    except OSError as error:
+        raise AlignError(
+            f"{source.path[1:-1]}: cannot be kept in {tempfile.gettempdir()}: {one_line(error)}; "
+            "set TMPDIR to a folder with room, or data.streaming"
+        ) from error
+    return _Written(path, digest.hexdigest(), source.path[1:-1])
+
+
+def _lines(rows: Any, source: DataSource) -> Iterator[bytes]:
+    """A line of JSON for each row as it is read."""
+    for row in read_given(rows, source):
+        if isinstance(row, BadRow):
+            yield to_line([row.field, row.reason, row.advice])
+        else:
+            yield to_line(row.values)
 
 
 def read_given(rows: Any, source: DataSource, *, done: int = 0) -> Iterator[Row | BadRow]:
-    """Rows of what `open_given` opened; ``done`` rows of it were read before.
+    """Rows of what `open_given` or `open_whole` opened; ``done`` rows of it were read before.
 
     A list and a ``Dataset`` begin behind them; an ``IterableDataset`` was told where it was.
     """
+    if isinstance(rows, _Written):
+        yield from rows
+        return
     name = source.path[1:-1]
     if done and hasattr(rows, "select"):
         rows = rows.select(range(done, len(rows))) if done < len(rows) else ()
     elif done and isinstance(rows, Sequence):
         rows = rows[done:]
-    found = iter(rows)
+    found: Iterator[Any] | None = None
     for number in count(done):
         where = f"{name}[{number}]"
         try:
-            values = next(found)
+            found = iter(rows) if found is None else found
+            row = _row(next(found), where)
         except StopIteration:
             return
         except Exception as error:  # of what makes the rows: a generator, a file, the network
             raise AlignError(f"{where}: cannot be read: {one_line(error)}") from error
-        row = object_row(dict(values) if isinstance(values, Mapping) else values, where)
         yield too_long(where) if isinstance(row, Row) and bounded(row.values) is None else row
 
 
-def hash_of(rows: Any) -> str:
-    """Hash of the content; never of the name, of the object or of a file's time."""
-    digest = hashlib.sha256()
-    if hasattr(rows, "with_format") and hasattr(rows, "select"):
-        import numpy as np
-        import pyarrow
+def _row(values: Any, where: str) -> Row | BadRow:
+    """A row of Python values alone."""
+    if not isinstance(values, Mapping):
+        return object_row(values, where)
+    kept: dict[str, Any] = {}
+    name: Any = "row"
+    try:
+        for name, value in values.items():
+            if not isinstance(name, str):
+                raise NotPlainError(f"has a key that is a {type(name).__name__}, not text")
+            kept[str(name)] = plain(value)
+    except NotPlainError as error:
+        advice = "give text, numbers, lists and mappings of these, or remove the column"
+        return BadRow(where, name if isinstance(name, str) else "row", str(error), advice)
+    return Row(kept, where)
 
-        for table in rows.with_format("arrow").iter(BATCH):
-            sink = pyarrow.BufferOutputStream()
-            with pyarrow.ipc.new_stream(sink, table.schema.remove_metadata()) as writer:
-                # a copy: a slice would bring bytes of the rows beside it
-                compact = table.replace_schema_metadata(None).take(np.arange(len(table)))
-                writer.write_table(compact.combine_chunks())
-            digest.update(sink.getvalue())
+
+def hash_of(rows: Any, source: DataSource) -> str:
+    """Hash of the content; never of the name, of the object or of a file's time."""
+    if isinstance(rows, _Written):
+        return rows.sha256
+    digest = hashlib.sha256()
+    if not hasattr(rows, "select") or _is_transformed(rows):
+        for line in _lines(rows, source):
+            digest.update(line)
         return digest.hexdigest()
-    for row in rows:
-        digest.update(json.dumps(row, default=repr).encode())
+    import numpy as np
+    import pyarrow
+
+    for table in rows.with_format("arrow").iter(BATCH):
+        sink = pyarrow.BufferOutputStream()
+        with pyarrow.ipc.new_stream(sink, table.schema.remove_metadata()) as writer:
+            # a copy: a slice would bring bytes of the rows beside it
+            compact = table.replace_schema_metadata(None).take(np.arange(len(table)))
+            writer.write_table(compact.combine_chunks())
+        digest.update(sink.getvalue())
     return digest.hexdigest()
