@@ -156,7 +156,7 @@ def _sliced(files: Sequence[Path], piece: str, source: DataSource) -> list[FileP
         return [FilePart(files[0], start, stop)] if stop is None or start < stop else []
     from datasets import ReadInstruction
 
-    counts = [_num_rows(file, *_version(file)) for file in files]
+    counts = [_num_rows(file, file_sha256(file)) for file in files]
     try:
         (rows,) = ReadInstruction.from_spec(f"train{piece}").to_absolute({"train": sum(counts)})
     except (ValueError, AssertionError) as error:
@@ -173,13 +173,12 @@ def _sliced(files: Sequence[Path], piece: str, source: DataSource) -> list[FileP
     return parts
 
 
-def _version(path: Path) -> tuple[int, int]:
-    stat = path.stat()
-    return stat.st_mtime_ns, stat.st_size
-
-
 @lru_cache(maxsize=256)
-def _num_rows(path: Path, _changed: int, _size: int) -> int:
+def _num_rows(path: Path, _sha256: str) -> int:
+    """Count rows once for each content: a file's time and size may stay where its content does not.
+
+    The path says how the content is read.
+    """
     return sum(1 for _ in read_file(path))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,18 @@ def test_a_slice_counts_bad_rows_and_keeps_places(tmp_path: Path) -> None:
         [DataSource(path=str(path), split="train[-2:]")], kind="sft", on_bad_row="stop"
     )
     assert [e.id for e in loaded.examples] == [f"{path}:4", f"{path}:5"]
+
+
+def test_a_slice_is_of_the_content_though_time_and_size_stay(tmp_path: Path) -> None:
+    path = write(tmp_path / "one.jsonl", *"abcdefgh")
+    before = path.stat()
+    assert texts(path, "train[50%:]") == list("efgh")
+    write(path, "a", "")
+    last = "x" * (before.st_size - path.stat().st_size)
+    write(path, "a", last)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_size == before.st_size
+    assert texts(path, "train[50%:]") == [last]
 
 
 @pytest.mark.parametrize("split", ["train[5:5]", "train[20:]", "train[:0]", "train[90%:91%]"])
