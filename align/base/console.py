@@ -15,6 +15,8 @@ from typing import TextIO
 
 LONGEST_ERROR = 600
 """Longest error line, in characters; the middle of a longer one is cut."""
+LONGEST_REASON = 200
+"""Longest message of another library inside such a line."""
 
 # C0 and C1 control characters with ESC, CSI, BEL and DEL; Unicode's two line separators; marks of
 # reading direction (an override can show a name backwards); lone surrogates, which no stream can
@@ -33,6 +35,11 @@ def printable(text: str) -> str:
 def one_line(text: str) -> str:
     """Make text `printable`, with every run of white space, newlines included, as one space."""
     return printable(" ".join(text.split()))
+
+
+def reason_in_line(error: BaseException, longest: int = LONGEST_REASON) -> str:
+    """Return an error's message as one line of bounded length, or its type if it has none."""
+    return bounded(one_line(str(error)), longest) or type(error).__name__
 
 
 def say(text: str) -> None:

@@ -18,6 +18,8 @@ from itertools import count, islice
 from pathlib import Path
 from typing import IO, Any, cast
 
+from align.base.console import reason_in_line
+from align.base.files import Unreadable
 from align.base.hashing import sha256_of
 from align.base.how_to_make import how_to_make
 from align.base.hub import require_on_the_hub
@@ -30,11 +32,9 @@ from align.data.readers.objects import hash_of, is_given, open_given, open_whole
 from align.data.readers.rows import (
     BadRow,
     Row,
-    Unreadable,
-    bounded,
     numbered,
-    one_line,
     too_long,
+    unless_too_long,
 )
 from align.data.readers.splits import SUFFIXES, Choice, choose
 from align.types import AlignError
@@ -161,7 +161,7 @@ def _sliced(files: Sequence[Path], piece: str, source: DataSource) -> list[FileP
         (rows,) = ReadInstruction.from_spec(f"train{piece}").to_absolute({"train": sum(counts)})
     except (ValueError, AssertionError) as error:
         raise AlignError(
-            f"{source.path}: split={source.split}: {one_line(error)}; wanted a slice such as "
+            f"{source.path}: split={source.split}: {reason_in_line(error)}; wanted a slice such as "
             "train[:100] or train[10%:20%]"
         ) from error
     parts, before = [], 0
@@ -204,7 +204,9 @@ def read_file(path: Path) -> Iterator[Row | BadRow]:
             else:
                 yield from read_lines(stream, path)
     except (OSError, EOFError, csv.Error, zlib.error, Unreadable) as error:
-        raise AlignError(f"{path}: cannot be read: {one_line(error)}; fetch it again") from error
+        raise AlignError(
+            f"{path}: cannot be read: {reason_in_line(error)}; fetch it again"
+        ) from error
 
 
 def name_of(source: DataSource) -> str:
@@ -227,7 +229,7 @@ def read_set(source: DataSource) -> Iterator[Row | BadRow]:
     """Rows of a data set that has no local files: from the hub, its cache, or memory."""
     if is_given(source):
         return read_given(open_whole(source), source)
-    return numbered(map(bounded, _load_hub(source)), name_of(source))
+    return numbered(map(unless_too_long, _load_hub(source)), name_of(source))
 
 
 def open_stream(source: DataSource) -> Any:
@@ -249,13 +251,13 @@ def _stream_hub(dataset: Any, path: str, done: int) -> Iterator[Row | BadRow]:
             values = next(rows, None)
         except Exception as error:  # of the network, of the files, of the library
             raise AlignError(
-                f"{path}:row {number}: cannot be read: {one_line(error)}; try again (a run with "
-                "checkpoints: resume=auto), or without data.streaming"
+                f"{path}:row {number}: cannot be read: {reason_in_line(error)}; try again (a run "
+                "with checkpoints: resume=auto), or without data.streaming"
             ) from error
         if values is None:
             return
         where = f"{path}:row {number}"
-        yield too_long(where) if bounded(values) is None else Row(values, where)
+        yield too_long(where) if unless_too_long(values) is None else Row(values, where)
 
 
 def _load_hub(source: DataSource, **options: Any) -> Any:
@@ -268,7 +270,7 @@ def _load_hub(source: DataSource, **options: Any) -> Any:
         return datasets.load_dataset(source.path, source.name, split=source.split, **options)
     except Exception as error:  # the library raises a dozen kinds, all of them the user's matter
         raise AlignError(
-            f"{source.path}: no such file, and not loaded from the hub ({one_line(error)}); "
+            f"{source.path}: no such file, and not loaded from the hub ({reason_in_line(error)}); "
             f"{_what_there_is(Path(source.path))}"
         ) from error
 

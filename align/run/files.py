@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from align.base import locks
-from align.base.console import bounded, one_line
+from align.base.console import LONGEST_ERROR, reason_in_line
 from align.base.files import RESUME, Unreadable, load_json, read_json, write_whole
 from align.base.progress import warn
 from align.types import AlignError
@@ -127,7 +127,7 @@ def close(folder: Path, status: str, error: BaseException) -> None:
         with suppress(AlignError):  # neither a damaged manifest nor a full disk hides the error
             held = read_manifest(folder)
             if held.get("status") == "running":
-                line = bounded(one_line(str(error))) or type(error).__name__
+                line = reason_in_line(error, LONGEST_ERROR)
                 write_manifest(folder, {**held, "status": status, "error": line})
     finally:
         locks.release(folder)

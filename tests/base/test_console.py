@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from align.base.console import one_line, printable, say
+from align.base.console import one_line, printable, reason_in_line, say
 from align.base.progress import table
 from align.cli import main
 
@@ -118,3 +118,11 @@ def test_no_command_passes_it_on(
     assert not OBEYED & set(told.out + told.err)
     if told.err and "--debug" not in command:
         assert len(told.err.strip().split("\n")) == len(told.err.split("align: ")) - 1
+
+
+def test_the_message_of_another_library_is_one_short_line() -> None:
+    assert reason_in_line(ValueError("two\n lines, \x1b[31mred")) == "two lines, \\u001b[31mred"
+    assert reason_in_line(KeyError()) == "KeyError"
+    long = reason_in_line(ValueError("begins " + "x" * 900 + " ends"))
+    assert (long[:6], long[-4:]) == ("begins", "ends")
+    assert len(long) <= 200

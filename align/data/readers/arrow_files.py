@@ -7,7 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from align.data.readers.rows import MAX_CHARS, Unreadable, bounded, one_line
+from align.base.console import reason_in_line
+from align.base.files import Unreadable
+from align.data.readers.rows import MAX_CHARS, unless_too_long
 
 BATCH = 1024
 """Rows that are Python values at a time."""
@@ -53,7 +55,7 @@ def _values(batch: Any) -> Iterator[Mapping[str, Any] | None]:
             if row.nbytes > 4 * MAX_CHARS and not _has_categories(row):
                 yield None
             else:
-                yield from map(bounded, row.to_pylist())
+                yield from map(unless_too_long, row.to_pylist())
 
 
 def _has_categories(batch: Any) -> bool:
@@ -68,4 +70,4 @@ def _arrow_errors() -> Iterator[None]:
     try:
         yield
     except (pyarrow.ArrowException, ValueError, OverflowError, TypeError) as error:
-        raise Unreadable(one_line(error)) from error
+        raise Unreadable(reason_in_line(error)) from error

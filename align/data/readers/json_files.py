@@ -14,15 +14,15 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
+from align.base.console import reason_in_line
+from align.base.files import Unreadable
 from align.data.readers.json_shapes import refuse_shape
 from align.data.readers.rows import (
     MAX_CHARS,
     BadRow,
     Row,
-    Unreadable,
     not_utf8,
     object_row,
-    one_line,
     too_long,
 )
 from align.types import AlignError
@@ -61,7 +61,7 @@ def read_lines(stream: IO[bytes], path: Path, *, listed: bool = False) -> Iterat
         except json.JSONDecodeError as error:
             yield BadRow(where, "row", "malformed JSON", f"{_at(error)}: {_remedy(line)}")
         except (ValueError, RecursionError) as error:  # a number of thousands of digits, nesting
-            yield BadRow(where, "row", "malformed JSON", f"{one_line(error)}: {MEND}")
+            yield BadRow(where, "row", "malformed JSON", f"{reason_in_line(error)}: {MEND}")
 
 
 class _Decoder(json.JSONDecoder):
@@ -240,7 +240,9 @@ def _item(text: _Text) -> tuple[Any] | None:
             if not (may_go_on and text.more()):
                 raise text.error(error.msg.removesuffix(" at"), position) from error
         except (ValueError, RecursionError) as error:
-            raise AlignError(f"{text.path}: malformed JSON: {one_line(error)}; mend it") from error
+            raise AlignError(
+                f"{text.path}: malformed JSON: {reason_in_line(error)}; mend it"
+            ) from error
 
 
 def _skip_item(text: _Text) -> None:

@@ -19,8 +19,9 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from align.base.console import reason_in_line
 from align.config.sections import DataSource
-from align.data.readers.rows import BadRow, Row, bounded, object_row, one_line, too_long
+from align.data.readers.rows import BadRow, Row, object_row, too_long, unless_too_long
 from align.data.readers.values import NotPlainError, from_line, plain, to_line
 from align.types import AlignError
 
@@ -156,7 +157,7 @@ def _write(rows: Any, source: DataSource, folders: ExitStack) -> _Written:
                 file.write(line)
     except OSError as error:
         raise AlignError(
-            f"{source.path[1:-1]}: cannot be kept in {tempfile.gettempdir()}: {one_line(error)}; "
+            f"{source.path[1:-1]}: cannot be kept in {tempfile.gettempdir()}: {reason_in_line(error)}; "
             "set TMPDIR to a folder with room, or data.streaming"
         ) from error
     return _Written(path, digest.hexdigest(), source.path[1:-1])
@@ -193,8 +194,9 @@ def read_given(rows: Any, source: DataSource, *, done: int = 0) -> Iterator[Row 
         except StopIteration:
             return
         except Exception as error:  # of what makes the rows: a generator, a file, the network
-            raise AlignError(f"{where}: cannot be read: {one_line(error)}") from error
-        yield too_long(where) if isinstance(row, Row) and bounded(row.values) is None else row
+            raise AlignError(f"{where}: cannot be read: {reason_in_line(error)}") from error
+        is_long = isinstance(row, Row) and unless_too_long(row.values) is None
+        yield too_long(where) if is_long else row
 
 
 def _row(values: Any, where: str) -> Row | BadRow:

@@ -39,10 +39,6 @@ TIE = "a tie, which prefers neither"
 """Reason of rows that are left out."""
 
 
-class Unreadable(Exception):
-    """A file whose bytes are no rows."""
-
-
 def too_long(where: str) -> BadRow:
     """A row that was skipped before it was decoded."""
     advice = "write its text as several rows, or leave out the column that fills it"
@@ -68,7 +64,7 @@ def numbered(rows: Iterable[Mapping[str, Any] | None], path: str) -> Iterator[Ro
         yield too_long(where) if values is None else Row(values, where)
 
 
-def bounded(values: Mapping[str, Any]) -> Mapping[str, Any] | None:
+def unless_too_long(values: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The values of a row, or None if they are too long."""
     return None if num_chars(values) > MAX_CHARS else values
 
@@ -82,7 +78,3 @@ def num_chars(value: Any) -> int:
     if isinstance(value, list | tuple):
         return sum(num_chars(inner) for inner in value)
     return 0
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
