@@ -157,8 +157,8 @@ def _write(rows: Any, source: DataSource, folders: ExitStack) -> _Written:
                 file.write(line)
     except OSError as error:
         raise AlignError(
-            f"{source.path[1:-1]}: cannot be kept in {tempfile.gettempdir()}: {reason_in_line(error)}; "
-            "set TMPDIR to a folder with room, or data.streaming"
+            f"{source.path[1:-1]}: cannot be kept in {tempfile.gettempdir()}: "
+            f"{reason_in_line(error)}; set TMPDIR to a folder with room, or data.streaming"
         ) from error
     return _Written(path, digest.hexdigest(), source.path[1:-1])
 
