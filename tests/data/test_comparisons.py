@@ -151,6 +151,20 @@ def test_a_number_that_no_column_has_refuses_the_file(tmp_path: Path, names, goo
     assert first.chosen == "y"
 
 
+@pytest.mark.parametrize(
+    ("row", "name"),
+    [
+        ({"history": "q", "human_ref_A": "x", "human_ref_B": "y"}, "labels"),
+        ({"info": {"post": "q"}, "summaries": [{"text": "x"}, {"text": "y"}]}, "choice"),
+    ],
+)
+@pytest.mark.parametrize("number", [2, -1, 0.5])
+def test_other_numbers_in_a_known_set_refuse_the_file(tmp_path: Path, row, name, number) -> None:
+    path = write(tmp_path / "d.jsonl", [{**row, name: 1}, {**row, name: number}])
+    with pytest.raises(AlignError, match=f"d.jsonl:2: {name}: not 0 or 1; it is {number}"):
+        load_examples([DataSource(path=path)], kind="preference", on_bad_row="skip")
+
+
 def test_prompts_and_answers_may_be_turns_or_whole_conversations() -> None:
     turns = {"prompt": [USER], "response_a": [said("x")], "response_b": [said("y")]}
     assert won({**turns, "winner": "b"}) == ((said("y"),), (said("x"),))

@@ -14,7 +14,7 @@ from align.data.formats.comparisons import Comparison, comparison_of, verdict_of
 from align.data.formats.fields import Fields, Turns
 from align.data.formats.turn_keys import TRAIN, is_list
 from align.data.formats.turns import is_hh, read_hh, split_shared, without_prompt
-from align.data.readers.rows import TIE, BadRow, LeftOut
+from align.data.readers.rows import TIE, Ambiguous, BadRow, LeftOut
 from align.types import Message, PreferencePair, Text
 
 Sides: TypeAlias = tuple[Text, Text, Text]
@@ -183,18 +183,16 @@ def _check_answers(fields: Fields, **answers: Turns) -> None:
 def _shp(fields: Fields) -> Sides:
     """Stanford Human Preferences: ``labels`` 1 = reply A was preferred, 0 = B."""
     a, b = fields.string("human_ref_A"), fields.string("human_ref_B")
-    label = fields.label("labels")
-    if label not in (0, 1):
-        fields.bad("labels", "not 0 or 1")
+    label = _zero_or_one(fields, "labels")
     prompt = fields.string("prompt" if "prompt" in fields else "history")
     return (prompt, a, b) if label == 1 else (prompt, b, a)
 
 
 def _summaries(fields: Fields) -> Sides:
     """summarize-from-feedback, ``comparisons``: ``choice`` is the index of the better summary."""
-    summaries, choice = fields.get("summaries"), fields.label("choice")
-    if not is_list(summaries) or len(summaries) != 2 or choice not in (0, 1):
-        fields.bad("choice", "not 0 or 1 for two summaries")
+    summaries, choice = fields.get("summaries"), _zero_or_one(fields, "choice")
+    if not is_list(summaries) or len(summaries) != 2:
+        fields.bad("summaries", "not two summaries")
     texts = [
         fields.string("summaries", s.get("text", "") if isinstance(s, Mapping) else s)
         for s in summaries
@@ -202,7 +200,19 @@ def _summaries(fields: Fields) -> Sides:
     info = fields.value("info")
     info = info if isinstance(info, Mapping) else {}
     prompt = fields.value("prompt") or info.get("post") or info.get("article") or ""
-    return fields.string("info.post", prompt), texts[int(choice)], texts[1 - int(choice)]
+    return fields.string("info.post", prompt), texts[choice], texts[1 - choice]
+
+
+def _zero_or_one(fields: Fields, name: str) -> int:
+    """Which of two answers is better, in a set that says so by 0 and 1."""
+    number = fields.label(name)
+    if number in (0, 1):
+        return int(number)
+    advice = (
+        f"it is {number:g}, so the file's numbers may not mean what this set's do: write 0 and 1, "
+        "or give pairs with data.columns.chosen=NAME data.columns.rejected=NAME"
+    )
+    raise Ambiguous(fields.where, name, "not 0 or 1", advice)
 
 
 def _webgpt(fields: Fields) -> Sides:
