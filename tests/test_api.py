@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import align
@@ -192,6 +194,7 @@ class _Odd:
         ({"optim": {"lr": -1}}, "arguments: optim.lr: is -1.0; allowed: above 0"),
         ({"data": 3}, "data: is a int; wanted a path, a list of rows"),
         ({"data": []}, "data: is an empty list; wanted"),
+        ({"data": np.zeros(2)}, "data: is a ndarray; wanted a path, a list of rows"),
         ({"data": {"train": _Odd()}}, "data.train: is a _Odd; wanted a path, a list"),
         ({"data": [{"prompt": "a", "completion": "b"}, 3]}, "data[1]: row: not a"),
         ({"data": [{"prompt": "a", "completion": ""}]}, "data[0]: completion: empty"),
@@ -257,6 +260,50 @@ def test_the_process_is_left_as_it_was(
     assert capsys.readouterr().err == ""
 
 
+def test_a_reward_leaves_the_process_as_it_was(
+    tiny_sft: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from align.rewards.guard import EXITS
+    from align.stages.api import VARIABLES
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "fixapi_rewards.py").write_text(
+        "import os, sys, time\n"
+        "seen = []\n"
+        "def score(prompts, responses, references):\n"
+        "    seen.append((os._exit, sys.path[-1], os.environ.get('THP_MEM_ALLOC_ENABLE')))\n"
+        "    return [0.0] * len(responses)\n"
+        "def hang(prompts, responses, references):\n"
+        "    time.sleep(1)\n"
+    )
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+    def state() -> tuple[Any, ...]:
+        return [getattr(os, name) for name in EXITS], dict(os.environ), list(sys.path)
+
+    from align.rewards.guard import put_back_exits
+
+    put_back_exits()  # of other tests
+    before = state()
+    keys = {"model": tiny_sft, "data": [{"prompt": "red"}], "output_dir": tmp_path / "run"}
+    keys |= {"generation": {"max_new_tokens": 2}, "precision": "fp32", "overwrite": True}
+    align.generate(**keys, reward={"function": "fixapi_rewards:score"})
+    assert state() == before
+    (seen,) = sys.modules["fixapi_rewards"].seen
+    assert seen[0] is not os._exit
+    assert seen[1:] == (str(tmp_path), "1")
+    hanging = {"function": "fixapi_rewards:hang", "timeout": 0.2}
+    with pytest.raises(align.AlignError, match=r"no answer within 0.2 s"):
+        align.generate(**keys, reward=hanging)
+    assert os._exit is not before[0][0]  # the function might still exit
+    assert state()[1:] == before[1:]
+    time.sleep(1.2)
+    put_back_exits()
+    assert state() == before
+
+
 def test_in_a_thread(tiny: Path, tmp_path: Path, demonstrations: Rows) -> None:
     found: list[align.RunResult] = []
     keys = short(tiny, tmp_path / "run", data=demonstrations)
@@ -299,6 +346,30 @@ def test_keys_change_a_recipe_as_the_command_line_does(tmp_path: Path) -> None:
     assert isinstance(align.load_recipe("tiny/sft"), SFTRecipe)
     with pytest.raises(align.AlignError, match="is a SFTRecipe; `dpo` takes DPORecipe"):
         align.dpo(got)
+
+
+def test_a_recipe_that_was_read_has_its_objects(
+    tiny: Path,
+    tmp_path: Path,
+    demonstrations: Rows,
+    assert_same_weights: Callable[[Path, Path], None],
+) -> None:
+    model, tokenizer = _objects(tiny)
+    keys = short(model, tmp_path / "run", data=demonstrations)
+    recipe = align.load_recipe(stage="sft", tokenizer=tokenizer, **keys)
+    assert not (tmp_path / "run").exists()
+    assert align.load_recipe(recipe, stage="sft") == recipe
+    run = align.sft(recipe)
+    assert run.manifest["recipe"]["model"] == recipe.model
+    assert run.manifest["given"]["data"] == "list"
+    changed = align.sft(recipe, data=demonstrations[:9], output_dir=tmp_path / "other")
+    assert changed.manifest["data"]["train"][0]["rows_read"] == 9
+    assert [*(tmp_path / "other" / "given").iterdir()]
+    named = align.sft(recipe, model=tiny, output_dir=tmp_path / "named")
+    assert_same_weights(run.model, named.model)
+    assert not (tmp_path / "named" / "given").exists()
+    assert changed.manifest["given"].keys() == {"model", "data (new)"}
+    assert named.manifest["given"].keys() == {"data"}
 
 
 def test_the_recipe_of_given_rows_says_so(

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from queue import Empty, Queue
 from typing import Any
+from weakref import WeakSet
 
 import torch
 
@@ -59,7 +60,9 @@ def guarded(
             done.put((None, error))
 
     with put_right(name), _no_exit():
-        threading.Thread(target=run, daemon=True).start()
+        thread = threading.Thread(target=run, daemon=True)
+        _threads.add(thread)
+        thread.start()
         try:
             result, error = done.get(timeout=timeout)
         except Empty:
@@ -217,6 +220,8 @@ class _Exited(BaseException):
 _inside: Counter[int] = Counter()
 """Process id -> its calls in progress; a forked child has none of its own."""
 _lock = threading.Lock()
+_threads: WeakSet[threading.Thread] = WeakSet()
+"""Threads of functions; one that hangs outlives its call."""
 _here = threading.local()
 """``process`` is set in a function's own thread, where exits stay intercepted: it may hang and
 outlive its call, while the rest of the process may exit normally again."""
@@ -225,9 +230,9 @@ outlive its call, while the rest of the process may exit normally again."""
 @contextmanager
 def _no_exit() -> Iterator[None]:
     """Turn ``os._exit`` of this process into an exception; its children are not affected."""
-    _intercept()
     process = os.getpid()
     with _lock:
+        _intercept()
         _inside[process] += 1
     try:
         yield
@@ -239,12 +244,23 @@ def _no_exit() -> Iterator[None]:
 def _intercept() -> None:
     for name in EXITS:
         real = getattr(os, name)
-        if getattr(real, "_intercepted", False):
-            continue
-        replaced = _replacement(name, real)
-        for module in (os, sys.modules.get("posix")):
-            if module is not None:
-                setattr(module, name, replaced)
+        if not hasattr(real, "intercepted"):
+            _set_exit(name, _replacement(name, real))
+
+
+def put_back_exits() -> None:
+    """Undo the interception, unless a function is running or hangs: it might still exit."""
+    with _lock:
+        if _inside[os.getpid()] > 0 or any(thread.is_alive() for thread in _threads):
+            return
+        for name in EXITS:
+            _set_exit(name, getattr(getattr(os, name), "intercepted", getattr(os, name)))
+
+
+def _set_exit(name: str, function: Any) -> None:
+    for module in (os, sys.modules.get("posix")):
+        if module is not None:
+            setattr(module, name, function)
 
 
 def _replacement(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
@@ -254,5 +270,5 @@ def _replacement(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
             raise _Exited(f"os.{name}({', '.join(map(repr, arguments))})"[:LONGEST_REASON])
         return real(*arguments, **named)
 
-    replaced._intercepted = True  # type: ignore[attr-defined]
+    replaced.intercepted = real  # type: ignore[attr-defined]
     return replaced

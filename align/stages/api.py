@@ -29,8 +29,8 @@ def call(command: str, recipe: Any, keys: Mapping[str, Any], tokenizer: Any) -> 
         AlignError: Something the caller can mend; the line names the key or the row.
     """
     load = None if "torch" in sys.modules else threads.read_load()
-    libraries.set_up(quiet=False)
-    with Given(tokenizer) as given:
+    with _kept_environment(), Given(tokenizer) as given:
+        libraries.set_up(quiet=False)
         built = _load(STAGES[command], recipe, keys, given)
         threads.choose_wait_policy(load, os.environ)
         folder = Path(built.output_dir)
@@ -56,7 +56,9 @@ def load(recipe: Any, keys: Mapping[str, Any], command: str | None, tokenizer: A
     if command not in STAGES:
         raise AlignError(f"stage: is {command!r}; allowed are {', '.join(STAGES)}")
     with Given(tokenizer) as given:
-        return _load(STAGES[command], recipe, keys, given)
+        built = _load(STAGES[command], recipe, keys, given)
+        given.keep(built, Path(built.output_dir))
+        return built
 
 
 def _load(stage: Stage, recipe: Any, keys: Mapping[str, Any], given: Given) -> Any:
@@ -79,6 +81,7 @@ def _base(stage: Stage, recipe: Any, given: Given) -> str | dict[str, Any]:
         if not isinstance(recipe, stage.recipe):
             wanted = stage.recipe.__name__
             raise AlignError(f"recipe: is a {type(recipe).__name__}; `{stage.name}` takes {wanted}")
+        given.take(recipe)
         recipe = asdict(recipe)
     if recipe is not None and not isinstance(recipe, Mapping):
         kind = type(recipe).__name__
@@ -119,7 +122,8 @@ FUNCTIONS = {"rm": "reward_model", "eval": "evaluate"}
 def _kept_process() -> Iterator[None]:
     """Put back what a run sets in a process that goes on after it."""
     handlers = {number: signal.getsignal(number) for number in _signals()}
-    parallelism = os.environ.get("TOKENIZERS_PARALLELISM")
+    here = str(Path.cwd())  # where functions are looked for
+    on_path = here in sys.path
     # rows are tokenised in forked processes, of which the library would warn
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
@@ -127,10 +131,32 @@ def _kept_process() -> Iterator[None]:
             libraries.ignore_warnings()
             yield
     finally:
-        if parallelism is None:
-            os.environ.pop("TOKENIZERS_PARALLELISM", None)
         for number, handler in handlers.items():
             signal.signal(number, handler)
+        if not on_path and here in sys.path:
+            sys.path.remove(here)
+        if "align.rewards.guard" in sys.modules:
+            sys.modules["align.rewards.guard"].put_back_exits()
+
+
+VARIABLES = (
+    *libraries.FAST, *libraries.LEAN, "OMP_WAIT_POLICY", "TOKENIZERS_PARALLELISM",
+    "VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL",
+)  # fmt: skip
+"""Variables that a run may set for libraries, which read them when they are loaded."""
+
+
+@contextmanager
+def _kept_environment() -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in VARIABLES}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _signals() -> list[signal.Signals]:

@@ -7,23 +7,20 @@ a model on disk holds for it and a run can be resumed. A function is named by it
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from align.base.files import Unreadable, load_json, reason
 from align.config.sections import DataSource
 from align.data.readers.objects import given
 from align.run.files import MANIFEST, REPLACED, remove
+from align.stages.given_models import content_of, facts_of, save_model, texts_in
 from align.types import AlignError
 
 FOLDER = "given"
@@ -32,6 +29,8 @@ PLACE = "<output_dir>"
 """Placeholder for the run's folder until the recipe is read."""
 SAVED = re.compile(rf"\b{FOLDER}/([\w-]+-[0-9a-f]{{12}})\b")
 """Name of a saved model in a manifest's line about it."""
+KEPT = "_objects"
+"""Attribute of a recipe that was read, with the objects that were given for it."""
 SOURCES = ("data", "data.train", "data.test", "preferences.train", "preferences.test")
 """Keys whose values are sources of rows."""
 SOURCE_KEYS = {f.name for f in fields(DataSource)}
@@ -51,12 +50,26 @@ class Given:
         self._open = ExitStack()
         self._models: dict[str, Any] = {}
         self._unused: list[str] = []
+        self._rows_by_path: dict[str, Any] = {}
+        self._kept: dict[str, Any] = {}
 
     def __enter__(self) -> Given:
         return self
 
     def __exit__(self, *error: object) -> None:
         self._open.close()
+
+    # ------------------------------------------------------------ a recipe's objects
+
+    def keep(self, recipe: Any, folder: Path) -> None:
+        """Put the objects of a recipe that was read beside its keys; `take` finds them."""
+        models = {str(folder / path): model for path, model in self._models.items()}
+        object.__setattr__(recipe, KEPT, ({**self._rows_by_path, **models}, self.tokenizer))
+
+    def take(self, recipe: Any) -> None:
+        """Use the objects that `keep` has put beside a recipe where it names them."""
+        self._kept, tokenizer = getattr(recipe, KEPT, ({}, None))
+        self.tokenizer = tokenizer if self.tokenizer is None else self.tokenizer
 
     # ------------------------------------------------------------ reading a call
 
@@ -89,15 +102,17 @@ class Given:
         if _is_list(value) and len(value):
             numbered = enumerate(value)
             return [self._sources(f"{key}[{number}]", one) for number, one in numbered]
-        if value == ():  # of a recipe that was read
+        if isinstance(value, tuple) and not value:  # of a recipe that was read
             return []
-        if value == []:
+        if isinstance(value, list) and not value:
             raise AlignError(f"{key}: is an empty list; wanted {WANTED}")
         raise AlignError(f"{key}: is a {_kind(value)}; wanted {WANTED}")
 
     def _source(self, key: str, value: Mapping[str, Any]) -> dict[str, Any]:
         """``{"path": ..., "weight": ...}``, whose path may be rows."""
         path: Any = value.get("path")
+        if isinstance(path, str) and path in self._kept:
+            return {**value, **self._rows(path[1:-1], self._kept[path])}
         if isinstance(path, str | os.PathLike):
             return {**value, "path": os.fspath(path)}
         if _is_dataset(path) or (_is_list(path) and _are_rows(path)):
@@ -105,11 +120,17 @@ class Given:
         raise AlignError(f"{key}.path: is a {_kind(path)}; wanted a path, rows, or a Dataset")
 
     def _rows(self, key: str, rows: Any) -> dict[str, Any]:
+        while f"<{key}>" in self._rows_by_path:  # a recipe's, which these may replace
+            key = f"{key} (new)"
         self.facts[key] = _kind(rows)
-        return {"path": self._open.enter_context(given(rows, key))}
+        path = self._open.enter_context(given(rows, key))
+        self._rows_by_path[path] = rows
+        return {"path": path}
 
     def _plain(self, key: str, value: Any) -> Any:
         """A value as YAML has it."""
+        if isinstance(value, str) and value in self._kept:
+            return self._model(key, self._kept[value])
         if isinstance(value, os.PathLike):
             return os.fspath(value)
         if isinstance(value, Mapping):
@@ -143,7 +164,7 @@ class Given:
                 f"{key}: is a {_kind(model)} without its tokenizer; give tokenizer=... beside it, "
                 "or the model's folder or hub id instead"
             )
-        content = _content_of(model, self.tokenizer)[:12]
+        content = content_of(model, self.tokenizer)[:12]
         path = f"{FOLDER}/{key.replace('.', '_')}-{content}"
         self._models[path] = model
         self.facts[key] = f"{_kind(model)}, saved in {path} and loaded from there"
@@ -172,7 +193,7 @@ class Given:
         written = []
         for path, model in self._models.items():
             if not (folder / path).is_dir():
-                _save_model(folder / path, model, self.tokenizer)
+                save_model(folder / path, model, self.tokenizer)
                 written.append(folder / path)
         return written
 
@@ -194,14 +215,23 @@ class Given:
                 f"output_dir: {folder} holds {foreign[0]}, but no run (manifest.json); name "
                 "another output_dir, or add overwrite=True to run beside it"
             )
-        named = [os.path.realpath(text) for text in _strings(asdict(recipe))]
+        named = [os.path.realpath(text) for text in texts_in(asdict(recipe))]
+        self._drop_replaced(named)
         for path in held:
-            for key, line in _facts(path).items():
+            for key, line in facts_of(path).items():
                 match = SAVED.search(line)
                 if match and any(match[1] in text for text in named):
                     self.facts.setdefault(key, line)
                 elif match:
                     self._unused.append(match[0])
+
+    def _drop_replaced(self, named: Sequence[str]) -> None:
+        """Drop a recipe's objects in whose place the call's keys name others."""
+        for path in [p for p in self._models if not any(p in text for text in named)]:
+            del self._models[path]
+            self.facts = {key: line for key, line in self.facts.items() if path not in line}
+        for path in [p for p in self._rows_by_path if not any(p in text for text in named)]:
+            self.facts.pop(path[1:-1], None)
 
     def discard(self, folder: Path, written: Sequence[Path]) -> None:
         """Remove models of a run that was refused: what its folder holds is not about them."""
@@ -226,61 +256,6 @@ class Given:
         if removed:
             with suppress(OSError):  # not empty: something of another run is there
                 (folder / FOLDER).rmdir()
-
-
-def _facts(manifest: Path) -> dict[str, str]:
-    """Lines about the objects of the run of a manifest; none if it cannot be read."""
-    try:
-        found = load_json(manifest)
-    except Unreadable:
-        return {}
-    facts = found.get("given") if isinstance(found, dict) else None
-    return {k: v for k, v in facts.items() if isinstance(v, str)} if isinstance(facts, dict) else {}
-
-
-def _strings(value: Any) -> Iterator[str]:
-    """All texts in a recipe's values."""
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    if isinstance(value, list | tuple):
-        for one in value:
-            yield from _strings(one)
-    elif isinstance(value, str):
-        yield value
-
-
-def _content_of(model: Any, tokenizer: Any) -> str:
-    """Hash what `_save_model` writes: weights, configurations, and all of the tokenizer."""
-    from align.data.tokens.cache import tokenizer_hash
-    from align.models.load import fingerprint
-
-    generation = getattr(model, "generation_config", None)
-    parts = [
-        fingerprint(model),
-        generation.to_dict() if generation is not None else None,
-        tokenizer_hash(tokenizer),
-        tokenizer.special_tokens_map,
-        [tokenizer.padding_side, tokenizer.truncation_side, tokenizer.model_max_length],
-    ]
-    return hashlib.sha256(json.dumps(parts, default=str, sort_keys=True).encode()).hexdigest()
-
-
-def _save_model(place: Path, model: Any, tokenizer: Any) -> None:
-    """Save beside, then rename: a run that is killed leaves no half of it."""
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(dir=place.parent, prefix=".saving-"))
-    except OSError as error:
-        raise AlignError(f"output_dir: {place.parent}: {reason(error)}") from error
-    try:
-        model.save_pretrained(beside)
-        tokenizer.save_pretrained(beside)
-        beside.chmod(0o755)
-        os.replace(beside, place)
-    except (OSError, ValueError, TypeError) as error:
-        raise AlignError(f"model: cannot be saved as {place}: {error}") from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 # ---------------------------------------------------------------- what a value is
