@@ -199,6 +199,10 @@ class _Odd:
         ({"data": [{"prompt": "a", "completion": "b"}, 3]}, "data[1]: row: not a"),
         ({"data": [{"prompt": "a", "completion": ""}]}, "data[0]: completion: empty"),
         ({"data": "nowhere.jsonl"}, "nowhere.jsonl: no such file or folder"),
+        ({"optim": {"lr": np.ones(2)}}, "arguments: optim.lr: is [1.0, 1.0]; wanted"),
+        ({"seed": _Odd()}, "seed: is a _Odd; wanted text, a number"),
+        ({"model": "a\0b"}, "model: has a null character"),
+        ({"data": {"train": {"path": "a\0b"}}}, "data.train.path: has a null character"),
         ({"tokenizer": object()}, "tokenizer: is for a model that is given as an object"),
         ({"model": "nowhere/at/all"}, "model: nowhere/at/all: no such folder"),
     ],
@@ -218,6 +222,31 @@ def test_what_is_wrong_is_an_exception_of_one_line(
     assert "\n" not in str(caught.value)
     assert capsys.readouterr().err == ""
     assert not (tmp_path / "run" / "given").exists()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "line"),
+    [
+        (lambda model: model.to("meta"), r"^model: the LlamaForCausalLM .* cannot be saved: "),
+        (lambda model: _tie(model), r"^model: cannot be saved as .*/run/given/model-\w+: .*shared"),
+        (lambda model: None, r"^model: the .* with its tokenizer \(object\) cannot be saved: "),
+    ],
+)
+def test_a_model_that_cannot_be_saved_is_one_line(
+    tiny: Path, tmp_path: Path, demonstrations: Rows, spoil: Callable[[Any], Any], line: str
+) -> None:
+    model, tokenizer = _objects(tiny)
+    spoiled = spoil(model)
+    keys = short(spoiled or model, tmp_path / "run", data=demonstrations)
+    with pytest.raises(align.AlignError, match=line) as caught:
+        align.sft(**keys, tokenizer=tokenizer if spoiled else object())
+    assert "\n" not in str(caught.value)
+
+
+def _tie(model: Any) -> Any:
+    mlp = model.model.layers[0].mlp
+    mlp.up_proj = mlp.gate_proj
+    return model
 
 
 def test_the_process_is_left_as_it_was(

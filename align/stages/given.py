@@ -17,6 +17,7 @@ from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from align.base.console import reason_in_line
 from align.config.sections import DataSource
 from align.data.readers.objects import given
 from align.run.files import MANIFEST, REPLACED, remove
@@ -114,7 +115,7 @@ class Given:
         if isinstance(path, str) and path in self._kept:
             return {**value, **self._rows(path[1:-1], self._kept[path])}
         if isinstance(path, str | os.PathLike):
-            return {**value, "path": os.fspath(path)}
+            return {**value, "path": self._plain(f"{key}.path", path)}
         if _is_dataset(path) or (_is_list(path) and _are_rows(path)):
             return {**value, **self._rows(key, path)}
         raise AlignError(f"{key}.path: is a {_kind(path)}; wanted a path, rows, or a Dataset")
@@ -131,8 +132,11 @@ class Given:
         """A value as YAML has it."""
         if isinstance(value, str) and value in self._kept:
             return self._model(key, self._kept[value])
-        if isinstance(value, os.PathLike):
-            return os.fspath(value)
+        if isinstance(value, str | os.PathLike):
+            text = os.fspath(value)
+            if "\0" in text:
+                raise AlignError(f"{key}: has a null character; take it out")
+            return text
         if isinstance(value, Mapping):
             return {str(k): self._plain(f"{key}.{k}", v) for k, v in value.items()}
         if isinstance(value, list | tuple):
@@ -141,7 +145,14 @@ class Given:
             return self._model(key, value)
         if callable(value):
             return self._function(key, value)
-        return value.item() if hasattr(value, "dtype") and hasattr(value, "item") else value
+        if hasattr(value, "dtype") and hasattr(value, "tolist"):
+            value = value.tolist()
+        if value is None or isinstance(value, int | float | list):
+            return value
+        kind = _kind(value)
+        raise AlignError(
+            f"{key}: is a {kind}; wanted text, a number, or a list or mapping of these"
+        )
 
     # ------------------------------------------------------------ functions
 
@@ -164,7 +175,13 @@ class Given:
                 f"{key}: is a {_kind(model)} without its tokenizer; give tokenizer=... beside it, "
                 "or the model's folder or hub id instead"
             )
-        content = content_of(model, self.tokenizer)[:12]
+        try:
+            content = content_of(model, self.tokenizer)[:12]
+        except Exception as error:  # weights that are on no device, a tokenizer that is none
+            raise AlignError(
+                f"{key}: the {_kind(model)} with its tokenizer ({_kind(self.tokenizer)}) cannot be "
+                f"saved: {reason_in_line(error)}; save it with save_pretrained and give the folder"
+            ) from error
         path = f"{FOLDER}/{key.replace('.', '_')}-{content}"
         self._models[path] = model
         self.facts[key] = f"{_kind(model)}, saved in {path} and loaded from there"

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from align.base.console import reason_in_line
 from align.base.files import Unreadable, load_json, reason
 from align.types import AlignError
 
@@ -64,7 +65,7 @@ def save_model(place: Path, model: Any, tokenizer: Any) -> None:
         tokenizer.save_pretrained(beside)
         beside.chmod(0o755)
         os.replace(beside, place)
-    except (OSError, ValueError, TypeError) as error:
-        raise AlignError(f"model: cannot be saved as {place}: {error}") from error
+    except Exception as error:  # of the disk, or of a model that the library cannot write
+        raise AlignError(f"model: cannot be saved as {place}: {reason_in_line(error)}") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
