@@ -170,9 +170,10 @@ def test_prompts_and_answers_may_be_turns_or_whole_conversations() -> None:
     assert won({**turns, "winner": "b"}) == ((said("y"),), (said("x"),))
     arena = {"conversation_a": [USER, said("x")], "conversation_b": [USER, said("y")]}
     assert won({**arena, "winner": "model_a"}) == ((said("x"),), (said("y"),))
-    row = Row({**arena, "winner": "model_a"}, "f:7")
-    (prompt,) = read_row(row, "prompt", columns={}, source="f")
-    assert prompt.prompt == (USER,)
+    for verdict in ("model_a", "tie", 5):  # which a prompt does not need
+        row = Row({**arena, "winner": verdict}, "f:7")
+        (prompt,) = read_row(row, "prompt", columns={}, source="f")
+        assert prompt.prompt == (USER,)
 
 
 def test_a_bad_answer_is_told_under_its_own_name() -> None:

@@ -232,7 +232,8 @@ def _compared(fields: Fields) -> Sides:
     """Two answers and which of them won, however their columns are called."""
     found = _comparison(fields)
     assert found is not None  # `holds` has said so
-    won = verdict_of(fields, found)
+    # a prompt is the same whoever won, so a tie has one too
+    won = "a" if fields.kind == "prompt" else verdict_of(fields, found)
     if won == "tie":
         raise LeftOut(fields.where, found.verdict, TIE, "it is left out")
     names = {"chosen": found.a, "rejected": found.b}
