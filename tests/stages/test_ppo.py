@@ -23,6 +23,7 @@ from align.evaluation import harness
 from align.models import Policy, load_policy, load_scalar_model, load_tokenizer
 from align.models.policy import ScalarModel
 from align.stages import reward_model
+from align.stages.ppo import rollouts as ppo_rollouts
 from align.stages.ppo import run as ppo
 from align.stages.ppo import update as ppo_update
 from align.stages.ppo.metrics import require_first_ratio
@@ -121,6 +122,13 @@ def test_first_ratio_is_1_and_first_kl_is_0(
 def test_a_policy_that_trains_otherwise_than_it_samples_stops_the_run(
     run_ppo: RunPPO, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    train_otherwise(monkeypatch)
+    with pytest.raises(AlignError, match=r"off from 1 by 0\.0\d+ \(first_ratio_error; here, in"):
+        run_ppo("run")
+
+
+def train_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give tokens other probabilities in training, and fail at any step that is taken then."""
     plain = Policy.forward
 
     def otherwise(self: Policy, batch: Any, *, temperature: float = 1.0, **more: Any) -> Any:
@@ -128,8 +136,62 @@ def test_a_policy_that_trains_otherwise_than_it_samples_stops_the_run(
 
     monkeypatch.setattr(Policy, "forward", otherwise)
     monkeypatch.setattr(torch.optim.AdamW, "step", pytest.fail)  # nothing has been changed by then
-    with pytest.raises(AlignError, match=r"off from 1 by 0\.0\d+ \(first_ratio_error; here, in"):
-        run_ppo("run")
+
+
+def test_the_ratio_is_required_where_the_first_step_is_skipped(
+    run_ppo: RunPPO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_otherwise(monkeypatch)
+    asked: list[int] = []
+
+    def accepts(self: Any, step: int, numbers: Any, ids: Any, **options: Any) -> bool:
+        asked.append(step)
+        return len(asked) > 2
+
+    monkeypatch.setattr(ppo.FiniteGuard, "accepts", accepts)
+    with pytest.raises(AlignError, match="first_ratio_error"):
+        run_ppo("run", "ppo.epochs=1", "ppo.num_minibatches=1")
+    assert asked == [1, 2, 3]
+
+
+def test_the_ratio_is_required_of_a_resumed_run(
+    run_ppo: RunPPO, stop_at: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may go on with another version of a library or on another machine."""
+    with stop_at(ppo, "shaped_rewards", 2):
+        run_ppo("run", "train.save_every=1")
+    train_otherwise(monkeypatch)
+    with pytest.raises(AlignError, match="first_ratio_error"):
+        run_ppo("run", "train.save_every=1", "resume=auto")
+
+
+@pytest.mark.parametrize("role", ["ref_logprobs", "critic"])
+def test_numbers_that_are_not_finite_name_the_prompts_that_they_came_from(
+    run_ppo: RunPPO, read_jsonl: ReadJsonl, monkeypatch: pytest.MonkeyPatch, role: str
+) -> None:
+    """Rows 4 and 5 of the first rollout are both samples of its third prompt, 13 is the other."""
+    original, rollouts, wanted = ppo_rollouts.over_rollout, list[int](), list[str]()
+
+    def broken(*args: Any, **options: Any) -> torch.Tensor:
+        found = original(*args, **options)
+        rollouts.append(len(found))
+        if len(found) == 16 and rollouts.count(16) == (1 if role == "ref_logprobs" else 2):
+            for row in (4, 5, 13):
+                found[row, 0] = -torch.inf
+        return found
+
+    def sample(self: Any, split: Any, members: Any, **options: Any) -> Any:
+        if len(members) == 8 and not wanted:
+            wanted.extend(split.examples[members[i]].id for i in (2, 6))
+        return sampling(self, split, members, **options)
+
+    sampling = ppo_rollouts.RolloutWorker.sample
+    monkeypatch.setattr(ppo_rollouts.RolloutWorker, "sample", sample)
+    monkeypatch.setattr(ppo_rollouts, "over_rollout", broken)
+    folder = run_ppo("run", "data.test_fraction=0", "train.on_nonfinite=skip", "ppo.iterations=2")
+    (row,) = read_jsonl(folder / "nonfinite.jsonl")
+    what = "reference log-probability" if role == "ref_logprobs" else "critic's value"
+    assert row == {"step": 1, "what": what, "value": "-inf", "ids": wanted}
 
 
 def test_a_tie_between_experts_and_bf16_do_not_stop_it(tiny: Path) -> None:

@@ -119,7 +119,7 @@ def require_first_ratio(actor: Policy, error: float, recipe: PPORecipe) -> None:
     A mixture of experts may take another expert in a tie; bf16 rounds: `align doctor` judges both.
 
     Raises:
-        AlignError: In float32 a probability ratio of the first minibatch is not 1.
+        AlignError: In float32 a probability ratio of the first step that is taken is not 1.
     """
     config = actor.inner.config.get_text_config()
     experts = any(getattr(config, n, None) for n in EXPERTS)

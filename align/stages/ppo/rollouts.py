@@ -118,7 +118,7 @@ class RolloutWorker:
         """Return each sampled token's log-probability under the frozen reference, ``[B,R]``.
 
         Raises:
-            NonFiniteError: One of them is NaN or infinite.
+            NonFiniteError: One of them is NaN or infinite; its rows are those of the rollout.
         """
         self.roles.actor.eval()  # with LoRA the reference is the actor with its adapter off
         return self._at_tokens(rollout, self.roles.ref_logprobs, "reference log-probability")
@@ -127,7 +127,7 @@ class RolloutWorker:
         """Return the critic's value before each sampled token, ``[B,R]``.
 
         Raises:
-            NonFiniteError: One of them is NaN or infinite.
+            NonFiniteError: One of them is NaN or infinite; its rows are those of the rollout.
         """
         critic = self.roles.critic.eval()
         return self._at_tokens(rollout, lambda batch: critic(batch, at="counted"), "critic's value")
@@ -163,13 +163,14 @@ class RolloutWorker:
             tokens_per_microbatch=self.recipe.train.tokens_per_microbatch,
         )
         found = add_over_processes(found, accelerator)
-        total = found.sum()
-        if not total.isfinite():
+        bad = ~found.isfinite()
+        if bad.any():
+            value = found[bad][0].item()
             raise NonFiniteError(
-                f"a {what} became {total.item()}",
+                f"a {what} became {value}",
                 what=what,
-                value=total.item(),
-                rows=range(0, len(found), k),
+                value=value,
+                rows=bad.any(1).nonzero().flatten().tolist(),
                 cure="lower optim.lr",
             )
         return found

@@ -239,7 +239,10 @@ class PPO:
     def skip(self, step: int, error: NonFiniteError, examples: Sequence[PromptExample]) -> None:
         """Record the prompts of a rollout that is not learned from, or stop the run."""
         k = self.recipe.generation.samples_per_prompt
-        self.guard.leave_out(step, error, [examples[row // k].id for row in error.rows])
+        ids = [examples[row // k].id for row in error.rows]
+        # one for each of the responses that are listed beside them, else each prompt once
+        ids = ids if error.responses else list(dict.fromkeys(ids))
+        self.guard.leave_out(step, error, ids)
 
     def warn_of_constant(self, scores: Tensor) -> None:
         """Warn if the first rollout's scores are all equal: there is nothing to learn from."""

@@ -90,6 +90,7 @@ class Update:
     Attributes:
         trained: What a checkpoint holds: name of a role -> its model and optimizer.
         microbatches: The token budget, which falls when memory runs out.
+        ratio_checked: True once this process has required a probability ratio of 1.
     """
 
     def __init__(self, recipe: PPORecipe, session: Session, roles: Roles) -> None:
@@ -102,6 +103,7 @@ class Update:
                 f"prompts, too few for {world} processes"
             )
         self.microbatches = Microbatches(recipe.train.tokens_per_microbatch, num_processes=world)
+        self.ratio_checked = False
         lr, critic_lr = recipe.optim.lr, recipe.critic.lr
         critic_lr = lr if critic_lr is None else critic_lr
         self.actor = Learner(roles.actor, recipe, session, lr=lr)
@@ -135,13 +137,13 @@ class Update:
             lr = self._set_lr(step)
             ids = [examples[i].id for i in members]
             minibatch = Minibatch(experience, groups, members, ids, kl_coef, trains_actor)
-            metrics = self._step(minibatch, accept, is_first=step == 0)
+            metrics = self._step(minibatch, accept, is_first=not taken)
             if metrics:
                 taken[number] = metrics
         names = [name for name in next(iter(taken.values()), {}) if name != "ratio_error"]
         means = {n: sum(m[n] for m in taken.values()) / len(taken) for n in names}
-        if 0 in taken:  # the weights are those that sampled: both must agree on the log-probs
-            means["first_ratio_error"] = taken[0]["ratio_error"]
+        if taken:
+            means["first_ratio_error"] = next(iter(taken.values()))["ratio_error"]
         return means | {"lr": lr, "tokens_per_microbatch": float(self.microbatches.tokens)}
 
     def _minibatches(self, iteration: int, num_prompts: int) -> Iterator[list[int]]:
@@ -162,7 +164,8 @@ class Update:
         """Take one optimizer step of each learner; returns {} if ``accept`` skips it.
 
         Args:
-            is_first: It is the run's first step, whose probability ratios have to be 1.
+            is_first: No step was taken on this rollout yet: the weights are those that sampled it,
+                and the probability ratios have to be 1.
         """
         metrics, ratio_error = self._accumulate(minibatch)
         learners = [self.actor, self.critic] if minibatch.trains_actor else [self.critic]
@@ -171,8 +174,9 @@ class Update:
         metrics["critic_grad_norm"] = self.critic.clip_gradients()
         finite = {name: metrics[name] for name in MUST_BE_FINITE if name in metrics}
         accepted = accept(finite, minibatch.ids)
-        if is_first and accepted:
+        if is_first and accepted and not self.ratio_checked:
             require_first_ratio(self.roles.actor, ratio_error, self.recipe)
+            self.ratio_checked = True
         for learner in learners:
             if accepted:
                 learner.optimizer.step()
