@@ -60,6 +60,7 @@ WRITERS = [
 NO_NUMBERS = {
     "stages/ppo/run.py": {
         "before",
+        "evaluation_due",
         "left_out_in_a_row",
     },
     "training/finite.py": {"step", "what", "value", "ids"},
@@ -75,7 +76,10 @@ NO_NUMBERS = {
         *("generate", "rm", "ppo", "dpo", "eval", "seed", "resume", "overwrite", "policy"),
         *("fixed", "refresh"),
     },
-    "training/loop.py": {"model", "before", "gradient", "left_out_in_a_row", "batches", "mark"},
+    "training/loop.py": {
+        *("model", "before", "gradient", "left_out_in_a_row", "batches", "mark"),
+        "evaluation_due",
+    },
     "run/folder.py": {
         *("stage", "run", "status", "seed", "command", "started", "versions", "hardware"),
         "recipe",
