@@ -116,7 +116,7 @@ def open_given(source: DataSource) -> Any:
 def _is_transformed(rows: Any) -> bool:
     """Whether a ``Dataset`` has a transform of the user's, which may be another at each reading."""
     own = getattr(rows, "format", None) if hasattr(rows, "with_format") else None
-    return bool(own) and own["type"] == "custom"
+    return own is not None and own["type"] == "custom"
 
 
 def open_whole(source: DataSource) -> Any:
