@@ -125,6 +125,7 @@ def test_code_beside_a_model_does_not_run_unasked(
     with pytest.raises(AlignError) as caught:
         load_policy(str(copy_of), device=CPU, precision="fp32")
     assert "\n" not in str(caught.value)
+    assert "runs only with trust_remote_code=true" in str(caught.value)
     assert not (tmp_path / "touched").exists()
     trust.row(
         "faults",

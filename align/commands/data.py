@@ -19,6 +19,11 @@ from align.types import AlignError
 if TYPE_CHECKING:
     from align.data.inspect.check import Inspection
 
+OPTIONS = {
+    "base_model=FOLDER": "--base-model FOLDER",
+    "trust_remote_code=true": "--trust-remote-code",
+}
+"""A recipe's keys in advice about a model -> the options of ``data check``."""
 EPILOG = """\
   align data check pairs.jsonl --model runs/tiny/sft/model --test held_out.jsonl
   align data convert hh.jsonl.gz --to messages -o pairs.jsonl
@@ -42,6 +47,8 @@ def add_parser(commands: Any) -> None:
     _add_files(check)
     check.add_argument("--test", nargs="+", default=[], metavar="FILE", help="held-out rows")
     check.add_argument("--model", help="its tokenizer shows rows as tokens (folder or hub id)")
+    check.add_argument("--base-model", metavar="MODEL", help="base of the adapter --model")
+    check.add_argument("--trust-remote-code", action="store_true", help="run --model's own code")
     check.add_argument("--max-tokens", type=int, default=1024, help="data.max_tokens (1024)")
     check.add_argument("--rows", type=int, default=5, help="rows shown (5)")
     check.add_argument("--json", action="store_true", help="one JSON object instead of a page")
@@ -85,11 +92,7 @@ def run_check(args: argparse.Namespace) -> int:
     from align.data.inspect.check import first_row, inspect
     from align.feedback.checking import inspect_judgements
 
-    tokenizer = None
-    if args.model:
-        from align.models import load_tokenizer
-
-        tokenizer = load_tokenizer(args.model)
+    tokenizer = _tokenizer(args)
     given = sources(args.files, args.columns)
     if args.kind is None and all(is_judgement(first_row(source).values) for source in given):
         return _report(inspect_judgements(args.files), args)
@@ -102,6 +105,34 @@ def run_check(args: argparse.Namespace) -> int:
         num_shown=args.rows,
     )
     return _report(found, args)
+
+
+def _tokenizer(args: argparse.Namespace) -> Any:
+    """Load the tokenizer of ``--model``; advice about a recipe's keys becomes that about options.
+
+    Raises:
+        AlignError: It cannot be loaded, or an option about it has no effect.
+    """
+    if not args.model:
+        if args.base_model or args.trust_remote_code:
+            option = "--base-model" if args.base_model else "--trust-remote-code"
+            raise AlignError(f"{option}: has no effect without --model; name the model too")
+        return None
+    from align.models import load_tokenizer
+    from align.models.adapters import find_adapter
+
+    options = {"trust_remote_code": args.trust_remote_code, "base_model": args.base_model}
+    try:
+        tokenizer = load_tokenizer(args.model, **options)
+        adapter = find_adapter(args.model, base_model=args.base_model)
+    except AlignError as error:
+        said = str(error)
+        for key, option in OPTIONS.items():
+            said = said.replace(key, option)
+        raise AlignError(said) from error
+    if args.base_model and adapter is None:
+        raise AlignError("--base-model: has no effect, for --model is no adapter; remove it")
+    return tokenizer
 
 
 def _report(found: Inspection, args: argparse.Namespace) -> int:

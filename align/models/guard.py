@@ -62,12 +62,27 @@ def reason_of(error: BaseException) -> str:
 def _refuse_architecture(model: str, error: BaseException) -> None:
     """Raise a clear error if transformers does not support the architecture.
 
-    Either it looked up align's attention in a table of its own classes, or it has no such model.
+    It looked up align's attention in a table of its own classes, has no such model, or would run
+    code that comes with the model.
     """
+    import transformers
     from transformers import PreTrainedModel
 
     from align.models.attention.packed import BACKENDS, not_on_the_interface
 
+    said = str(error)
+    if "does not recognize this architecture" in said:
+        kind = said.split("`")[1] if said.count("`") > 1 else "named there"
+        raise AlignError(
+            f"model: {model}: cannot be loaded: its config.json: transformers "
+            f"{transformers.__version__} does not know the model type `{kind[:60]}`; upgrade it "
+            "(`pip install --upgrade transformers`), or take another model"
+        ) from error
+    if "contains custom code" in said:
+        raise AlignError(
+            f"model: {model}: cannot be loaded: it brings Python code of its own, which runs only "
+            "with trust_remote_code=true; read that code first, or take another model"
+        ) from error
     if str(error).startswith("Unrecognized configuration class"):
         scalar = "SequenceClassification" in str(error)
         kind = "one-label model (for a reward or a critic)" if scalar else "language model"

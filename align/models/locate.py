@@ -176,9 +176,12 @@ def no_model_in(folder: Path) -> str:
     return f"{line}; give {GIVEN}"
 
 
-def is_on_the_hub(model: str, *, base_model: str | None = None) -> bool:
-    """Tell whether a model would be read from the hub or its cache; a misspelt folder raises."""
+def name_on_the_hub(model: str, *, base_model: str | None = None) -> str | None:
+    """Name the model, or the adapter's base, that would be read from the hub or its cache.
+
+    None if all is here; a misspelt folder raises.
+    """
     adapter = find_adapter(model, base_model=base_model)
     if adapter is not None:
-        return is_on_the_hub(adapter.base)
-    return locate(model)[0] == model and not Path(model).exists()
+        return name_on_the_hub(adapter.base)
+    return model if locate(model)[0] == model and not Path(model).exists() else None

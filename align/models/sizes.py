@@ -104,7 +104,7 @@ def find_config(
     Raises:
         AlignError: There is no such folder, no run will write it, and the hub has no such name.
     """
-    from align.models.adapters import find_adapter
+    from align.models.adapters import find_adapter, of_adapter
     from align.models.configs import read_config
     from align.models.locate import (
         in_the_cache,
@@ -115,7 +115,8 @@ def find_config(
 
     adapter = find_adapter(model, base_model=base_model)
     if adapter is not None:
-        config, reason = find_config(adapter.base, trust_remote_code=trust_remote_code)
+        with of_adapter(adapter):
+            config, reason = find_config(adapter.base, trust_remote_code=trust_remote_code)
         return config, f"{model}: its base {reason}" if reason else ""
     path = Path(model)
     if path.is_file():

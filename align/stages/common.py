@@ -18,7 +18,7 @@ from align.data.held_out import notes_of
 from align.data.tokens.chat import end_token_ids
 from align.models import Policy, load_tokenizer
 from align.models.checks import check_models, other_vocabulary
-from align.models.locate import is_on_the_hub
+from align.models.locate import name_on_the_hub
 from align.models.offload import require_gpu
 from align.models.policy import Packed
 from align.run.files import at_end
@@ -54,8 +54,9 @@ def open_session(recipe: CommonRecipe, stage: str) -> Session:
     for note in notes if accelerator.is_main_process else ():
         say(f"{stage}: {note}")
     check_models(stage, recipe)
-    if accelerator.is_main_process and is_on_the_hub(recipe.model, base_model=recipe.base_model):
-        say(f"{stage}: {recipe.model}: no such folder here; asking the hub, or its cache")
+    remote = name_on_the_hub(recipe.model, base_model=recipe.base_model)
+    if accelerator.is_main_process and remote is not None:
+        say(f"{stage}: {remote}: no such folder here; asking the hub, or its cache")
     tokenizer = load_tokenizer(
         recipe.model, trust_remote_code=recipe.trust_remote_code, base_model=recipe.base_model
     )

@@ -9,6 +9,8 @@ import pytest
 
 from align.config.sections import DataSource
 from align.data.examples import load_examples
+from align.data.formats.columns import kind_of
+from align.data.sources import Row
 from align.types import AlignError
 
 
@@ -81,6 +83,15 @@ def test_trls_unpaired_preferences_are_ratings(tmp_path) -> None:
         {"prompt": "q", "completion": "yes", "label": True},
     ]
     assert pairs(load(tmp_path / "r.jsonl", rows)) == [("q", "yes", "no", 1.0)]
+
+
+@pytest.mark.parametrize("name", ["label", "score", "rating"])
+def test_a_rating_that_is_null_is_named(tmp_path, name: str) -> None:
+    rows = [{"prompt": "q", "completion": "a", name: None}]
+    with pytest.raises(AlignError, match=f"r.jsonl:1: {name}: null; give it a value"):
+        load(tmp_path / "r.jsonl", rows)
+    # a column without values does not make ratings of demonstrations
+    assert kind_of(Row(rows[0], "f:7"), columns={}) == "sft"
 
 
 def test_a_score_that_is_no_number_is_bad(tmp_path) -> None:

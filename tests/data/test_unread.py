@@ -324,3 +324,28 @@ def test_every_column_of_the_pages_examples_is_read(kind) -> None:
         unread: dict[str, None] = {}
         read(kind, json.loads(line), unread)
         assert list(unread) == [], line
+
+
+@pytest.mark.parametrize("truth", ["4", None])
+def test_the_ground_truth_is_read_also_where_it_is_null(truth: str | None) -> None:
+    unread: dict[str, None] = {}
+    example = read("prompt", {"prompt": "q", "reward_model": {"ground_truth": truth}}, unread)
+    assert example.references == (() if truth is None else (truth,))
+    assert not unread
+
+
+@pytest.mark.parametrize("value", [[None, "a"], [["a"]], {"text": "x"}, float("nan")])
+def test_no_quotes_are_advised_around_what_is_no_number(value: object) -> None:
+    said = refusal("prompt", {"prompt": "q", "references": value})
+    assert said.endswith("; give one text, or a list of texts")
+
+
+def test_quotes_are_advised_around_a_number() -> None:
+    said = refusal("prompt", {"prompt": "q", "references": 0.5})
+    assert "not a text but a number (float); write it in quotes" in said
+
+
+def test_half_a_surrogate_in_tools_names_them_once() -> None:
+    tools = [{"name": "f", "description": "\ud83d"}]
+    row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    assert "f:7: tools: half of a surrogate pair" in refusal("sft", {**row, "tools": tools})

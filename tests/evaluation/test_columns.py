@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from align.evaluation.columns import columns
-from align.evaluation.metrics import CORPUS_METRICS
+from align.evaluation.metrics import CORPUS_METRICS, require_metric
 from align.evaluation.scripts import language_of, tokenizer_hint, words
 from align.evaluation.table import closing_table, significance
 from align.evaluation.text import distinct_n, repetition
@@ -121,3 +121,19 @@ def test_a_missing_package_is_one_line(metric: str, monkeypatch: pytest.MonkeyPa
     ) as e:
         CORPUS_METRICS[metric]()
     assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("metric", ["bleu-ja-mecab", "bleu-ko-mecab", "bleu-flores101"])
+def test_a_missing_package_is_found_before_anything_is_made(
+    metric: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(**options: object) -> None:
+        raise RuntimeError("needs extra dependencies")
+
+    monkeypatch.setattr("sacrebleu.metrics.BLEU", missing)
+    monkeypatch.setattr("align.evaluation.metrics.find_spec", lambda package: object())
+    require_metric(metric)  # with its package nothing is made, which might download
+    monkeypatch.setattr("align.evaluation.metrics.find_spec", lambda package: None)
+    with pytest.raises(AlignError, match=f"metrics: {metric}: needs `pip install"):
+        require_metric(metric)
+    require_metric("bleu")

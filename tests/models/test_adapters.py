@@ -20,10 +20,13 @@ from transformers import (
     AutoTokenizer,
 )
 
+from align.cli import main
 from align.config.sections import LoraOptions
 from align.models import load_policy, load_scalar_model, load_tokenizer
 from align.models.adapters import find_adapter
 from align.models.load import load_causal_lm, load_classifier
+from align.models.locate import name_on_the_hub
+from align.models.sizes import find_config
 from align.types import AlignError
 
 CPU = torch.device("cpu")
@@ -323,6 +326,42 @@ def test_a_quantised_base_of_the_hub_names_the_full_one(
     edit(folder, base_model_name_or_path=name)
     with pytest.raises(AlignError, match=rf"{name}.*base_model=.*such as org/base,"):
         load_policy(str(folder), device=CPU, precision="fp32")
+
+
+def test_a_base_that_transformers_does_not_know(adapter: Make, tiny: Path, tmp_path: Path) -> None:
+    folder, _ = adapter()
+    shutil.copytree(tiny, tmp_path / "base")
+    (tmp_path / "base" / "config.json").write_text('{"model_type": "foonet"}')
+    edit(folder, base_model_name_or_path=str(tmp_path / "base"))
+    said = f"`foonet`.*is the base of the adapter {folder}: base_model=FOLDER"
+    with pytest.raises(AlignError, match=said):
+        find_config(str(folder))
+
+
+def test_what_the_hub_is_asked_for(adapter: Make, tiny: Path) -> None:
+    folder, _ = adapter()
+    assert name_on_the_hub(str(folder)) is None
+    assert name_on_the_hub(str(folder), base_model="org/base") == "org/base"
+    assert name_on_the_hub("org/base") == "org/base"
+
+
+def test_data_check_takes_the_base_that_it_asks_for(
+    adapter: Make, tiny_chat: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = adapter()
+    edit(folder, base_model_name_or_path="/not/here")
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"messages": turns}) + "\n")
+    command = ["data", "check", str(rows), "--model"]
+    assert main([*command, str(folder)]) == 2
+    assert "name the base with --base-model FOLDER" in capsys.readouterr().err
+    assert main([*command, str(folder), "--base-model", str(tiny_chat)]) == 0
+    capsys.readouterr()
+    assert main([*command, str(tiny_chat), "--base-model", str(tiny_chat)]) == 2
+    assert "--base-model: has no effect" in capsys.readouterr().err
+    assert main(["data", "check", str(rows), "--trust-remote-code"]) == 2
+    assert "--trust-remote-code: has no effect without --model" in capsys.readouterr().err
 
 
 def test_an_adapter_that_is_its_own_base(adapter: Make, tmp_path: Path) -> None:

@@ -111,7 +111,10 @@ HARM: dict[str, tuple[Harm, str]] = {
     "a negative one": (config(vocab_size=-1), "config.json: .*negative"),
     "other sizes": (config(intermediate_size=48), "holds model.layers.*config.json|other sizes"),
     "unknown activation": (config(hidden_act="nope"), "config.json: KeyError 'nope'"),
-    "unknown type": (config(model_type="nope"), "config.json: .*`nope`"),
+    "unknown type": (
+        config(model_type="nope"),
+        r"config.json: .*`nope`; upgrade it \(`pip install --upgrade transformers`\), or take",
+    ),
     "another head": (config(architectures=["BertForMaskedLM"]), "BertForMaskedLM, which has ano"),
     "quantised": (config(quantization_config={"quant_method": "gptq"}), r"quantised \(gptq\)"),
     "a file elsewhere": (

@@ -28,6 +28,7 @@ from align.data.formats.rankings import (
     RATING,
     Rated,
     listwise_format,
+    missing_rating,
     read_ranking,
     read_rating,
 )
@@ -91,8 +92,9 @@ def _read(fields: Fields, kind: Kind, source: str) -> tuple[Example, ...] | Rate
         return read_rating(fields, source)
     if listwise == RANKING:
         return read_ranking(fields, source)
-    if "response" in fields and "prompt" in fields and "chosen" not in fields:
-        raise fields.missing("score")
+    lacking = missing_rating(fields)
+    if lacking is not None:
+        raise fields.missing(lacking)
     return (read_pair(fields, source),)
 
 

@@ -19,6 +19,7 @@ from align.data.formats.turns import AS_A_LIST
 from align.types import PreferencePair, Text
 
 RANKING, RATING = "ranking", "rating"
+RATINGS = ("score", "rating", "label")
 ORDERS = ("ranking", "rankings", "rank", "ranks", "scores", "ratings")
 """Columns beside ``responses`` by which somebody may mean another order than theirs."""
 
@@ -42,8 +43,21 @@ def listwise_format(fields: Fields) -> str | None:
         return None
     if "responses" in fields:
         return RANKING
-    rated = _first(fields, "response", "completion") and _first(fields, "score", "rating", "label")
+    rated = _first(fields, "response", "completion") and _first(fields, *RATINGS)
     return RATING if rated else None
+
+
+def missing_rating(fields: Fields) -> str | None:
+    """Name the rating that a response lacks: a column that is null, else ``score``.
+
+    None where the row is of another format.
+    """
+    if "chosen" in fields or not ("prompt" in fields or "instruction" in fields):
+        return None
+    null = next((name for name in RATINGS if name in fields.null), None)
+    if null is not None and _first(fields, "response", "completion"):
+        return null
+    return "score" if "response" in fields and "prompt" in fields else None
 
 
 def read_ranking(fields: Fields, source: str) -> tuple[PreferencePair, ...]:
@@ -75,7 +89,7 @@ def read_ranking(fields: Fields, source: str) -> tuple[PreferencePair, ...]:
 
 def read_rating(fields: Fields, source: str) -> Rated:
     name = _first(fields, "response", "completion") or "response"
-    by = _first(fields, "score", "rating", "label") or "score"
+    by = _first(fields, *RATINGS) or "score"
     prompt, (response,) = matched(fields, given_prompt(fields) or fields.text("prompt"), name)
     return Rated(fields.where, prompt, response, fields.label(by), source, by)
 

@@ -19,10 +19,12 @@ def references_of(fields: Fields) -> tuple[str, ...]:
     if name is not None:
         return _texts(fields, name, fields.get(name))
     graded = fields.values.get("reward_model")
-    truth = graded.get("ground_truth") if isinstance(graded, Mapping) else None
-    if truth is None:
+    if not isinstance(graded, Mapping) or "ground_truth" not in graded:
         return ()
     fields.used.add("reward_model")
+    truth = graded["ground_truth"]
+    if truth is None:
+        return ()
     return _texts(fields, "reward_model.ground_truth", truth)
 
 
@@ -48,5 +50,7 @@ def _text(fields: Fields, name: str, value: Any) -> str:
         return str(value)
     if not isinstance(value, str):
         advice = 'write it in quotes, as it is to be compared: "0.50"'
+        if value is None or is_list(value) or isinstance(value, Mapping) or value != value:
+            advice = "give one text, or a list of texts"
         fields.bad(name, f"not a text but {kind_name(value)}", advice)
     return fields.string(name, value)

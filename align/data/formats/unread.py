@@ -188,7 +188,7 @@ def _tools(
     try:
         tools = tools_of(value)
     except NotTurns as error:
-        fields.bad(TOOLS, str(error), error.advice)
+        fields.bad(TOOLS, str(error).removeprefix(f"{TOOLS}: "), error.advice)
     if own and own != tools:
         fields.bad(TOOLS, "differ from those of the first turn", "keep one of them")
     return tools, turns
