@@ -328,8 +328,9 @@ def test_every_column_of_the_pages_examples_is_read(kind) -> None:
 
 @pytest.mark.parametrize("truth", ["4", None])
 def test_the_ground_truth_is_read_also_where_it_is_null(truth: str | None) -> None:
+    truths = {"style": "rule", "ground_truth": truth}
     unread: dict[str, None] = {}
-    example = read("prompt", {"prompt": "q", "reward_model": {"ground_truth": truth}}, unread)
+    example = read("prompt", {"prompt": "q", "reward_model": truths}, unread)
     assert example.references == (() if truth is None else (truth,))
     assert not unread
 
