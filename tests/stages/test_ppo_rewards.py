@@ -154,6 +154,17 @@ def test_names_copies_tensors_and_changed_defaults(
     assert any(row.get("grad_norm", 0) > 0 for row in logged)
 
 
+def test_a_rollout_in_which_nothing_ends_is_said(
+    run_ppo: RunPPO, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cut = ("reward={metric: chrf}", "ppo.iterations=1", "generation.max_new_tokens=1")
+    run_ppo("cut", *cut)
+    told = capsys.readouterr().err
+    assert "none of the first 16 responses ended, so each was paid ppo.missing_eos_score=-1" in told
+    run_ppo("scored", *cut, "ppo.missing_eos_score=null")
+    assert "responses ended" not in capsys.readouterr().err
+
+
 def test_a_constant_reward_is_said_at_the_first_rollout(
     run_ppo: RunPPO, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import Tensor
 
-from align.base.progress import Progress, change
+from align.base.progress import Progress, change, warn
 from align.config.keys import PPORecipe
 from align.data.order import prompt_batch
 from align.data.tokens.packing import longest_of
@@ -142,7 +142,7 @@ class PPO:
             self.skip(step, error, examples)
             metrics = self.guard.metrics()
         else:
-            self.warn_of_constant(scores)
+            self.warn_of_constant(scores, rollout.finished)
             terminal = worker.terminal_rewards(rollout, scores)
             rewards = shaped_rewards(
                 rollout,
@@ -244,10 +244,17 @@ class PPO:
         ids = ids if error.responses else list(dict.fromkeys(ids))
         self.guard.leave_out(step, error, ids)
 
-    def warn_of_constant(self, scores: Tensor) -> None:
-        """Warn if the first rollout's scores are all equal: there is nothing to learn from."""
+    def warn_of_constant(self, scores: Tensor, finished: Tensor) -> None:
+        """Warn if the first rollout is all paid the same: there is nothing to learn from."""
         if not self.scored and self.run.is_main:
             warn_of_constant(self.roles.reward, scores.tolist())
+            missing = self.recipe.ppo.missing_eos_score
+            if missing is not None and not finished.any():
+                warn(
+                    f"ppo: none of the first {len(finished)} responses ended, so each was paid "
+                    f"ppo.missing_eos_score={missing:g} and the reward had no effect; raise "
+                    "generation.max_new_tokens, or set ppo.missing_eos_score=null"
+                )
         self.scored = True
 
     def state_dict(self) -> dict[str, Any]:
