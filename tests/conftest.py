@@ -15,12 +15,14 @@ import pytest
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
+from align.base import libraries
 from tools.trust import Trust
 
 install_import_hook("align.losses", "beartype.beartype")
 settings.register_profile("align", deadline=None)  # a busy machine is no failure
 settings.load_profile("align")
-os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # as `align` sets it before it imports anything
+for _name, _value in libraries.QUIET.items():  # as `align` sets them before it imports anything
+    os.environ.setdefault(_name, _value)
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

@@ -135,9 +135,10 @@ def test_a_stage_adds_it_for_each_of_its_units(
         tree |= {"dpo": {"reference": "adapter_off"}, "lora": {"target_modules": ["q_proj"]}}
     found = []
 
-    def measure_once(model: Any, groups: Any, measure: Any, *, units: Any, **_: Any) -> None:
-        (batch,) = pack(list(groups), tokens_per_microbatch=10**6)
-        found.append((measure(batch, range(len(groups))), sum(map(units, groups))))
+    def measure_once(model: Any, data: Any, objective: Any, *_: Any) -> None:
+        groups = list(data[0].at_hand())
+        (batch,) = pack(groups, tokens_per_microbatch=10**6)
+        found.append((objective.loss_fn(batch, groups), sum(map(objective.num_units, groups))))
         raise MeasuredOnce
 
     monkeypatch.setattr(module, "train", measure_once)
