@@ -64,7 +64,7 @@ def _numbers() -> array[int]:
 
 @dataclass
 class _File:
-    """What is kept of one file's rows: numbers, bad rows, and the prompts of rated ones.
+    """Numbers of one file's rows, its bad rows, and the prompts of rated ones.
 
     Unit u, which a weight keeps or leaves out as a whole, has records ``starts[u]`` to ``stops[u]``
     and is made of ``num_rows[u]`` rows: one, or all rated rows of a prompt.
@@ -94,7 +94,7 @@ class _File:
             raise AlignError(no_row(self.path, self.bad, kind, list(self.columns)))
 
     def report(self, num_used: int) -> SourceReport:
-        """What became of the rows, of which a weight uses so many."""
+        """Count the rows by what became of them; a weight uses ``num_used``."""
         num_kept = sum(self.num_rows)
         num_used = min(num_kept, num_used)
         dropped = dict(self.bad.reasons)
@@ -282,18 +282,18 @@ def held_out_places(places: np.ndarray, test_fraction: float) -> np.ndarray:
 
 
 def is_held_out(example: Example, *, test_fraction: float, seed: int) -> bool:
-    """Whether `split_by_prompt` puts it on the test side: nothing but its prompt decides."""
+    """Tell whether `split_by_prompt` puts it on the test side: nothing but its prompt decides."""
     return _place(example, seed) < test_fraction * 2**64
 
 
 def _place(example: Record, seed: int) -> int:
-    """Where a prompt falls between 0 and 2**64."""
+    """Hash a prompt to a number between 0 and 2**64."""
     digest = hashlib.sha256(f"{seed} {prompt_key(example)}".encode("utf-8", "surrogatepass"))
     return int.from_bytes(digest.digest()[:8], "big")
 
 
 def prompt_key(example: Record) -> str:
-    """What makes two rows rows of one prompt.
+    """Text that two rows of one prompt have in common.
 
     The prompt itself; of a whole conversation its first user turn; of plain text all of it.
     """
@@ -314,7 +314,7 @@ def _text_key(text: Text) -> str:
 
 
 def _tools_key(prompt: Text) -> str:
-    """What tells two questions of the same words apart: the tools that may be called."""
+    """Text of the tools that may be called: it tells two questions of the same words apart."""
     tools = prompt[0].get(TOOLS) if isinstance(prompt, tuple) else None
     return json.dumps(tools) if tools else ""
 

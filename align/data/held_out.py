@@ -74,7 +74,7 @@ def _same_content(a: Path, b: Path) -> bool:
 
 
 def _slices_meet(a: DataSource, b: DataSource) -> bool:
-    """Whether two splits of one hub data set meet, as far as it shows without their lengths."""
+    """Tell whether two splits of a hub data set meet, as far as it shows without their lengths."""
     for split, piece in split_parts(a):
         for other, its_piece in split_parts(b):
             if split != other:
@@ -101,7 +101,7 @@ def _range(piece: str) -> tuple[str, int, int] | None:
 
 
 def num_shared(train: Sequence[Example], test: Sequence[Example]) -> int:
-    """How many held-out rows are training rows, word for word, whatever files they are in."""
+    """Count held-out rows that are training rows, word for word, whatever files they are in."""
     tested = [_key(example) for example in test]
     wanted = set(tested)
     found = {key for key in map(_key, train) if key in wanted}

@@ -58,7 +58,7 @@ class LoadedTokens:
     facts: Mapping[str, Any]
 
     def reports(self, side: str) -> tuple[SourceReport, ...]:
-        """What became of the rows of every file of a side."""
+        """Return what became of the rows of every file of a side."""
         return tuple(SourceReport(**report) for report in self.facts["reports"][side])
 
 
@@ -152,7 +152,7 @@ def _read(
 
 
 def _shared(test: Sequence[DataSource], examples: Sides) -> int:
-    """How many held-out rows are training rows; refused where all are."""
+    """Count held-out rows that are training rows; refuse them where all are."""
     shared = num_shared(examples["train"], examples["test"])
     if shared and shared == len(examples["test"]):
         paths = ", ".join(source.path for source in test)

@@ -1,4 +1,4 @@
-"""In which order rows are trained on: a pure function of (seed, step), so nothing of it is saved.
+"""Order of the training rows: a pure function of (seed, step), so nothing of it is saved.
 
 A resumed run and ``align data trace`` work out the same order again.
 """

@@ -67,11 +67,11 @@ class FilePart:
     stop: int | None = None
 
     def rows(self, *, done: int = 0) -> Iterator[Row | BadRow]:
-        """Its rows, but for the first ``done`` of them."""
+        """Yield its rows, but for the first ``done`` of them."""
         return islice(read_file(self.path), self.start + done, self.stop)
 
     def overlaps(self, other: FilePart) -> bool:
-        """Whether both have a row in common, if they are of one file."""
+        """Tell whether both have a row in common, if they are of one file."""
         ends = [part.stop for part in (self, other) if part.stop is not None]
         return max(self.start, other.start) < min(ends, default=float("inf"))
 
@@ -109,7 +109,7 @@ def choice_of(source: DataSource) -> Choice | None:
 
 
 def as_a_list(path: str) -> str:
-    """How to give several sources, where the path is several with commas between them."""
+    """Say how to give several sources, where the path is several with commas between them."""
     paths = [part.strip() for part in path.split(",")]
     if len(paths) < 2 or not any(Path(part).expanduser().exists() for part in paths if part):
         return ""
@@ -233,7 +233,7 @@ def read_set(source: DataSource) -> Iterator[Row | BadRow]:
 
 
 def open_stream(source: DataSource) -> Any:
-    """What `stream_rows` reads: of a hub data set, nothing is put on the disk."""
+    """Open what `stream_rows` reads: of a hub data set, nothing is put on the disk."""
     return open_given(source) if is_given(source) else _load_hub(source, streaming=True)
 
 

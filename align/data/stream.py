@@ -27,7 +27,7 @@ from align.data.tokens.text_ids import Tokenizer
 from align.types import AlignError, TokenGroup
 
 Mark: TypeAlias = Mapping[str, Any]
-"""Where a window begins and what was counted before it, as JSON has it."""
+"""State at the beginning of a window: its place and the counts before it, as JSON has it."""
 
 RECENT = 100
 """Groups at least that stay at hand behind the newest one: a reward model is normalised on them."""
@@ -91,7 +91,7 @@ class TokenStream(Iterator[list[TokenGroup]]):
         self._visits.append(visit)
 
     def windows(self) -> Sequence[Window]:
-        """Those that lie in memory, at least one."""
+        """Windows that are in memory, at least one."""
         self._read_up_to(1)
         return self._windows
 
@@ -178,7 +178,7 @@ class Window:
 
     @property
     def counts(self) -> Counts:
-        """Of the first pass up to the window's end: later passes bring the same rows again."""
+        """Counts of the first pass up to the window's end: later passes bring the same rows."""
         return Counts.of(self.next["counts"])
 
 
@@ -228,7 +228,7 @@ class WindowReader:
         self._rows: PassRows | None = None
 
     def state_dict(self) -> Mark:
-        """Where the next window begins."""
+        """State at the beginning of the next window."""
         return self._mark
 
     def load_state_dict(self, mark: Mark) -> None:

@@ -1,6 +1,6 @@
 """Streamed rows -> examples, and what became of them: counted as they come, source by source.
 
-Rules and messages are those of ``preferences.py``, where all rows are there at once. What needs all
+Rules and messages are those of ``examples.py``, where all rows are there at once. What needs all
 rows of a source is refused: ratings of one prompt in several rows, an exact fraction by weight.
 """
 
@@ -27,7 +27,7 @@ PATIENCE = 1000
 
 @dataclass
 class SourceCounts:
-    """What became of the rows of one source so far.
+    """Counts of the rows of one source so far, by what became of them.
 
     Attributes:
         left_out: By the source's weight.
@@ -77,7 +77,7 @@ class SourceCounts:
 
 @dataclass
 class Counts:
-    """Of all sources; ``rows`` and ``tokens`` of what is trained on, shared prompts once.
+    """Counts of all sources; ``rows`` and ``tokens`` of what is trained on, shared prompts once.
 
     Attributes:
         held_out: Rows that fell on the test side.
@@ -112,7 +112,7 @@ def examples_of(
     on_bad_row: OnBadRow,
     seed: int,
 ) -> Sequence[Example]:
-    """What a row says, as often as the source's weight says; nothing of a bad row.
+    """Read a row's examples, as often as the source's weight says; none of a bad row.
 
     Args:
         source: With its columns, as `preferences.with_columns` gives it.

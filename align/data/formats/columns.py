@@ -152,7 +152,7 @@ RANK = "`align data rank FILE --pairs pairs.jsonl` makes pairs of them"
 
 
 def is_judgement(names: Iterable[str]) -> bool:
-    """Whether the columns are what `align data rank` reads and no stage does."""
+    """Tell whether the columns are what `align data rank` reads and no stage does."""
     names = set(names)
     compared = {JUDGEMENT.a, JUDGEMENT.b, JUDGEMENT.verdict} <= names
     ranked = "ranking" in names and "responses" not in names

@@ -91,7 +91,7 @@ def _words(name: str) -> list[str]:
 
 
 def verdict_of(fields: Fields, found: Comparison) -> Side:
-    """Who won.
+    """Name the side that won.
 
     Raises:
         Ambiguous: A number that is none of the numbers of the columns.
@@ -145,7 +145,7 @@ def _names_of(side: str, number: int) -> frozenset[str]:
 
 
 def _is_number(value: object, said: str) -> bool:
-    """Whether a verdict is a number, or a number behind a noun: ``2``, ``-1``, ``response_3``."""
+    """Tell if a verdict is a number, or a number behind a noun: ``2``, ``-1``, ``response_3``."""
     if isinstance(value, int | float):
         return not isinstance(value, bool)
     for noun in _TEXTS | _WHOSE:

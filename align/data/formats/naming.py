@@ -49,7 +49,7 @@ def mapping(kind: Kind, columns: Iterable[str]) -> dict[str, str]:
 
 
 def other_kind(kind: Kind, columns: Iterable[str]) -> str:
-    """What rows with these columns are instead, and which commands read them, or nothing."""
+    """Say what rows with these columns are instead, and which commands read them, or nothing."""
     names = set(columns)
     answers = side_by_side(sorted(names))
     if kind == "preference" and answers and not comparison_of(sorted(names)):
@@ -87,7 +87,7 @@ def overrides(kind: Kind, columns: Iterable[str]) -> str:
 
 
 def every_way(columns: Iterable[str]) -> str:
-    """What to say so that a file is read as pairs, as prompts, or as SFT rows."""
+    """Say which option makes a file read as pairs, as prompts, or as SFT rows."""
     there = list(columns)
     ways = (f"for {name} --columns {flags(kind, there)}" for kind, name in KIND_NAMES.items())
     return f"{'; '.join(ways)} (in a recipe: {overrides('preference', there)})"

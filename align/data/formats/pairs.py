@@ -109,7 +109,7 @@ def chosen_rejected(fields: Fields) -> Sides:
 
 
 def _are_whole(fields: Fields) -> bool:
-    """Whether both sides are conversations that begin before their answer."""
+    """Tell whether both sides are conversations that begin before their answer."""
     for name in ("chosen", "rejected"):
         side = fields.get(name)
         if not is_list(side) or not side or fields.turns(name, side[0])[0]["role"] == "assistant":
@@ -204,7 +204,7 @@ def _summaries(fields: Fields) -> Sides:
 
 
 def _zero_or_one(fields: Fields, name: str) -> int:
-    """Which of two answers is better, in a set that says so by 0 and 1."""
+    """Read which of two answers is better, in a set that says so by 0 and 1."""
     number = fields.label(name)
     if number in (0, 1):
         return int(number)
@@ -294,7 +294,7 @@ def alpaca(fields: Fields) -> Turns:
 
 
 def alpaca_answer(fields: Fields) -> str | None:
-    """Which column answers an instruction: alpaca's, Dolly's, or our own."""
+    """Find the column that answers an instruction: alpaca's, Dolly's, or our own."""
     return next((name for name in ("output", "response", "completion") if name in fields), None)
 
 

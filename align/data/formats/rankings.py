@@ -38,7 +38,7 @@ class Rated:
 
 
 def listwise_format(fields: Fields) -> str | None:
-    """Which of the two kinds of rows this is, if it is one."""
+    """Tell which of the two kinds of rows this is, if it is one."""
     if "chosen" in fields or not ("prompt" in fields or "instruction" in fields):
         return None
     if "responses" in fields:

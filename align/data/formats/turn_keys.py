@@ -19,7 +19,7 @@ TOOLS = "tools"
 """Our key of a conversation's first turn: the tools that a template is given beside the turns."""
 
 _MARKS = ("weight", "loss_weight", "loss_scale", "train", "training", "trainable", "loss")
-"""How OpenAI's format, Axolotl and ms-swift call it."""
+"""Names of it in OpenAI's format, Axolotl and ms-swift."""
 _SAYING = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 _PARTLY = ("train_detail", "training_detail")
 _MEDIA = ("images", "image", "videos", "video", "audios", "audio")
@@ -37,7 +37,7 @@ NOTES = frozenset((
 
 
 class NotTurns(ValueError):
-    """Why a value is no conversation; ``fields.py`` says in which row and field."""
+    """Reason why a value is no conversation; ``fields.py`` adds its row and field."""
 
     def __init__(self, reason: str, advice: str = "mend the row") -> None:
         super().__init__(reason)
@@ -45,13 +45,13 @@ class NotTurns(ValueError):
 
 
 def is_list(value: Any) -> TypeGuard[Sequence[Any]]:
-    """Whether a value of a row is a list; text is none, though Python counts it as a sequence."""
+    """Tell if a value of a row is a list; text is none, though Python counts it as a sequence."""
     # ordinary kinds first: asking an abstract class takes four times as long
     return not isinstance(value, str | bytes) and isinstance(value, (list, tuple, Sequence))
 
 
 def has_content(value: Any) -> bool:
-    """Whether a value says anything; Parquet and CSV fill what a row lacks with empty ones."""
+    """Tell whether a value says anything; Parquet and CSV fill what a row lacks with empty ones."""
     if value is None or (isinstance(value, float) and math.isnan(value)):  # pandas fills with it
         return False
     if isinstance(value, str):
@@ -62,12 +62,12 @@ def has_content(value: Any) -> bool:
 
 
 def says_more(turn: Mapping[str, Any]) -> bool:
-    """Whether a turn without words says something all the same: a tool's call, a thought."""
+    """Tell whether a turn without words says something all the same: a tool's call, a thought."""
     return not turn.keys().isdisjoint(_SAYING)
 
 
 def keys_of_turn(turn: Mapping[str, Any], role: str, left_out: set[str]) -> dict[str, Any]:
-    """What a turn has beside role and content, under our names.
+    """Collect what a turn has beside role and content, under our names.
 
     Args:
         left_out: Takes the names of keys that are about the turn and go nowhere.
@@ -94,7 +94,7 @@ def keys_of_turn(turn: Mapping[str, Any], role: str, left_out: set[str]) -> dict
 
 
 def _is_trained(key: str, value: Any, role: str) -> bool:
-    """Whether a mark says that the turn is trained on; of turns that never are it may say no."""
+    """Read whether a turn is trained on from its mark; turns that never are may be marked no."""
     number = float(value) if isinstance(value, bool | int | float) else None
     if number not in (0, 1):
         allowed = "1 or true: the turn is trained on; 0 or false: it is not"

@@ -29,7 +29,7 @@ ROLES = (
     "system", "developer", "user", "assistant", "tool", "function", "ipython", "observation",
     "document", "context",
 )  # fmt: skip
-"""Who may speak whatever the chat template says; others may where the template names them."""
+"""Roles that any chat template may have; others are allowed where the template names them."""
 
 _ALIASES = {
     "human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant",
@@ -110,7 +110,7 @@ def _has_keys(turn: Mapping[str, Any]) -> str:
 
 
 def kind_name(value: Any) -> str:
-    """What a value is, for a message: ``null``, ``a number (int)``, ``list``."""
+    """Name a value's kind for a message: ``null``, ``a number (int)``, ``list``."""
     if value is None:
         return "null"
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -167,7 +167,7 @@ _LOOKED_AT = 100_000
 
 
 def is_written_list(text: str) -> bool:
-    """Whether a text is a JSON list of texts, as LMSYS's comparisons write their prompts."""
+    """Tell whether a text is a JSON list of texts, as LMSYS's comparisons write their prompts."""
     if not text.lstrip().startswith("["):
         return False
     try:
@@ -178,7 +178,7 @@ def is_written_list(text: str) -> bool:
 
 
 def is_written_turns(value: Any) -> bool:
-    """Whether a text is turns as JSON or as Python prints them: a cell of a CSV, a string twice.
+    """Tell whether a text is turns, as JSON or as Python prints them: a cell of a CSV, for one.
 
     It has to begin and end as a list or an object does, and to name a role and its words: text that
     only begins with a bracket, and JSON of other things, is text.
@@ -192,7 +192,7 @@ def is_written_turns(value: Any) -> bool:
 
 
 def is_hh(value: Any) -> bool:
-    """Whether a string is a dialogue as in HH-RLHF: ``\\n\\nHuman: ...\\n\\nAssistant: ...``."""
+    """Recognise a dialogue as in HH-RLHF: ``\\n\\nHuman: ...\\n\\nAssistant: ...``."""
     return isinstance(value, str) and bool(re.match(r"\s*Human:", value)) and "Assistant:" in value
 
 
@@ -228,7 +228,7 @@ def without_prompt(prompt: tuple[Message, ...], answer: tuple[Message, ...]) -> 
 
 
 def same_turn(a: Message, b: Message) -> bool:
-    """Whether two turns say the same; whether they are trained on is not what they say."""
+    """Tell whether two turns say the same; whether they are trained on is not what they say."""
 
     def said(turn: Message) -> dict[str, Any]:
         words = {"content": turn["content"].strip()}

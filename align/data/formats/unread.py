@@ -112,7 +112,7 @@ def not_read(unread: Iterable[str], noted: Iterable[Mapping[str, int]] = ()) -> 
 
 
 def _problem(fields: Fields, name: str, value: Any) -> tuple[str, str] | None:
-    """Why a row with this column cannot be used, and what to do; None for an extra column."""
+    """Say why a row with this column cannot be used, and what to do; None for an extra column."""
     if name in ("weight", "sample_weight", "loss_weight") and has_content(value):
         try:
             return None if float(value) == 1 else ("of a row is not supported", _WEIGHT)

@@ -39,7 +39,7 @@ from align.data.tokens.text_ids import Tokenizer
 from align.types import AlignError, PreferencePair, SFTExample, SourceReport
 
 NO_VALUE = frozenset({"NA", "N/A", "NaN", "nan", "null", "NULL", "None"})
-"""What other readers of tables take for a missing value."""
+"""Cells that other readers of tables take for a missing value."""
 IN_TABLE = re.compile(r"\.(csv|tsv)(\.\w+)?:", re.IGNORECASE)
 """Part of the id of a row of a table."""
 
@@ -224,7 +224,7 @@ def _of_pairs(examples: Sequence[Example]) -> Iterator[Finding]:
 
 
 def _length_bias(pairs: Sequence[PreferencePair]) -> Iterator[Finding]:
-    """How often the longer answer wins, with twice its standard error."""
+    """Report how often the longer answer wins, with twice its standard error."""
     gaps = [len(plain(p.chosen)) - len(plain(p.rejected)) for p in pairs]
     if len(gaps) < 2 or not any(gaps):
         return

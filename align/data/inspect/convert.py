@@ -58,7 +58,7 @@ def _written(target: str, example: Example) -> RowOut:
 
 
 class _CannotSay(ValueError):
-    """What of the example has no place in the format."""
+    """Part of an example that has no place in the format."""
 
 
 # ---------------------------------------------------------------- preferences

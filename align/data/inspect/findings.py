@@ -1,4 +1,4 @@
-"""What ``align data check`` may find, and the texts that it looks at."""
+"""Findings of ``align data check``, and the texts that it looks at."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Finding:
 
 
 def findings_of(level: Level, what: str, ids: Iterable[str], advice: str) -> Iterator[Finding]:
-    """Nothing where there is no such row."""
+    """Yield a finding about these rows; none where there is no such row."""
     found = list(ids)
     if found:
         yield Finding(level, what, len(found), advice, tuple(found[:PLACES]))
@@ -48,7 +48,7 @@ def plain(text: Text) -> str:
 
 
 def parts_of(example: Example) -> list[Text]:
-    """What an example consists of, the prompt first: strings and conversations."""
+    """List the parts of an example, the prompt first: strings and conversations."""
     if isinstance(example, SFTExample):
         given = [example.prompt, example.completion, example.text, example.messages]
         return [part for part in given if part is not None]
@@ -63,6 +63,6 @@ def texts_of(example: Example) -> list[str]:
 
 
 def roles_of(example: Example) -> set[str]:
-    """Who speaks in an example's turns; nobody in strings."""
+    """Collect the roles of an example's turns; strings have none."""
     turns = (part for part in parts_of(example) if not isinstance(part, str))
     return {turn["role"] for part in turns for turn in part}

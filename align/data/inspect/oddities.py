@@ -1,4 +1,4 @@
-"""What looks wrong in a text whoever reads it: broken encodings, invisible characters, markup.
+"""Faults of a text that any reader sees: broken encodings, invisible characters, markup.
 
 It names oddities and repairs none. Languages are told apart by script only; within one script
 (English and French) nothing is claimed.

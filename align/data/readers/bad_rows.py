@@ -48,7 +48,7 @@ class BadRows:
 
 
 def no_row(path: str, bad: BadRows, kind: Kind, columns: Sequence[str]) -> str:
-    """Why nothing of ``path`` can be used; ``columns`` are those that it has."""
+    """Say why nothing of ``path`` can be used; ``columns`` are those that it has."""
     if not bad.first:
         left_out = ", ".join(bad.reasons)
         found = f"none of {bad.reasons.total()} rows is used: {left_out}" if left_out else ""

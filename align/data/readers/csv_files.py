@@ -64,7 +64,7 @@ def read_csv(stream: IO[bytes], path: Path, separator: str) -> Iterator[Row | Ba
 
 
 def _is_blank(cells: list[str] | str | None) -> bool:
-    """Whether a record has no cell with anything in it; one that is too long or cut off has."""
+    """Tell whether a record has no cell with a value; one that is too long or cut off has one."""
     return isinstance(cells, list) and not any(cell.strip() for cell in cells)
 
 
@@ -122,8 +122,10 @@ START, PLAIN, QUOTED, CLOSED = range(4)
 
 
 class _End:
-    """Where in a record's cells its pieces end, as ``csv`` reads them: a quote that does not begin
-    a cell is text, and two of them in a quoted cell are one."""
+    """Find the ends of a record's pieces in its cells, as ``csv`` reads them.
+
+    A quote that does not begin a cell is text, and two of them in a quoted cell are one.
+    """
 
     def __init__(self, separator: str) -> None:
         self.state = START
@@ -174,7 +176,7 @@ def _stray_quote(path: Path, line: int, error: str) -> AlignError:
 
 
 def _hides_rows(record: list[str], num_cells: int, separator: str) -> bool:
-    """Whether a cell that never ends holds lines that are rows: then its quote is a stray one."""
+    """Tell whether a cell that never ends holds lines that are rows: its quote is a stray one."""
     for line in record[1:]:
         try:
             (cells,) = csv.reader([line], delimiter=separator, strict=True)

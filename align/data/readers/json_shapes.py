@@ -1,4 +1,4 @@
-"""What a JSON file holds that is not one object on each line, told by its first value."""
+"""Shapes of a JSON file that is not one object on each line, told by its first value."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def refuse_shape(stream: IO[bytes], path: Path, *, listed: bool) -> None:
 
 
 def _shape(value: Mapping[str, Any]) -> str:
-    """How an object holds many rows, if it does: what pandas' ``to_json`` calls its orient."""
+    """Tell how an object holds many rows, if it does: what pandas' ``to_json`` calls its orient."""
     inner = list(value.values())
     if "columns" in value and _all(value.get("data"), list):
         return "its rows as lists apart from the columns' names"

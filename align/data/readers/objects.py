@@ -75,7 +75,7 @@ def given(rows: Any, name: str = "data") -> Iterator[str]:
 
 
 def is_given(source: DataSource) -> bool:
-    """Whether a source's rows are in memory: its path is one that `given` has made.
+    """Tell whether a source's rows are in memory: its path is one that `given` has made.
 
     Raises:
         AlignError: They were, in another process or earlier.
@@ -114,7 +114,7 @@ def open_given(source: DataSource) -> Any:
 
 
 def _is_transformed(rows: Any) -> bool:
-    """Whether a ``Dataset`` has a transform of the user's, which may be another at each reading."""
+    """Tell whether a ``Dataset`` has the user's transform, which may differ at each reading."""
     own = getattr(rows, "format", None) if hasattr(rows, "with_format") else None
     return own is not None and own["type"] == "custom"
 

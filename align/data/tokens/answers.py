@@ -217,7 +217,7 @@ class _Sequence:
     mask: list[bool] = field(default_factory=list)
 
     def extended_to(self, tokenizer: Tokenizer, prefix: str) -> bool:
-        """Whether this could be extended to a longer prefix, with exactly its tokens."""
+        """Tell whether this could be extended to a longer prefix, with exactly its tokens."""
         if self.text is None or not prefix.startswith(self.text):
             return False
         added, exact = encode_after(tokenizer, self.text, self.ids, prefix[len(self.text) :])

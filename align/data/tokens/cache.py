@@ -30,11 +30,11 @@ from align.data.tokens.text_ids import Tokenizer
 from align.types import AlignError
 
 LIBRARIES = ("transformers", "tokenizers", "jinja2", "datasets", "pyarrow", "numpy")
-"""They render, tokenise, read, and draw the rows that are picked."""
+"""Libraries that render, tokenise, read, and draw the rows that are picked."""
 
 FACTS = "facts.json"
 PARTIAL = ".partial"
-"""What the name of a folder ends with in which an entry is being made."""
+"""End of the name of a folder in which an entry is being made."""
 ABANDONED_SECONDS = 24 * 3600.0
 """A folder of that kind to which nothing was written for so long is nobody's."""
 
@@ -50,7 +50,7 @@ def cache_folder() -> Path:
 
 
 def tokenizer_hash(tokenizer: Tokenizer) -> str:
-    """Of all that a tokenizer does: its vocabulary and rules, special tokens, chat template."""
+    """Hash all that a tokenizer does: its vocabulary and rules, special tokens, chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         rules: Any = sorted(tokenizer.get_vocab().items())

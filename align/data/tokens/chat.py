@@ -238,7 +238,7 @@ def encode_examples(
 
 @dataclass(frozen=True)
 class Encoded:
-    """What became of some examples; ``first_dropped`` tells the first bad row in full, if any."""
+    """Groups of some examples; ``first_dropped`` tells the first bad row in full, if any."""
 
     groups: list[TokenGroup]
     owners: list[int]
@@ -303,7 +303,7 @@ def encode_example(tokenizer: Tokenizer, example: Example, loss_on: LossOn = "au
 
 
 def over_length(group: TokenGroup, max_tokens: int) -> str:
-    """Why the group does not fit, or nothing."""
+    """Say why the group does not fit; an empty string if it fits."""
     len_prompt = len(group.prefix_ids)
     len_answer = max((len(c.input_ids) for c in group.continuations), default=0)
     if len_prompt + len_answer <= max_tokens:

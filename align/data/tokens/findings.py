@@ -1,4 +1,4 @@
-"""What is wrong with rows once they are tokens, and how a row looks to the model."""
+"""Faults of rows once they are tokens, and how a row looks to the model."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def _spelt_out(tokenizer: Tokenizer, turns: Sequence[Message], ends: set[int]) -
 
 
 def _opened(tokenizer: Tokenizer, group: TokenGroup) -> bool:
-    """Whether all that is trained follows what the generation prompt opens the turn with."""
+    """Tell whether all that is trained follows what the generation prompt opens the turn with."""
     try:
         opened = opening(tokenizer, str(tokenizer.chat_template)).rstrip()
     except AlignError:  # the template takes no single question

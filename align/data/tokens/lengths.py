@@ -1,4 +1,4 @@
-"""What preferring the longer answer would get right: the baseline that a reward has to beat.
+"""Accuracy of preferring the longer answer: the baseline that a reward has to beat.
 
 Length is counted in characters, which every reward source has in common; tokens would tie one pair
 in eight of short answers, and depend on the tokenizer.

@@ -66,7 +66,7 @@ def windows(items: Sequence[T], size: int = WINDOW) -> Iterator[Sequence[T]]:
 
 
 def counted_coordinates(batch: TokenBatch) -> tuple[Tensor, Tensor]:
-    """Where each counted token belongs, in row-major order.
+    """Locate each counted token, in row-major order.
 
     Returns:
         ``(sequence, offset)``, int64 ``[N]`` on the batch's device: the number of the continuation,
@@ -125,7 +125,7 @@ def _opening(groups: Sequence[TokenGroup]) -> np.ndarray:
 
 
 def _uncounted_head(group: TokenGroup) -> np.ndarray:
-    """What may be shared of a group's beginning: each segment keeps a token of its own."""
+    """Return what may be shared of a group's beginning: each segment keeps a token of its own."""
     if len(group.prefix_ids):
         return group.prefix_ids[:-1]
     if len(group.continuations) != 1:

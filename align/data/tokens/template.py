@@ -89,7 +89,7 @@ def render(tokenizer: Tokenizer, turns: Sequence[Message], *, open_turn: bool = 
 
 @lru_cache(maxsize=256)
 def _names(template: str, role: str) -> bool:
-    """Whether a template names a role. Many write any role, and one nobody meant would be trained.
+    """Tell whether a template names a role. Many write any role, which then would be trained.
 
     It is looked for in quotes, which every comparison with it has.
     """
@@ -100,7 +100,7 @@ def _names(template: str, role: str) -> bool:
 
 
 def holds(text: str, content: str) -> bool:
-    """Whether a rendered text has the words of a turn, whatever white space they have there."""
+    """Tell whether a rendered text has the words of a turn, whatever their white space there."""
     return content.strip() in text or _squeezed(content) in _squeezed(text)
 
 
@@ -192,7 +192,7 @@ def _changes(
     without: Message,
     rest: Sequence[Message],
 ) -> bool:
-    """Whether the rendering of a conversation up to a turn differs without one of its keys."""
+    """Tell whether the rendering of a conversation up to a turn differs without one of its keys."""
     changes = True  # if both are refused, so is the row itself, with the template's reason
     # some templates refuse a conversation that ends in this turn, or write tools further on
     for following in ((), rest):
@@ -299,7 +299,7 @@ def _dialogue_ids(tokenizer: Tokenizer, template: str) -> tuple[int, ...]:
 
 
 def times_in_dialogue(tokenizer: Tokenizer, token: int) -> int:
-    """How often the chat template writes a token in a conversation of three turns."""
+    """Count how often the chat template writes a token in a conversation of three turns."""
     return _dialogue_ids(tokenizer, str(tokenizer.chat_template)).count(token)
 
 

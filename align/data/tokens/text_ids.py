@@ -31,7 +31,7 @@ def encode_text(tokenizer: Tokenizer, text: str, *, specials: bool = False) -> l
 
 @lru_cache(maxsize=64)
 def _is_plain(kind: Any) -> bool:
-    """Whether calling such a tokenizer with a text is nothing but a call of its Rust backend.
+    """Tell whether calling such a tokenizer with a text is nothing but a call of its Rust backend.
 
     That is so where both steps of a call are those of ``transformers`` itself, and no language is
     put around the text (mBART).

@@ -32,7 +32,7 @@ CURE = "free memory, or use fewer processors: taskset -c 0 align ..."
 
 @dataclass
 class Tally:
-    """What became of the rows: filled while `batches_of` is gone through."""
+    """Counts of the rows by what became of them: filled while `batches_of` is gone through."""
 
     rows: int = 0
     groups: int = 0
