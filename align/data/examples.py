@@ -120,6 +120,13 @@ def with_columns(
     return tuple(replace(s, columns={**columns, **s.columns}) for s in sources)
 
 
+def check_source(source: DataSource) -> None:
+    """Refuse a weight that is not above 0, and columns of other names than ours."""
+    check_names(source.columns)
+    if source.weight <= 0:
+        raise AlignError(f"{source.path}: weight is {source.weight}, must be above 0")
+
+
 def load_examples(
     sources: Sequence[DataSource],
     *,
@@ -174,9 +181,7 @@ class _Reading:
     def records(self) -> Iterator[Record]:
         """Yield an example, or several, of every good row; rated ones as they are."""
         for source in self._sources:
-            check_names(source.columns)
-            if source.weight <= 0:
-                raise AlignError(f"{source.path}: weight is {source.weight}, must be above 0")
+            check_source(source)
             for path, sha256, rows in _open(source):
                 file = _File(path, sha256, source)
                 self._files.append(file)

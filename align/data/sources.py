@@ -278,7 +278,7 @@ def _load_hub(source: DataSource, **options: Any) -> Any:
 def content_of(source: DataSource) -> list[tuple[str, str]]:
     """(name, hash of the content) of every file of a source, or of the data set that it is."""
     if is_given(source):
-        return [(name_of(source), hash_of(open_whole(source), source))]
+        return [(name_of(source), str(hash_of_given(source)))]
     files = [(str(file), file_sha256(file)) for file in find_files(source)]
     # `datasets` keeps a hash of what it has loaded
     return files or [(name_of(source), str(_load_hub(source)._fingerprint))]

@@ -16,9 +16,9 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from align.config.sections import DataSource
-from align.data.examples import OnBadRow, is_held_out
+from align.data.examples import OnBadRow, check_source, is_held_out
 from align.data.formats.columns import Example
-from align.data.formats.fields import Kind, check_names
+from align.data.formats.fields import Kind
 from align.data.readers.source_rows import PassRows
 from align.data.sources import BadRow, Row
 from align.data.stream_counts import Counts, SourceCounts, examples_of, require_some
@@ -210,9 +210,7 @@ class WindowReader:
         loss_on: LossOn,
     ) -> None:
         for source in sources:
-            check_names(source.columns)
-            if source.weight <= 0:
-                raise AlignError(f"{source.path}: weight is {source.weight}, must be above 0")
+            check_source(source)
         self._sources, self._tokenizer = sources, tokenizer
         self._kind, self._size, self._seed = kind, size, seed
         self._shuffled, self._test_fraction = shuffled, test_fraction

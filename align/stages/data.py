@@ -22,7 +22,7 @@ from align.data.order import EpochOrder, epoch_order
 from align.data.stream import TokenStream
 from align.data.tokens.groups import PromptExamples
 from align.stages.common import Session
-from align.stages.streaming import HeldOut, open_stream
+from align.stages.streaming import HeldOut, open_stream, say_dropped
 from align.types import AlignError, PromptExample, SourceReport, TokenGroup
 
 
@@ -137,9 +137,4 @@ def _tell(
             f"  {facts['test_rows_trained_on']} held-out rows are training rows too, word for "
             "word: what is measured on them says little"
         )
-    reasons = dict(dropped)
-    for report in reports:
-        for reason, count in report.dropped.items():
-            reasons[reason] = reasons.get(reason, 0) + count
-    for reason, count in reasons.items():
-        say(f"  dropped {count} rows: {reason}")
+    say_dropped(dropped, (report.dropped for report in reports))

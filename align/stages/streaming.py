@@ -5,7 +5,8 @@ Manifest and log tell what was read so far: they are brought up to date with eve
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,8 +129,13 @@ class _Teller:
 
 
 def _say_dropped(counts: Counts) -> None:
-    reasons = counts.dropped.copy()
-    for source in counts.sources:
-        reasons.update(source.bad.reasons)
+    say_dropped(counts.dropped, (source.bad.reasons for source in counts.sources))
+
+
+def say_dropped(tokenised: Mapping[str, int], read: Iterable[Mapping[str, int]]) -> None:
+    """Print how many rows were dropped, by reason: when tokenised, and of each source when read."""
+    reasons = Counter(tokenised)
+    for of_source in read:
+        reasons.update(of_source)
     for reason, count in reasons.items():
         say(f"  dropped {count} rows: {reason}")
