@@ -94,11 +94,11 @@ def _only_elsewhere(recipe: Any) -> Iterator[str]:
     import torch
 
     from align.models import offload
-    from align.models.attention import choose as backends
+    from align.models.attention import choose
     from align.rollout.engine import require_engine
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    checks = [partial(backends.require_gpu, recipe.attention, device)]
+    checks = [partial(choose.require_gpu, recipe.attention, device)]
     if getattr(recipe, "activation_offload", False):
         checks.append(partial(offload.require_gpu, device))
     for name in ("generation", "sampling"):

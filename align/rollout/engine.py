@@ -8,11 +8,10 @@ import numpy as np
 
 from align.config.sections import GenerationOptions
 from align.models.policy import Policy
-from align.rollout import sampler
-from align.rollout import vllm as vllm_engine
+from align.rollout import sampler, vllm
 from align.types import Rollout
 
-ENGINES = {"align": sampler.sample, "vllm": vllm_engine.sample}
+ENGINES = {"align": sampler.sample, "vllm": vllm.sample}
 
 
 def require_engine(options: GenerationOptions) -> None:
@@ -22,7 +21,7 @@ def require_engine(options: GenerationOptions) -> None:
         AlignError: vLLM is not installed, or several processes were started.
     """
     if options.engine == "vllm":
-        vllm_engine.require_vllm()
+        vllm.require_vllm()
 
 
 def sample(

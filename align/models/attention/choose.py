@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from align.base.progress import say
-from align.models.attention import flash as varlen
+from align.models.attention import flash
 from align.models.attention.packed import BACKENDS, segment_attention
 from align.models.policy import Packed
 from align.models.probes import check_packable
@@ -146,10 +146,10 @@ def _unfit_for_flash(config: Any, precision: str) -> str | None:
     if _softcap(config) is not None:
         return "cannot cap scores, as this model does"
     try:
-        known = set(signature(varlen.kernel()).parameters)
+        known = set(signature(flash.kernel()).parameters)
     except ImportError:
         known = set()
-    if not known >= varlen.OPTIONS:
+    if not known >= flash.OPTIONS:
         return "needs a newer torch (2.13 has its kernel), or set attention=flex"
     *_, size = head_shape(config)
     if size > LARGEST_HEAD or size % 8:

@@ -31,9 +31,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
-from align.models.attention import cpu as products
-from align.models.attention import flash as varlen
-from align.models.attention import flex
+from align.models.attention import cpu, flash, flex
 from align.models.attention.segments import columns_seen
 from align.types import Segment
 
@@ -225,13 +223,13 @@ def _packed(
     return F.embedding(plan.order, torch.cat(outputs)).view(batch, time, heads, sizes[2])
 
 
-def _varlen(
+def _flash(
     query: Tensor, key: Tensor, value: Tensor, segments: tuple[Segment, ...], options: _Options
 ) -> Tensor:
     if options.dropout or options.softcap is not None:
         raise NotImplementedError("attention=flash has neither dropout nor capped scores")
     scale, window = options.scale, options.window
-    return varlen.attend(query, key, value, segments, scale=scale, window=window)
+    return flash.attend(query, key, value, segments, scale=scale, window=window)
 
 
 def _flex(
@@ -243,7 +241,7 @@ def _flex(
     return flex.attend(query, key, value, segments, scale=scale, window=window, softcap=softcap)
 
 
-_WAYS = {"segments": _packed, "flash": _varlen, "flex": _flex}
+_WAYS = {"segments": _packed, "flash": _flash, "flex": _flex}
 
 
 def _decode(
@@ -278,9 +276,9 @@ def _attend(
     """Attend ``[n,heads,L,D]`` queries to ``[n,kv,S,D]`` keys -> ``[n,heads,L,D]``."""
     n, heads, length, _ = query.shape
     kv, total = key.shape[1:3]
-    if options.softcap is None and products.pays(query, total, options.dropout):
+    if options.softcap is None and cpu.pays(query, total, options.dropout):
         scale, window = options.scale, options.window
-        return products.attend(query, key, value, mask, scale, before=before, window=window)
+        return cpu.attend(query, key, value, mask, scale, before=before, window=window)
     # grouped queries: kv heads as the batch, their queries as heads; keys expand without a copy
     grouped = query.reshape(n * kv, heads // kv, length, -1)
     key, value = (t.flatten(0, 1)[:, None].expand(-1, heads // kv, -1, -1) for t in (key, value))
@@ -290,7 +288,7 @@ def _attend(
         return fused(grouped, key, value, is_causal=True).reshape(n, heads, length, -1)
     if mask is None:
         places = (before, before + length)
-        mask = products.visible(places, (0, total), options.window, query.device)
+        mask = cpu.visible(places, (0, total), options.window, query.device)
     else:
         mask = mask.expand(-1, kv, -1, -1).reshape(n * kv, 1, length, -1)
     if options.softcap is None:
