@@ -11,13 +11,14 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_origin, get_type_hints
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from align.base.suggest import suggest
+from align.config.annotations import section_class
 from align.config.build import KeyProblem, build, unknown_key, unknown_keys
 from align.config.checks import check_whole
 from align.config.names import RENAMED
@@ -90,6 +91,15 @@ def load_recipe(
             raise AlignError(f"{path}: is a recipe for `align {meant}`; run that") from problem
         raise AlignError(f"{where}: {problem}") from problem
     return built
+
+
+def section_of(cls: type, key: str) -> type | None:
+    """Find the class of a recipe's section, dotted; None where the key is no section."""
+    found: type | None = cls
+    for name in key.split("."):
+        hint = get_type_hints(found).get(name) if found else None
+        found = None if get_origin(hint) is tuple else section_class(hint)
+    return found
 
 
 def to_yaml(recipe: Any) -> str:

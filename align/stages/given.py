@@ -11,13 +11,14 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 from align.base.console import reason_in_line
+from align.config.load import section_of
 from align.config.sections import DataSource
 from align.data.readers.objects import given
 from align.run.files import MANIFEST, REPLACED, remove
@@ -276,20 +277,6 @@ class Given:
 
 
 # ---------------------------------------------------------------- what a value is
-
-
-def section_of(cls: type, key: str) -> type | None:
-    """The class of a recipe's section, dotted; None where the key is no section."""
-    found: Any = cls
-    for name in key.split("."):
-        hint = get_type_hints(found).get(name) if is_dataclass(found) else None
-        parts: Iterable[Any] = (hint, *get_args(hint))
-        found = next((p for p in parts if is_dataclass(p)), None) if not _is_tuple(hint) else None
-    return found if isinstance(found, type) else None
-
-
-def _is_tuple(hint: Any) -> bool:
-    return getattr(hint, "__origin__", None) is tuple
 
 
 def _is_source(key: str, value: Mapping[str, Any]) -> bool:
