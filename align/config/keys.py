@@ -8,7 +8,7 @@ in its folder says.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from align.config.annotations import Range, Unit, When
 from align.config.sections import (
@@ -44,6 +44,16 @@ class ModelRecipe:
     base_model: str | None = None
     # replace the run that `output_dir` holds
     overwrite: bool = False
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """Options of every model that the recipe loads, by the names of `align.models`."""
+        return {
+            "precision": self.precision,
+            "attention": self.attention,
+            "trust_remote_code": self.trust_remote_code,
+            "base_model": self.base_model,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -273,11 +273,8 @@ class _Evaluation:
             terms,
             load_model=reward_model_loader(
                 self.device,
-                precision=self.recipe.precision,
-                attention=self.recipe.attention,
-                trust_remote_code=self.recipe.trust_remote_code,
-                base_model=self.recipe.base_model,
                 tokens_per_microbatch=self.recipe.tokens_per_microbatch,
+                **self.recipe.loading,
             ),
         )
 

@@ -90,12 +90,9 @@ def _load(recipe: DPORecipe, session: Session) -> Policy:
     policy = load_policy(
         recipe.model,
         device=session.accelerator.device,
-        precision=recipe.precision,
-        attention=recipe.attention,
         lora=recipe.lora,
         gradient_checkpointing=recipe.gradient_checkpointing,
-        trust_remote_code=recipe.trust_remote_code,
-        base_model=recipe.base_model,
+        **recipe.loading,
     )
     policy.activation_offload = recipe.activation_offload
     use_router_loss(policy, recipe.train.router_aux_coef, session)
@@ -200,9 +197,6 @@ def _frozen(recipe: DPORecipe, session: Session) -> Policy | None:
     return load_policy(
         recipe.dpo.reference_model or recipe.model,
         device=session.accelerator.device,
-        precision=recipe.precision,
-        attention=recipe.attention,
-        trust_remote_code=recipe.trust_remote_code,
-        base_model=recipe.base_model,
         frozen=True,
+        **recipe.loading,
     )

@@ -101,10 +101,7 @@ def _sample(
     policy = load_policy(
         model,
         device=accelerator.device,
-        precision=recipe.precision,
-        attention=recipe.attention,
-        trust_remote_code=recipe.trust_remote_code,
-        base_model=recipe.base_model,
+        **recipe.loading,
     )
     k, end_ids = recipe.generation.samples_per_prompt, policy_end_ids(policy, session)
     mine = my_share(prompts.groups, accelerator)
@@ -151,11 +148,8 @@ def _score(
             recipe.reward,
             load_model=reward_model_loader(
                 accelerator.device,
-                precision=recipe.precision,
-                attention=recipe.attention,
-                trust_remote_code=recipe.trust_remote_code,
-                base_model=recipe.base_model,
                 tokens_per_microbatch=recipe.tokens_per_microbatch,
+                **recipe.loading,
             ),
         )
         repeated = [e for e, same in zip(examples, answers, strict=True) for _ in same]

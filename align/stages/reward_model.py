@@ -83,12 +83,9 @@ def _load(recipe: RewardRecipe, session: Session) -> ScalarModel:
     scalar = load_scalar_model(
         recipe.model,
         device=session.accelerator.device,
-        precision=recipe.precision,
-        attention=recipe.attention,
         lora=recipe.lora,
         gradient_checkpointing=recipe.gradient_checkpointing,
-        trust_remote_code=recipe.trust_remote_code,
-        base_model=recipe.base_model,
+        **recipe.loading,
     )
     scalar.activation_offload = recipe.activation_offload
     if recipe.reward_model.pooling_layer:

@@ -37,13 +37,10 @@ def run(recipe: SFTRecipe) -> None:
     policy = load_policy(
         recipe.model,
         device=session.accelerator.device,
-        precision=recipe.precision,
-        attention=recipe.attention,
         lora=recipe.lora,
         gradient_checkpointing=recipe.gradient_checkpointing,
-        trust_remote_code=recipe.trust_remote_code,
-        base_model=recipe.base_model,
         from_scratch=recipe.from_scratch,
+        **recipe.loading,
     )
     policy.activation_offload = recipe.activation_offload
     aux_coef = recipe.train.router_aux_coef

@@ -47,22 +47,16 @@ def load_roles(recipe: PPORecipe, session: Session) -> Roles:
     actor = load_policy(
         recipe.model,
         device=device,
-        precision=recipe.precision,
-        attention=recipe.attention,
         lora=recipe.lora,
         gradient_checkpointing=recipe.gradient_checkpointing,
-        trust_remote_code=recipe.trust_remote_code,
-        base_model=recipe.base_model,
+        **recipe.loading,
     )
     weights = {"actor": weights_hash(actor.inner)}
     base = None if recipe.lora is None else SharedBase(actor)
     load_apart = reward_model_loader(
         device,
-        precision=recipe.precision,
-        attention=recipe.attention,
-        trust_remote_code=recipe.trust_remote_code,
-        base_model=recipe.base_model,
         tokens_per_microbatch=recipe.train.tokens_per_microbatch,
+        **recipe.loading,
     )
 
     def load_reward(model: str) -> ModelReward:
@@ -120,12 +114,9 @@ def _critic(recipe: PPORecipe, session: Session, base: SharedBase | None) -> Sca
         critic = load_scalar_model(
             start,
             device=session.accelerator.device,
-            precision=recipe.precision,
-            attention=recipe.attention,
             lora=recipe.lora,
             gradient_checkpointing=recipe.gradient_checkpointing,
-            trust_remote_code=recipe.trust_remote_code,
-            base_model=recipe.base_model,
+            **recipe.loading,
         )
     critic.scale_head(0.0 if critic.fresh_head else weight)
     if session.run.is_main:
@@ -150,11 +141,8 @@ def _reference(
     reference = load_policy(
         recipe.reference_model or recipe.model,
         device=session.accelerator.device,
-        precision=recipe.precision,
-        attention=recipe.attention,
-        trust_remote_code=recipe.trust_remote_code,
-        base_model=recipe.base_model,
         frozen=True,
+        **recipe.loading,
     )
     weights["reference"] = weights_hash(reference.inner)
 
